@@ -1,0 +1,1 @@
+"""SparseCut in JAX: a vision tower joined to a language model at many depths (arXiv 2602.00505)."""

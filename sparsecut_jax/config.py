@@ -1,0 +1,343 @@
+"""Every setting there is, its default, and the check that turns a ConfigDict into a typed `Config`.
+
+A file in configs/ starts from `default()` and changes what its idea is about. `check` is called once, at the
+start of a command; from then on the code reads frozen dataclasses, and a misspelt key cannot hide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from sparsecut_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower, CLIP style. Sizes are in pixels of one view."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    width: int = 64
+    layers: int = 6
+    heads: int = 4
+    mlp_dim: int = 256
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    select_layer: int = -2  # main feature, HF index into hidden_states: -2 is the last block but one
+    scan_layers: bool = True
+    remat: bool = False
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, CLIP's
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How low- and hi-res tokens of a level become tokens of the LLM."""
+
+    name: Literal["channel", "cross_attention", "mlp"] = "channel"
+    shared: bool = True  # one set of weights for the main feature and all levels
+
+
+@dataclass(frozen=True)
+class ShortcutConfig:
+    """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
+
+    density: Literal["none", "dense", "sparse", "explicit"] = "sparse"
+    count: int = 8  # levels of a sparse plan
+    distribution: Literal["uniform", "bottom", "top"] = "uniform"
+    order: Literal["u", "parallel"] = "u"  # u: deepest level to the earliest layer
+    position: Literal["pre", "post"] = "pre"  # before or after the layer
+    feature_order_reverse: bool = False  # the released code's option of that name
+    vit_levels: tuple[int, ...] = ()  # for density="explicit"
+    llm_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Decoder, Llama style."""
+
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
+    width: int = 64
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    mlp_dim: int = 192
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "silu"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+    scan_layers: bool = True
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one size may be -1, what is left over."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they become batches."""
+
+    source: str = "easy_vqa"  # "easy_vqa" or a JSON file of LLaVA conversations
+    images: str = ""  # folder that the image paths of a JSON file start from
+    image_fit: Literal["pad", "squash", "crop"] = "pad"  # how an image becomes square
+    max_pixels: int = 50_000_000  # larger images are refused before decoding
+    max_images: int = 1  # image slots per row (M)
+    holdout: int = 200  # training rows kept for the periodic evaluation
+    threads: int = 2  # reading threads; no influence on the order
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A Hugging Face tokenizer (folder or hub id), or a byte-level BPE trained on the training rows."""
+
+    path: str = ""
+    vocab_size: int = 512  # of the trained one, at most
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: its rows, what is trained, and the optimizer's settings."""
+
+    rows: Literal["captions", "conversations"] = "conversations"
+    template: str = "vicuna_v1"
+    seq_len: int = 2048  # T; an image takes N of these positions
+    epochs: float = 1.0
+    max_steps: int = 0  # 0: as many as the epochs take
+    batch_size: int = 128  # rows of all devices together, per optimizer step
+    accumulate: int = 1  # micro-batches the batch is cut into
+    trainable: tuple[str, ...] = ("fusion/.*", "llm/.*")  # regexes on parameter paths
+    lr: float = 2e-5
+    warmup: float = 0.03  # share of the steps
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0: no clipping
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # optimizer steps; 0: only at the end
+    keep: int = 1  # latest ones; the best one is kept besides
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 500  # optimizer steps between evaluations on held-out training rows; 0: never
+    batch_size: int = 256  # prompts per generation batch
+    max_new_tokens: int = 8
+    test: bool = True  # generate answers for the test split at the end
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    workdir: str = "runs/base"
+    init_from: str = ""  # workdir of another run whose parts this one starts from
+    init_parts: tuple[str, ...] = ("vision/.*", "fusion/.*", "llm/.*")  # regexes: what is taken from it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 except on CPU
+    log_every: int = 10
+    profile: str = ""  # "START:STOP", optimizer steps to trace
+    run_stages: tuple[str, ...] = ("align", "instruct")  # names in `stages`, in this order
+    stages: dict[str, StageConfig] = field(default_factory=lambda: {"align": StageConfig(), "instruct": StageConfig()})
+    vision: VisionConfig = VisionConfig()
+    fusion: FusionConfig = FusionConfig()
+    shortcuts: ShortcutConfig = ShortcutConfig()
+    llm: LLMConfig = LLMConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions that one image takes in the LLM (N)."""
+        return (self.vision.image_size // self.vision.patch_size) ** 2
+
+
+def default() -> ConfigDict:
+    """Every key with its default value, to be changed by a file in configs/."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def variant_arguments(text: str, **known: Any) -> ConfigDict:
+    """Arguments behind the colon of `--config=file.py:a=1,smoke`, over the defaults `known`.
+
+    Raises:
+      UserError: an argument that is not in `known`, or a value that is not of its type.
+    """
+    values = dict(known)
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        if key not in known:
+            listing = ", ".join(known)
+            raise UserError(f"config variant {key!r} is not known{_nearest(key, known)}; known: {listing}")
+        if isinstance(known[key], bool):
+            if value not in ("", "True", "true", "1", "False", "false", "0"):
+                raise UserError(f"config variant {key}={value!r}: expected True or False")
+            values[key] = value in ("", "True", "true", "1")
+        else:
+            try:
+                values[key] = type(known[key])(value)
+            except ValueError:
+                raise UserError(
+                    f"config variant {key}={value!r}: expected {type(known[key]).__name__}"
+                ) from None
+    return ConfigDict(values)
+
+
+def check(raw: ConfigDict | dict) -> Config:
+    """ConfigDict -> Config. Raises UserError naming key, expected and got."""
+    raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
+    cfg = _build(Config, raw, "config")
+    _check_values(cfg)
+    return cfg
+
+
+def to_json(cfg: Config) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=2)
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(kind: type, raw: Any, path: str) -> Any:
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a group of settings, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    for key in raw:
+        if key not in hints:
+            raise UserError(f"{path}.{key} is not a setting{_nearest(key, hints)}; known: {', '.join(sorted(hints))}")
+    return kind(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as `hint`, or a UserError. An int is taken for a float, a list for a tuple; nothing else."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            listing = ", ".join(map(str, args))
+            raise UserError(f"{path}={value!r}: expected one of {listing}{_nearest(value, args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{path}={value!r}: expected a tuple, got {type(value).__name__}")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r}: expected a group of settings")
+        return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _check_values(cfg: Config) -> None:
+    """Checks between settings, so that a run does not fail later or mean something else."""
+
+    def need(ok: bool, sentence: str) -> None:
+        if not ok:
+            raise UserError(sentence)
+
+    v, m = cfg.vision, cfg.llm
+    sizes = {
+        "vision": ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim"),
+        "llm": ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"),
+        "data": ("max_pixels", "max_images", "threads"),
+        "eval": ("batch_size", "max_new_tokens"),
+        "checkpoint": ("keep",),
+    }
+    for group, names in sizes.items():
+        for name in names:
+            value = getattr(getattr(cfg, group), name)
+            need(value >= 1, f"config.{group}.{name}={value}: expected at least 1")
+    for key, value in {
+        "llm.vocab_size": m.vocab_size,
+        "data.holdout": cfg.data.holdout,
+        "checkpoint.every": cfg.checkpoint.every,
+        "eval.every": cfg.eval.every,
+        "seed": cfg.seed,
+    }.items():
+        need(value >= 0, f"config.{key}={value}: expected 0 or more")
+    need(cfg.log_every >= 1, f"config.log_every={cfg.log_every}: expected at least 1")
+    need(cfg.workdir != "", "config.workdir is empty: name the folder that the run writes to")
+    need(
+        v.image_size % v.patch_size == 0,
+        f"config.vision.image_size={v.image_size} is not a multiple of config.vision.patch_size={v.patch_size}",
+    )
+    need(v.width % v.heads == 0, f"config.vision.width={v.width} is not a multiple of config.vision.heads={v.heads}")
+    need(
+        m.heads % m.kv_heads == 0, f"config.llm.heads={m.heads} is not a multiple of config.llm.kv_heads={m.kv_heads}"
+    )
+    need(m.head_dim % 2 == 0, f"config.llm.head_dim={m.head_dim}: rotary embedding needs an even width")
+    need(
+        cfg.fusion.name != "cross_attention" or v.width % max(1, v.width // 64) == 0,
+        f"config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width={v.width}",
+    )
+    need(len(v.mean) == 3 and len(v.std) == 3, "config.vision.mean and .std: expected three numbers each")
+    need(len(cfg.run_stages) > 0, "config.run_stages is empty: name at least one stage")
+    for name in cfg.run_stages:
+        need(
+            name in cfg.stages,
+            f"config.run_stages names {name!r}, which is not in config.stages{_nearest(name, cfg.stages)}; "
+            f"known: {', '.join(cfg.stages)}",
+        )
+    for name, stage in cfg.stages.items():
+        _check_stage(name, stage, cfg.tokens_per_image * cfg.data.max_images, need)
+    if cfg.profile:
+        window = re.fullmatch(r"(\d+):(\d+)", cfg.profile)
+        need(
+            bool(window) and int(window[1]) < int(window[2]),
+            f"config.profile={cfg.profile!r}: expected START:STOP in optimizer steps, START before STOP",
+        )
+
+
+def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.FunctionType) -> None:
+    at = f"config.stages.{name}"
+    for key in ("seq_len", "batch_size", "accumulate"):
+        value = getattr(stage, key)
+        need(value >= 1, f"{at}.{key}={value}: expected at least 1")
+    need(
+        stage.batch_size % stage.accumulate == 0,
+        f"{at}.batch_size={stage.batch_size} is not a multiple of {at}.accumulate={stage.accumulate}",
+    )
+    need(stage.epochs > 0 or stage.max_steps > 0, f"{at}: epochs={stage.epochs} and max_steps={stage.max_steps} train nothing")
+    need(stage.lr > 0, f"{at}.lr={stage.lr}: expected a positive number")
+    need(0 <= stage.warmup < 1, f"{at}.warmup={stage.warmup}: expected a share of the steps, 0 to below 1")
+    need(
+        stage.seq_len > image_tokens,
+        f"{at}.seq_len={stage.seq_len} leaves no room for text beside {image_tokens} image tokens",
+    )
+    for pattern in stage.trainable:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{at}.trainable has {pattern!r}, which is no regex: {error}") from None

@@ -1,0 +1,130 @@
+"""Multi-grained fusion: the low- and hi-res tokens of one tower level become N tokens of the LLM's width.
+
+A fusion is a Linen module `fuse(levels[K, I, V, N, C], text=None) -> (fused[K, I, N, D], aux_loss)`,
+registered in FUSIONS; `views` says how many views of an image it reads. Row 0 of `levels` is the main
+feature, the rest are the levels of the shortcuts. One set of weights serves all rows (SparseCut's
+choice), or each row has its own (`shared=False`); all rows go through in one batched call.
+
+Source: SparseCut (arXiv 2602.00505), section on multi-grained fusion; `mlp` is LLaVA-1.5's projector
+(arXiv 2310.03744). GELU is the exact one throughout.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsecut_jax.config import FusionConfig
+from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention
+
+gelu = ACTIVATIONS["gelu"]
+
+
+def crops_to_cells(crops: jax.Array) -> jax.Array:
+    """Tokens of the four crops, laid beside the low-res token that covers the same place.
+
+    The crops TL, TR, BL, BR (each h x h tokens) form a 2h x 2h canvas; low-res token (y, x) covers
+    the canvas cells (2y, 2x), (2y, 2x+1), (2y+1, 2x), (2y+1, 2x+1).
+
+    Args:
+      crops: [..., 4, N, C], N = h*h, each crop row-major.
+
+    Returns:
+      [..., N, 4C], the four cells concatenated in the order above.
+    """
+    *lead, _, n, c = crops.shape
+    h = round(n**0.5)
+    i = len(lead)
+    canvas = crops.reshape(*lead, 2, 2, h, h, c).swapaxes(i + 1, i + 2).reshape(*lead, h, 2, h, 2, c)
+    return canvas.swapaxes(i + 1, i + 2).reshape(*lead, n, 4 * c)
+
+
+class Projector(nn.Module):
+    """Linear, GELU, Linear, both `width` wide: LLaVA's `mlp2x_gelu`."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Linear(self.width, ("embed", "mlp"), name="fc1")(x)
+        return Linear(self.width, ("mlp", "embed"), name="fc2")(gelu(x))
+
+
+class Channel(nn.Module):
+    """`channel` (official name `cross_mlp`): concatenate along channels, 5C -> D. [I, 5, N, C] -> [I, N, D]."""
+
+    width: int
+    views = 5
+
+    @nn.compact
+    def __call__(self, level: jax.Array) -> jax.Array:
+        x = jnp.concatenate([level[:, 0], crops_to_cells(level[:, 1:])], axis=-1)
+        return Projector(self.width, name="projector")(x)
+
+
+class CrossAttention(nn.Module):
+    """`cross_attention`: low-res tokens attend to the tokens of all crops. [I, 5, N, C] -> [I, N, D].
+
+    C // 64 heads (at least one); post-norm, x = LN1(q + attention), x = LN2(x + FFN(x)); FFN is
+    C -> 4C -> C with GELU; LayerNorm eps 1e-5.
+    """
+
+    width: int
+    views = 5
+
+    @nn.compact
+    def __call__(self, level: jax.Array) -> jax.Array:
+        count, _, n, c = level.shape
+        low, crops = level[:, 0], level[:, 1:].reshape(count, 4 * n, c)
+        x = MultiHeadAttention(max(1, c // 64), name="attention")(low, crops)
+        x = LayerNorm(1e-5, name="norm1")(low + x)
+        y = gelu(Linear(4 * c, ("embed", "mlp"), name="ffn1")(x))
+        x = LayerNorm(1e-5, name="norm2")(x + Linear(c, ("mlp", "embed"), name="ffn2")(y))
+        return Projector(self.width, name="projector")(x)
+
+
+class Mlp(nn.Module):
+    """`mlp`: the low-res view alone, as LLaVA-1.5 does. [I, 1, N, C] -> [I, N, D]."""
+
+    width: int
+    views = 1
+
+    @nn.compact
+    def __call__(self, level: jax.Array) -> jax.Array:
+        return Projector(self.width, name="projector")(level[:, 0])
+
+
+FUSIONS = {"channel": Channel, "cross_attention": CrossAttention, "mlp": Mlp}
+
+
+class Fusion(nn.Module):
+    """Applies one of FUSIONS to every level: `levels[K, I, V, N, C] -> fused[K, I, N, D], aux_loss`.
+
+    The names of `shared=False` are the same with a leading axis, so that one weight table reads both.
+    `text` is there for fusions that look at the question; none here does.
+    """
+
+    config: FusionConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, levels: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        module = FUSIONS[self.config.name]
+        count, images, views, n, c = levels.shape
+        if views != module.views:
+            raise ValueError(f"fusion {self.config.name!r} reads {module.views} views, got {views}")
+        if self.config.shared:
+            fused = module(self.width, name="fuse")(levels.reshape(count * images, views, n, c))
+            fused = fused.reshape(count, images, n, self.width)
+        else:
+            each = nn.vmap(
+                module,
+                in_axes=0,
+                axis_size=count,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            fused = each(self.width, name="fuse")(levels)
+        return fused, jnp.zeros((), jnp.float32)

@@ -1,0 +1,141 @@
+"""What the tower, the fusion and the LLM share: weights with named axes, norms, activations, attention, rotary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsecut_jax.sharding import constrain
+
+normal = nn.initializers.normal
+zeros = nn.initializers.zeros
+ones = nn.initializers.ones
+
+
+def fan_in(inputs: int) -> Callable:
+    """Normal initialiser with variance 1 / inputs."""
+    return nn.initializers.normal(inputs**-0.5)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+def weight(module: nn.Module, name: str, shape: tuple, axes: tuple, init: Callable) -> jax.Array:
+    """A float32 parameter whose axes have logical names (`sharding.RULES`)."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class Linear(nn.Module):
+    """y = x @ kernel (+ bias), in the dtype of x. `axes` are the logical names of kernel[in, out]."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = weight(self, "kernel", (x.shape[-1], self.features), self.axes, fan_in(x.shape[-1]))
+        y = jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype))
+        if self.use_bias:
+            y += weight(self, "bias", (self.features,), self.axes[1:], zeros).astype(x.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in float32, returned in the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(self, "scale", (x.shape[-1],), ("norm",), ones)
+        bias = weight(self, "bias", (x.shape[-1],), ("norm",), zeros)
+        y = x.astype(jnp.float32)
+        y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm computed in float32, returned in the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(self, "scale", (x.shape[-1],), ("norm",), ones)
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Softmax attention with grouped KV heads, scores and softmax in float32.
+
+    Args:
+      q: [B, T, Q, H].
+      k, v: [B, S, G, H]; head q attends with KV head q // (Q // G).
+      mask: bool[B, T, S], True = may see; None = everything. A position that sees nothing gets
+        the mean of v, which nobody reads.
+
+    Returns:
+      [B, T, Q, H] in the dtype of q.
+    """
+    b, t, heads, h = q.shape
+    groups = k.shape[2]
+    q = q.reshape(b, t, groups, heads // groups, h)
+    scores = jnp.einsum("BTGRH,BSGH->BGRTS", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BGRTS,BSGH->BTGRH", probs, v).reshape(b, t, heads, h)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with biases on q, k, v and out (CLIP's, and PyTorch's nn.MultiheadAttention).
+
+    x: [B, T, C] queries; memory: [B, S, C] keys and values (x itself when left out) -> [B, T, C].
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
+        memory = x if memory is None else memory
+        width = x.shape[-1]
+        shape = (width, self.heads, width // self.heads)
+
+        def project(name: str, inputs: jax.Array) -> jax.Array:
+            kernel = weight(self, f"{name}_kernel", shape, ("embed", "heads", "head_dim"), fan_in(width))
+            bias = weight(self, f"{name}_bias", shape[1:], ("heads", "head_dim"), zeros)
+            y = jnp.einsum("BTC,CQH->BTQH", inputs, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+            return constrain(y, "batch", "length", "act_heads", None)
+
+        out = attention(project("q", x), project("k", memory), project("v", memory))
+        kernel = weight(
+            self, "out_kernel", (self.heads, width // self.heads, width), ("heads", "head_dim", "embed"), fan_in(width)
+        )
+        bias = weight(self, "out_bias", (width,), ("norm",), zeros)
+        return jnp.einsum("BTQH,QHC->BTC", out, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+
+
+def rotary_table(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32[B, T, 1, head_dim / 2], of int32 positions[B, T] (RoFormer, arXiv 2104.09864)."""
+    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of x[B, T, Q, H] in Hugging Face's layout: element i is paired with i + H/2."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -1,0 +1,133 @@
+"""The whole model: tower, fusion and decoder joined by shortcuts. Parameters: {"vision", "fusion", "llm"}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsecut_jax.config import Config
+from sparsecut_jax.models.fusion import FUSIONS, Fusion
+from sparsecut_jax.models.llm import Cache, Decoder
+from sparsecut_jax.models.shortcuts import Plan, plan_shortcuts, write_slots
+from sparsecut_jax.models.vit import VisionTower
+from sparsecut_jax.types import Batch
+
+
+@flax.struct.dataclass
+class Encoded:
+    """Images as the LLM takes them: tokens [B, M, N, D] for the image positions, and the bank
+    [R, B, M, N, D] of the shortcuts (None when the plan has none)."""
+
+    tokens: jax.Array
+    bank: jax.Array | None
+    aux_loss: jax.Array
+
+    def rows(self, index: jax.Array) -> Encoded:
+        """The encodings of the images `index`, int32[B'], one batch row each: encode once, ask often."""
+        bank = None if self.bank is None else self.bank[:, index]
+        return Encoded(self.tokens[index], bank, self.aux_loss)
+
+
+def attention_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
+    """bool[B, T, T]: what each position sees (types.Batch draws it). int32[B, T] each."""
+    t = segments.shape[1]
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    same = segments[:, :, None] == segments[:, None, :]
+    open_to = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    return causal & same & open_to
+
+
+class SparseCut(nn.Module):
+    """Batch in, logits out.
+
+    Attributes:
+      config: the whole config; vocab_size already resolved.
+      plan: which level enters which layer.
+      dtype: of the computation; parameters stay float32, norms, softmax, logits and loss float32 too.
+      intermediates: see `Decoder`.
+    """
+
+    config: Config
+    plan: Plan
+    dtype: Any = jnp.float32
+    intermediates: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        cfg = self.config
+        # The main feature is a level like the others; the tower hands a level out once, whoever uses it.
+        self.tower_levels = tuple(dict.fromkeys((self.plan.main_level, *self.plan.levels)))
+        self.vision = VisionTower(cfg.vision, self.tower_levels)
+        self.fusion = Fusion(cfg.fusion, cfg.llm.width)
+        self.llm = Decoder(cfg.llm, self.plan, self.intermediates)
+
+    def levels(self, views: jax.Array) -> jax.Array:
+        """uint8[B, M, V, S, S, 3] -> [1 + K, B*M, V, N, C]: the main feature, then the plan's levels."""
+        cfg = self.config.vision
+        views = views[:, :, : FUSIONS[self.config.fusion.name].views]
+        b, m, v, *pixels = views.shape
+        mean, std = jnp.array(cfg.mean, jnp.float32), jnp.array(cfg.std, jnp.float32)
+        x = views.astype(jnp.float32)
+        if views.dtype == jnp.uint8:  # floats are taken as already normalised
+            x = (x / 255.0 - mean) / std
+        x = self.vision(x.astype(self.dtype).reshape(b * m * v, *pixels))
+        x = x.reshape(len(self.tower_levels), b * m, v, *x.shape[2:])
+        wanted = [self.tower_levels.index(level) for level in (self.plan.main_level, *self.plan.levels)]
+        return x if wanted == list(range(len(wanted))) else x[jnp.array(wanted)]
+
+    def encode(self, views: jax.Array) -> Encoded:
+        """uint8[B, M, V, S, S, 3] (or float, already normalised) -> Encoded."""
+        b, m = views.shape[:2]
+        fused, aux_loss = self.fusion(self.levels(views))
+        fused = fused.reshape(fused.shape[0], b, m, *fused.shape[2:])
+        return Encoded(fused[0], fused[1:] if self.plan.levels else None, aux_loss)
+
+    def embed(self, tokens: jax.Array, image_start: jax.Array, encoded: Encoded) -> jax.Array:
+        """Word embeddings with the images written over their positions: [B, T, D]."""
+        return write_slots(self.llm.embed(tokens, self.dtype), encoded.tokens, image_start, add=False)
+
+    def __call__(self, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns float32[B, T, W] logits and the named intermediates, plus "aux_loss"."""
+        encoded = self.encode(batch.views)
+        x = self.embed(batch.tokens, batch.image_start, encoded)
+        mask = attention_mask(batch.segments, batch.branches)
+        x, _, seen = self.llm(x, batch.positions, mask, encoded.bank, batch.image_start)
+        return self.llm.logits(x), {**seen, "aux_loss": encoded.aux_loss}
+
+    def prefill(
+        self, tokens: jax.Array, length: jax.Array, image_start: jax.Array, encoded: Encoded, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Reads prompts into the cache; the shortcuts act here and nowhere else in generation.
+
+        Args:
+          tokens: int32[B, T], padded on the right; length: int32[B], positions of each prompt.
+
+        Returns:
+          float32[B, W] logits of the position after each prompt, and the cache.
+        """
+        b, t = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        real = positions < length[:, None]
+        mask = jnp.tril(jnp.ones((t, t), bool)) & real[:, None, :]
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[2] - t)))
+        x = self.embed(tokens, image_start, encoded)
+        x, cache, _ = self.llm(x, positions, mask, encoded.bank, image_start, cache)
+        last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+        return self.llm.logits(last)[:, 0], cache
+
+    def decode(
+        self, token: jax.Array, position: jax.Array, visible: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """One more token: int32[B] at rotary position int32[B], seeing `visible`, bool[B, S] of the cache."""
+        x = self.llm.embed(token[:, None], self.dtype)
+        x, cache, _ = self.llm(x, position[:, None], visible[:, None, :], cache=cache)
+        return self.llm.logits(x)[:, 0], cache
+
+
+def build_model(cfg: Config, dtype: Any = jnp.float32, intermediates: tuple[str, ...] = ()) -> SparseCut:
+    """The model of a config whose vocab_size is known. Raises UserError for an impossible plan."""
+    plan = plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
+    return SparseCut(cfg, plan, dtype, intermediates)

@@ -1,0 +1,87 @@
+"""CLIP-style vision tower that hands out the output of any of its blocks.
+
+Source: CLIP (arXiv 2103.00020), Hugging Face `CLIPVisionModel`. Level i is the output of block i,
+0-based (HF `hidden_states[i + 1]`), class token dropped, without post-layernorm. Blocks above the
+highest level that is asked for do not exist: neither parameters nor work.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparsecut_jax.config import VisionConfig
+from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, weight
+from sparsecut_jax.sharding import constrain
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block that also files its output in the bank of levels.
+
+    carry: (x[I, P, C], bank[K + 1, I, P, C]); row: int32[], where in the bank this block's output
+    belongs (K, the spare row, if nobody wants it).
+    """
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, jax.Array], row: jax.Array):
+        cfg, (x, bank) = self.config, carry
+        y = LayerNorm(cfg.norm_eps, name="norm1")(x)
+        x += MultiHeadAttention(cfg.heads, name="attention")(y)
+        y = LayerNorm(cfg.norm_eps, name="norm2")(x)
+        y = constrain(Linear(cfg.mlp_dim, ("embed", "mlp"), name="fc1")(y), "batch", "length", "act_mlp")
+        y = ACTIVATIONS[cfg.activation](y)
+        x = constrain(x + Linear(cfg.width, ("mlp", "embed"), name="fc2")(y), "batch", "length", "act_embed")
+        bank = jax.lax.dynamic_update_index_in_dim(bank, x, row, 0)
+        return (x, bank), None
+
+
+class VisionTower(nn.Module):
+    """float[I, S, S, 3] normalised images -> the outputs of the blocks in `levels`.
+
+    Attributes:
+      config: shape of the whole tower.
+      levels: 0-based blocks to hand out, each once.
+    """
+
+    config: VisionConfig
+    levels: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the levels in the order of `self.levels`: [K, I, N, C]."""
+        cfg = self.config
+        patch, width = cfg.patch_size, cfg.width
+        count, side = images.shape[0], cfg.image_size // cfg.patch_size
+
+        # A convolution with stride = kernel size is a matrix product over patches.
+        x = images.reshape(count, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(count, side * side, patch * patch * 3)
+        x = Linear(width, ("patch", "embed"), use_bias=cfg.patch_bias, name="patch_embedding")(x)
+        if cfg.class_token:
+            token = weight(self, "class_embedding", (width,), ("norm",), normal(0.02))
+            x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (count, 1, width)), x], 1)
+        position = weight(self, "position_embedding", (x.shape[1], width), (None, "embed"), normal(0.02))
+        x += position.astype(x.dtype)
+        if cfg.pre_norm:
+            x = LayerNorm(cfg.norm_eps, name="pre_norm")(x)
+        x = constrain(x, "batch", "length", "act_embed")
+
+        depth = max(self.levels) + 1
+        spare = len(self.levels)
+        rows = jnp.array([self.levels.index(i) if i in self.levels else spare for i in range(depth)])
+        bank = constrain(
+            jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed"
+        )
+        (_, bank), _ = nn.scan(
+            nn.remat(Block, prevent_cse=False) if cfg.remat else Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=depth,
+            unroll=1 if cfg.scan_layers else depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, name="blocks")((x, bank), rows)
+        return bank[:spare, :, int(cfg.class_token) :]
+
