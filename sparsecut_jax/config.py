@@ -101,6 +101,8 @@ class DataConfig:
     image_fit: Literal["pad", "squash", "crop"] = "pad"  # how an image becomes square
     max_pixels: int = 50_000_000  # larger images are refused before decoding
     max_images: int = 1  # image slots per row (M)
+    flip: bool = False  # mirror training images half of the time; not where questions speak of left and right
+    shift: int = 0  # move training images by up to so many low-res pixels
     holdout: int = 200  # training rows kept for the periodic evaluation
     threads: int = 2  # reading threads; no influence on the order
 
@@ -118,7 +120,7 @@ class StageConfig:
     """One stage of training: its rows, what is trained, and the optimizer's settings."""
 
     rows: Literal["captions", "conversations"] = "conversations"
-    template: str = "vicuna_v1"
+    template: Literal["plain", "vicuna_v1", "qa"] = "vicuna_v1"  # data/conversation.py writes them out
     seq_len: int = 2048  # T; an image takes N of these positions
     epochs: float = 1.0
     max_steps: int = 0  # 0: as many as the epochs take
@@ -282,6 +284,7 @@ def _check_values(cfg: Config) -> None:
     for key, value in {
         "llm.vocab_size": m.vocab_size,
         "data.holdout": cfg.data.holdout,
+        "data.shift": cfg.data.shift,
         "checkpoint.every": cfg.checkpoint.every,
         "eval.every": cfg.eval.every,
         "seed": cfg.seed,

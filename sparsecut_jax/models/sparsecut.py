@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.config import Config
+from sparsecut_jax.config import Config, FusionConfig, LLMConfig, VisionConfig
 from sparsecut_jax.models.fusion import FUSIONS, Fusion
 from sparsecut_jax.models.llm import Cache, Decoder
 from sparsecut_jax.models.shortcuts import Plan, plan_shortcuts, write_slots
@@ -45,29 +45,30 @@ class SparseCut(nn.Module):
     """Batch in, logits out.
 
     Attributes:
-      config: the whole config; vocab_size already resolved.
+      vision_config, fusion_config, llm_config: the parts' shapes; vocab_size already resolved.
       plan: which level enters which layer.
       dtype: of the computation; parameters stay float32, norms, softmax, logits and loss float32 too.
       intermediates: see `Decoder`.
     """
 
-    config: Config
+    vision_config: VisionConfig
+    fusion_config: FusionConfig
+    llm_config: LLMConfig
     plan: Plan
     dtype: Any = jnp.float32
     intermediates: tuple[str, ...] = ()
 
     def setup(self) -> None:
-        cfg = self.config
         # The main feature is a level like the others; the tower hands a level out once, whoever uses it.
         self.tower_levels = tuple(dict.fromkeys((self.plan.main_level, *self.plan.levels)))
-        self.vision = VisionTower(cfg.vision, self.tower_levels)
-        self.fusion = Fusion(cfg.fusion, cfg.llm.width)
-        self.llm = Decoder(cfg.llm, self.plan, self.intermediates)
+        self.vision = VisionTower(self.vision_config, self.tower_levels)
+        self.fusion = Fusion(self.fusion_config, self.llm_config.width)
+        self.llm = Decoder(self.llm_config, self.plan, self.intermediates)
 
     def levels(self, views: jax.Array) -> jax.Array:
         """uint8[B, M, V, S, S, 3] -> [1 + K, B*M, V, N, C]: the main feature, then the plan's levels."""
-        cfg = self.config.vision
-        views = views[:, :, : FUSIONS[self.config.fusion.name].views]
+        cfg = self.vision_config
+        views = views[:, :, : FUSIONS[self.fusion_config.name].views]
         b, m, v, *pixels = views.shape
         mean, std = jnp.array(cfg.mean, jnp.float32), jnp.array(cfg.std, jnp.float32)
         x = views.astype(jnp.float32)
@@ -130,4 +131,4 @@ class SparseCut(nn.Module):
 def build_model(cfg: Config, dtype: Any = jnp.float32, intermediates: tuple[str, ...] = ()) -> SparseCut:
     """The model of a config whose vocab_size is known. Raises UserError for an impossible plan."""
     plan = plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
-    return SparseCut(cfg, plan, dtype, intermediates)
+    return SparseCut(cfg.vision, cfg.fusion, cfg.llm, plan, dtype, intermediates)

@@ -61,9 +61,9 @@ class VisionTower(nn.Module):
         x = x.reshape(count, side * side, patch * patch * 3)
         x = Linear(width, ("patch", "embed"), use_bias=cfg.patch_bias, name="patch_embedding")(x)
         if cfg.class_token:
-            token = weight(self, "class_embedding", (width,), ("norm",), normal(0.02))
+            token = weight(self, "class_embedding", (width,), ("norm",), normal(width**-0.5))
             x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (count, 1, width)), x], 1)
-        position = weight(self, "position_embedding", (x.shape[1], width), (None, "embed"), normal(0.02))
+        position = weight(self, "position_embedding", (x.shape[1], width), (None, "embed"), normal(width**-0.5))
         x += position.astype(x.dtype)
         if cfg.pre_norm:
             x = LayerNorm(cfg.norm_eps, name="pre_norm")(x)

@@ -1,0 +1,43 @@
+"""The embedded default: a small SparseCut model learns easy-VQA from nothing, on a laptop's CPU.
+
+    python -m sparsecut_jax.train --config=configs/base.py
+    python -m sparsecut_jax.train --config=configs/base.py:smoke      the whole way in under a minute
+
+Stage 1 learns captions ("a red circle"), stage 2 the questions, as the paper's recipe has it; here the
+tower is trained too, since nothing is pretrained. Any setting can be changed: --config.llm.layers=12.
+`sparsecut_jax/config.py` lists them all. Your own data: --config.data.source=rows.json --config.data.images=DIR.
+"""
+
+from ml_collections import ConfigDict
+
+from sparsecut_jax.config import default, variant_arguments
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    args = variant_arguments(arguments, smoke=False)
+    config = default()
+
+    config.workdir = "runs/smoke" if args.smoke else "runs/base"
+
+    # 32-pixel views of 64-pixel pictures: one low-res view, four crops of the original. 16 tokens each.
+    config.vision.update(image_size=32, patch_size=8, width=64, layers=6, heads=2, mlp_dim=128, remat=True)
+    config.fusion.name = "channel"
+    config.shortcuts.count = 4
+    config.llm.update(width=64, layers=8, heads=2, kv_heads=1, head_dim=32, mlp_dim=128, remat="full")
+
+    # Pictures of one shape have no left or right, and no place of their own.
+    config.data.update(source="easy_vqa", holdout=200, flip=True, shift=4)
+
+    for stage in config.stages.values():
+        stage.update(trainable=("vision/.*", "fusion/.*", "llm/.*"), batch_size=32, b2=0.98, warmup=0.05)
+    config.stages.align.update(rows="captions", template="plain", seq_len=24, epochs=16.0, lr=3e-3)
+    config.stages.instruct.update(rows="conversations", template="qa", seq_len=96, epochs=9.0, lr=2e-3)
+
+    config.eval.update(every=500, max_new_tokens=4)
+    config.checkpoint.every = 500
+
+    if args.smoke:
+        config.stages.align.max_steps = 20
+        config.stages.instruct.max_steps = 20
+        config.eval.every = 20
+    return config

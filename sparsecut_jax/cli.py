@@ -1,0 +1,131 @@
+"""How every command starts and ends: flags in, exit codes out.
+
+Exit codes: 0 done, 2 something the user can mend (one sentence on stderr), 3 stopped by SIGTERM after
+saving, 4 training diverged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.types import UserError
+
+DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
+
+
+class Exit(Exception):
+    """Ends a command with a sentence and an exit code of its own."""
+
+    def __init__(self, code: int, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+
+def define_config() -> None:
+    """Defines --config, a file that can be overridden key by key."""
+    config_flags.DEFINE_config_file("config", None, "File in configs/, with arguments behind a colon.", lock_config=True)
+
+
+def run(command: Callable[[], None], doc: str) -> None:
+    """Parses the flags, runs the command, and turns its errors into a sentence and an exit code."""
+    if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:]):
+        print(_help(doc))
+        sys.exit(0)
+    debug = "--debug" in sys.argv
+    _quiet(debug)
+    try:
+        _parse()
+        command()
+    except UserError as error:
+        _fail(2, str(error), debug)
+    except Exit as error:
+        _fail(error.code, str(error), debug)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted; the same command goes on from the last checkpoint", debug)
+
+
+def typed_config() -> config_lib.Config:
+    """The checked config of --config and its overrides."""
+    raw = flags.FLAGS.config
+    if raw is None:
+        raise UserError("--config is missing; for example --config=configs/base.py")
+    return config_lib.check(raw)
+
+
+def _parse() -> None:
+    """Flags from the command line. Raises UserError in one sentence for whatever absl or the config file says."""
+    path = next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith(("--config=", "-config="))), None)
+    if path is not None:
+        file = path.split(":", 1)[0]
+        if not os.path.isfile(file):
+            near = os.path.dirname(file) or "."
+            known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
+            listing = f"; {near} has {', '.join(known)}" if known else ""
+            raise UserError(f"config file {file!r} is not there{listing}")
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except UserError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        near = f"; did you mean --{error.suggestions[0]}?" if getattr(error, "suggestions", None) else ""
+        raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
+    except (KeyError, AttributeError) as error:
+        raise UserError(_one_line(f"{error.args[0] if error.args else error}")) from error
+    except Exception as error:  # whatever a config file or a flag's value raises is the user's to mend
+        raise UserError(_one_line(str(error))) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; settings are written --config.key=value")
+
+
+def _one_line(text: str) -> str:
+    """The telling line of an error: the last one of a traceback, the first one of anything else."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if not lines:
+        return "unknown error"
+    return lines[-1] if "Traceback" in text or "Error whilst parsing" in text else lines[0]
+
+
+def _help(doc: str) -> str:
+    """What --help prints: the command's docstring, its flags, and every setting with its default."""
+    own = [f for f in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])]
+    own += [f for f in flags.FLAGS.flags_by_module_dict().get(__name__, [])]
+    lines = [doc.strip(), "", "flags:"]
+    lines += [f"  --{f.name:<18} {f.help}" for f in own]
+    if "config" in flags.FLAGS:
+        lines += ["", "settings and their defaults before the config file (sparsecut_jax/config.py explains them):"]
+        lines += [f"  --config.{key}={value!r}" for key, value in _leaves(config_lib.default())]
+    return "\n".join(lines)
+
+
+def _leaves(tree: ConfigDict, prefix: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [(prefix + key, value)]
+    return found
+
+
+def _quiet(debug: bool) -> None:
+    """Leaves out what libraries log and a user cannot act on."""
+    if debug:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.filterwarnings("ignore")
+    for name in ("absl", "jax", "orbax", "grain", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _fail(code: int, sentence: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(f"{'error: ' if code == 2 else ''}{sentence}", file=sys.stderr, flush=True)
+    sys.exit(code)

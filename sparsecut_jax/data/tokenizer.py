@@ -1,0 +1,112 @@
+"""The tokenizer: one from Hugging Face, or a byte-level BPE trained on the rows at hand.
+
+A byte-level vocabulary has no unknown words, so any prompt can be asked of a model trained on few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sparsecut_jax.types import UserError
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. Text never becomes a special token, whatever it looks like.
+
+    Attributes:
+      backend: the `tokenizers` object.
+      pad, bos, eos: ids; bos is -1 for a tokenizer without one.
+    """
+
+    backend: Backend
+    pad: int
+    bos: int
+    eos: int
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @functools.lru_cache(maxsize=50_000)  # questions repeat; a call into the backend costs more than a look-up
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def to_json(self) -> str:
+        special = {"pad": self.pad, "bos": self.bos, "eos": self.eos}
+        return json.dumps({"special": special, "tokenizer": json.loads(self.backend.to_str())})
+
+    def save(self, folder: os.PathLike) -> None:
+        """Writes `folder`/tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        os.makedirs(folder, exist_ok=True)
+        self.backend.save(os.path.join(folder, "tokenizer.json"))
+        name = self.backend.id_to_token
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": name(self.pad), "eos_token": name(self.eos)}
+        if self.bos >= 0:
+            config["bos_token"] = name(self.bos)
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+            json.dump(config, file, indent=2)
+
+
+def from_json(text: str) -> Tokenizer:
+    """Reads what `Tokenizer.to_json` wrote."""
+    data = json.loads(text)
+    return _wrap(Backend.from_str(json.dumps(data["tokenizer"])), **data["special"])
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with at most `vocab_size` ids; the same texts give the same tokenizer."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrap(backend, pad=0, bos=1, eos=2)
+
+
+def load(path: str) -> Tokenizer:
+    """A Hugging Face tokenizer from a folder or the hub. Remote code is never run.
+
+    Raises:
+      UserError: it cannot be read, or has no end-of-text token.
+    """
+    from transformers import AutoTokenizer  # imported here: it takes a second, and the default never needs it
+
+    try:
+        outer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"tokenizer.path={path!r}: no Hugging Face tokenizer could be read there: {reason}") from error
+    if outer.eos_token_id is None:
+        raise UserError(f"tokenizer.path={path!r} has no end-of-text token, so an answer could never end")
+    pad = outer.pad_token_id if outer.pad_token_id is not None else outer.eos_token_id
+    bos = outer.bos_token_id if outer.bos_token_id is not None else -1
+    return _wrap(outer.backend_tokenizer, pad, bos, outer.eos_token_id)
+
+
+def _wrap(backend: Backend, pad: int, bos: int, eos: int) -> Tokenizer:
+    backend.encode_special_tokens = True  # "</s>" in a user's text stays four characters
+    backend.no_padding()
+    backend.no_truncation()
+    return Tokenizer(backend, pad, bos, eos)

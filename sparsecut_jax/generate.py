@@ -1,0 +1,70 @@
+"""Asks a trained run about an image, and prints the answer.
+
+    python -m sparsecut_jax.generate --workdir=runs/base --image=picture.png --prompt="what color is the shape?"
+
+Without --image the question is text only; --image may be given several times, up to config.data.max_images.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from absl import flags
+
+from sparsecut_jax import cli, sharding
+from sparsecut_jax.data import images
+from sparsecut_jax.data.conversation import TEMPLATES, encode_prompt
+from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
+from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax.types import UserError
+
+FLAGS = flags.FLAGS
+
+
+def answer(
+    run: Run, prompt: str, paths: list[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The model's answer to a prompt about the images at `paths`.
+
+    Raises:
+      UserError: a file that is no image, or more images than the model has slots.
+    """
+    cfg = run.config
+    slots = cfg.data.max_images
+    if len(paths) > slots:
+        raise UserError(f"{len(paths)} images given, but the run was trained with config.data.max_images={slots}")
+    example = encode_prompt(prompt, len(paths), run.tokenizer, TEMPLATES[run.template], cfg.tokens_per_image)
+    rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
+    views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
+    for m, path in enumerate(paths):
+        picture = images.read_image(path, cfg.data.max_pixels)
+        views[0, m] = images.views(picture, cfg.vision.image_size, run.pictures.shape[0], cfg.data.image_fit)
+    with jax.set_mesh(run.mesh):
+        views, *arrays = jax.device_put((views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh))
+        encoded = encode_images(run.model, run.params, views)
+        ids, _ = generate(
+            run.model, run.params, *arrays, encoded, max_new_tokens, run.tokenizer.eos, temperature, jax.random.key(seed)
+        )
+    return run.tokenizer.decode(until(np.asarray(ids)[0], run.tokenizer.eos)).strip()
+
+
+def main() -> None:
+    if not FLAGS.workdir:
+        raise UserError("--workdir is missing; for example --workdir=runs/base")
+    if not FLAGS.prompt:
+        raise UserError('--prompt is missing; for example --prompt="what color is the shape?"')
+    if FLAGS.max_new_tokens < 1 or FLAGS.temperature < 0:
+        raise UserError("--max_new_tokens must be at least 1, and --temperature at least 0")
+    run = load_run(FLAGS.workdir, FLAGS.checkpoint)
+    print(answer(run, FLAGS.prompt, FLAGS.image, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "", "Workdir of a run.")
+    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+    flags.DEFINE_multi_string("image", [], "Picture to ask about; may be repeated.")
+    flags.DEFINE_string("prompt", "", "The question; <image> in it says where an image goes (default: in front).")
+    flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens.")
+    flags.DEFINE_float("temperature", 0.0, "0: the likeliest answer; above: sampled.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling.")
+    cli.run(main, __doc__)

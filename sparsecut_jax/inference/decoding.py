@@ -1,0 +1,105 @@
+"""Generation: prompts in, ids out. One compiled function: prefill, then a loop that ends when all rows have."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsecut_jax.data.conversation import Example
+from sparsecut_jax.models.llm import empty_cache
+from sparsecut_jax.models.sparsecut import Encoded, SparseCut
+from sparsecut_jax.types import EMPTY_SLOT
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def encode_images(model: SparseCut, params: Any, views: jax.Array) -> Encoded:
+    """uint8[B, M, V, S, S, 3] -> Encoded."""
+    return model.apply({"params": params}, views, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "return_logits"))
+def generate(
+    model: SparseCut,
+    params: Any,
+    tokens: jax.Array,
+    length: jax.Array,
+    image_start: jax.Array,
+    encoded: Encoded,
+    max_new_tokens: int,
+    eos: int = -1,
+    temperature: jax.Array | float = 0.0,
+    key: jax.Array | None = None,
+    return_logits: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Continues every row until its end token or `max_new_tokens`.
+
+    Args:
+      tokens: int32[B, T] prompts padded on the right; length: int32[B] their lengths.
+      image_start: int32[B, M]; encoded: one image row per prompt. Shortcuts act in the prefill only.
+      eos: id that ends a row, -1 for none; what follows it is filled with it.
+      temperature: 0 takes the likeliest token, above that samples with `key`.
+
+    Returns:
+      int32[B, max_new_tokens], and float32[B, max_new_tokens, W] logits if asked for.
+    """
+    b, t = tokens.shape
+    key = jax.random.key(0) if key is None else key
+    cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
+    slots = jnp.arange(t + max_new_tokens)
+    first, cache = model.apply({"params": params}, tokens, length, image_start, encoded, cache, method="prefill")
+
+    def pick(logits: jax.Array, i: jax.Array) -> jax.Array:
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6))
+        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
+
+    def unfinished(carry):
+        i, _, done, _, _, _ = carry
+        return (i < max_new_tokens) & ~jnp.all(done)
+
+    def step(carry):
+        i, logits, done, out, cache, kept = carry
+        token = jnp.where(done, eos, pick(logits, i))
+        out = out.at[:, i].set(token)
+        if return_logits:
+            kept = kept.at[:, i].set(logits)
+        done = done | (token == eos)
+        # Prompts end at different places; new tokens stand in the cache after the longest one, at the rotary
+        # positions that follow their own prompt.
+        visible = (slots < length[:, None]) | ((slots >= t) & (slots <= t + i))
+        logits, cache = model.apply(
+            {"params": params}, jnp.maximum(token, 0), length + i, visible, cache, method="decode"
+        )
+        return i + 1, logits, done, out, cache, kept
+
+    out = jnp.full((b, max_new_tokens), eos, jnp.int32)
+    kept = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None
+    # A row without a prompt is padding and has nothing to say.
+    carry = (jnp.int32(0), first, length == 0, out, cache, kept)
+    carry = jax.lax.while_loop(unfinished, step, carry)
+    return carry[3], carry[5]
+
+
+def pad_prompts(prompts: list[Example], rows: int, slots: int, multiple: int = 16) -> tuple[np.ndarray, ...]:
+    """Prompts -> tokens int32[rows, T], length int32[rows], image_start int32[rows, slots]; spare rows are empty.
+
+    T is the longest prompt rounded up, so that few shapes are compiled.
+    """
+    longest = max(len(p.tokens) for p in prompts)
+    tokens = np.zeros((rows, -(-longest // multiple) * multiple), np.int32)
+    length = np.zeros(rows, np.int32)
+    image_start = np.full((rows, slots), EMPTY_SLOT, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt.tokens)] = prompt.tokens
+        length[i] = len(prompt.tokens)
+        image_start[i, : len(prompt.image_start)] = prompt.image_start
+    return tokens, length, image_start
+
+
+def until(ids: np.ndarray, eos: int) -> list[int]:
+    """The ids before the end token."""
+    ids = [int(i) for i in ids]
+    return ids[: ids.index(eos)] if eos in ids else ids

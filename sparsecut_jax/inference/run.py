@@ -1,0 +1,68 @@
+"""A trained run, loaded to be evaluated or asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sparsecut_jax import sharding
+from sparsecut_jax.config import Config
+from sparsecut_jax.data.pipeline import Images
+from sparsecut_jax.data.sources import Source, load_source
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.training.checkpoint import open_run
+from sparsecut_jax.training.state import abstract_params
+from sparsecut_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model with its parameters and what turns text and pictures into its input.
+
+    Attributes:
+      template: name of the template of the last stage, which is how the model expects to be asked.
+    """
+
+    workdir: str
+    step: int
+    config: Config
+    mesh: Mesh
+    model: SparseCut
+    params: Any
+    tokenizer: Tokenizer
+    pictures: Images
+
+    @property
+    def template(self) -> str:
+        return self.config.stages[self.config.run_stages[-1]].template
+
+    def source(self) -> Source:
+        return load_source(self.config.data)
+
+
+def load_run(workdir: str, which: str = "latest") -> Run:
+    """Loads the parameters of a checkpoint ("latest", "best" or a step) onto the devices of this machine.
+
+    The mesh is the run's if it fits the devices, else all devices side by side (data parallel).
+    Raises UserError if there is no such checkpoint.
+    """
+    checkpoints, step, cfg, tokenizer = open_run(workdir, which)
+    try:
+        mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    except UserError:
+        mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    model = build_model(cfg, compute_dtype(cfg, mesh))
+    params = checkpoints.restore_params(step, abstract_params(model, cfg, mesh))
+    checkpoints.close()
+    return Run(workdir, step, cfg, mesh, model, params, tokenizer, Images(cfg))
+
+
+def compute_dtype(cfg: Config, mesh: Mesh) -> jnp.dtype:
+    """bfloat16 on accelerators and float32 on CPU, unless the config says."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(cfg.dtype, cfg.dtype))

@@ -1,0 +1,247 @@
+"""Trains a model, evaluates it, and leaves everything in the workdir.
+
+    python -m sparsecut_jax.train --config=configs/base.py
+    python -m sparsecut_jax.train --config=configs/base.py:smoke
+    python -m sparsecut_jax.train --config=configs/base.py --config.workdir=runs/mine --config.llm.layers=12
+
+Where the workdir has a checkpoint the run goes on from it. Exit codes: 2 something to mend, 3 stopped by
+SIGTERM after saving, 4 diverged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsecut_jax import cli, sharding
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.config import Config, StageConfig
+from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.evaluate import report_accuracy
+from sparsecut_jax.inference.run import Run, compute_dtype
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.training import loop, plots, report, state
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable
+from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.training.step import make_train_step
+from sparsecut_jax.types import UserError
+
+
+def train(cfg: Config) -> dict[str, float]:
+    """Runs the whole config; returns what results.json holds."""
+    began = time.monotonic()
+
+    # ------------------------------------------------------------------ devices
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    check_mesh(cfg, mesh)
+    dtype = compute_dtype(cfg, mesh)
+
+    # ------------------------------------------------------------------ where the run stands
+    asked = cfg
+    make_workdir(cfg.workdir)
+    checkpoints = Checkpoints(cfg.workdir, cfg.checkpoint.keep)
+    resumed = checkpoints.latest
+    meta = checkpoints.meta(resumed) if resumed is not None else None
+    if meta is not None:
+        check_resumable(meta["asked"], asked, cfg.workdir)
+
+    # ------------------------------------------------------------------ data
+    source = sources.load_source(cfg.data)
+    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source)
+    cfg = with_vocabulary(cfg, tokenizer)
+    pictures = pipeline.Images(cfg)
+    rows = {name: source.stage_rows(cfg.stages[name].rows) for name in cfg.run_stages}
+    spans = loop.plan_stages(cfg, {name: len(split.rows) for name, split in rows.items()})
+
+    # ------------------------------------------------------------------ model
+    model = build_model(cfg, dtype, ("shortcut_ratio",))
+    abstract = state.abstract_params(model, cfg, mesh)
+    trained = {s.name: {} for s in spans}
+    for span in spans:
+        moving, _ = opt.split(abstract, span.stage.trainable)
+        for path, leaf in moving.items():
+            part = path.split("/")[0]
+            trained[span.name][part] = trained[span.name].get(part, 0) + leaf.size
+    print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
+    print_data(source, spans, rows)
+    write_run_files(cfg, tokenizer, model)
+
+    # ------------------------------------------------------------------ stages
+    compilations, stop = loop.Compilations(), loop.StopSignal()
+    with jax.set_mesh(mesh):
+        params, step, skipped = None, resumed or 0, 0
+        if resumed is None:
+            params = state.init_params(model, cfg, abstract)
+            if cfg.init_from:
+                params, told = state.init_from(cfg.init_from, cfg.init_parts, params)
+                print(told)
+        else:
+            print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
+        writer = report.MetricsWriter(cfg.workdir, step)
+        names = [span.name for span in spans]
+        for span in spans[names.index(meta["stage"]) if meta else 0 :]:
+            tx = opt.adamw(span.stage)
+            target = state.abstract_state(abstract, span.stage.trainable, tx, mesh)
+            data = pipeline.train_batches(
+                rows[span.name], span.stage, cfg, tokenizer, pictures, jax.process_index(), jax.process_count()
+            )
+            if params is None:
+                current = checkpoints.restore_state(resumed, target)
+                checkpoints.restore_data(resumed, data)
+            else:
+                current = state.begin_stage(target, params, span.stage.trainable, tx, step, skipped)
+            step_fn = make_train_step(
+                model, span.stage.trainable, tx, opt.schedule(span.stage, span.last - span.first),
+                span.first, span.stage.accumulate, cfg.seed,
+            )  # fmt: skip
+            stage = loop.Stage(
+                span=span,
+                step=jax.jit(step_fn, donate_argnums=0),
+                data=data,
+                holdout_loss=make_holdout_loss(model, source, span.stage, cfg, tokenizer, pictures, mesh),
+                meta={
+                    "stage": span.name,
+                    "asked": json.loads(config_lib.to_json(asked)),
+                    "config": json.loads(config_lib.to_json(cfg)),
+                    "tokenizer": tokenizer.to_json(),
+                },
+                is_last=span is spans[-1],
+            )
+            if step < span.last:
+                current = loop.run_stage(
+                    stage, current, cfg, model.plan, mesh, checkpoints, writer, stop, compilations
+                )
+            params, step, skipped = current.params, int(current.step), int(current.skipped)
+        writer.close()
+        checkpoints.close()
+
+        # -------------------------------------------------------------- results
+        plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
+        results = {"step": step, "skipped_updates": skipped}
+        if cfg.eval.test and source.test.rows:
+            run = Run(cfg.workdir, step, cfg, mesh, build_model(cfg, dtype), params, tokenizer, pictures)
+            results |= report_accuracy(run, source)
+    results["seconds"] = time.monotonic() - began
+    write_json(os.path.join(cfg.workdir, "results.json"), results)
+    print_written(cfg.workdir, results["seconds"])
+    return results
+
+
+def check_mesh(cfg: Config, mesh: Mesh) -> None:
+    """Raises UserError for a mesh that does not fit heads, widths or batches."""
+    tensor, ways = mesh.shape["tensor"], sharding.data_parallel(mesh)
+    for key, value in {
+        "vision.heads": cfg.vision.heads,
+        "vision.mlp_dim": cfg.vision.mlp_dim,
+        "llm.heads": cfg.llm.heads,
+        "llm.kv_heads": cfg.llm.kv_heads,
+        "llm.mlp_dim": cfg.llm.mlp_dim,
+    }.items():
+        if value % tensor:
+            raise UserError(f"config.{key}={value} cannot be split over mesh axis tensor={tensor}")
+    batches = {f"stages.{n}.batch_size / accumulate": cfg.stages[n].batch_size // cfg.stages[n].accumulate for n in cfg.run_stages}
+    batches["eval.batch_size"] = cfg.eval.batch_size
+    for key, value in batches.items():
+        if value % ways:
+            raise UserError(
+                f"config.{key} = {value} rows cannot be split over the {ways} devices of mesh axes data x fsdp; "
+                f"choose a multiple of {ways}"
+            )
+
+
+def make_workdir(workdir: str) -> None:
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.workdir={workdir!r} cannot be made a folder: {error.strerror}") from error
+
+
+def make_tokenizer(cfg: Config, source: sources.Source) -> tokenizer_lib.Tokenizer:
+    if cfg.tokenizer.path:
+        return tokenizer_lib.load(cfg.tokenizer.path)
+    return tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
+
+
+def with_vocabulary(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> Config:
+    """The config with vocab_size filled in. Raises UserError if the tokenizer has more ids than the LLM."""
+    size = cfg.llm.vocab_size or -(-tokenizer.size // 64) * 64
+    if tokenizer.size > size:
+        raise UserError(f"the tokenizer has {tokenizer.size} ids, but config.llm.vocab_size={size}")
+    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=size))
+
+
+def make_holdout_loss(
+    model: SparseCut, source: sources.Source, stage: StageConfig, cfg: Config, tokenizer, pictures, mesh: Mesh
+):
+    """Function of the parameters: mean loss over the held-out rows. None if there are none."""
+    if not source.holdout.rows or not cfg.eval.every:
+        return None
+    split = sources.Source(source.name, source.holdout, source.holdout, source.test, "").stage_rows(stage.rows)
+    batches = pipeline.fixed_batches(split, stage, cfg, tokenizer, pictures)
+    placed = sharding.batch_sharding(mesh)
+
+    @jax.jit
+    def sums(params, batch):
+        return cross_entropy(model.apply({"params": params}, batch)[0], batch)
+
+    def holdout_loss(params) -> float:
+        found = np.array([jax.device_get(sums(params, jax.device_put(batch, placed))) for batch in batches])
+        return float(found[:, 0].sum() / found[:, 1].sum())
+
+    return holdout_loss
+
+
+def print_data(source: sources.Source, spans: list[loop.StageSpan], rows: dict[str, sources.Split]) -> None:
+    print(f"\ndata       {source.name}: {len(source.train.rows):,} rows, {len(source.holdout.rows):,} held out, "
+          f"{len(source.test.rows):,} to test")  # fmt: skip
+    for s in spans:
+        print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} rows, {s.stage.rows} "
+              f"({len(rows[s.name].rows):,} rows), lr {s.stage.lr:g}")  # fmt: skip
+    print(flush=True)
+
+
+def write_run_files(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, model: SparseCut) -> None:
+    """Resolved config, tokenizer and the picture of the plan."""
+    with open(os.path.join(cfg.workdir, "config.json"), "w") as file:
+        file.write(config_lib.to_json(cfg) + "\n")
+    tokenizer.save(os.path.join(cfg.workdir, "tokenizer"))
+    plots.save_plan(os.path.join(cfg.workdir, "shortcuts.png"), model.plan)
+
+
+def write_json(path: str, values: dict) -> None:
+    """Whole or not at all."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def print_written(workdir: str, seconds: float) -> None:
+    what = {
+        "results.json": "these figures",
+        "metrics.jsonl": "loss, norms and speed by step",
+        "loss.png": "the loss curve",
+        "shortcuts.png": "the plan as a picture",
+        "config.json": "every setting",
+        "tokenizer": "for transformers' AutoTokenizer",
+        "tensorboard": "the same for TensorBoard",
+        "checkpoints": "latest and best",
+    }
+    print(f"\nwritten to {workdir} in {seconds:.0f} s:")
+    for name, told in what.items():
+        if os.path.exists(os.path.join(workdir, name)):
+            print(f"  {name:<14} {told}")
+    print(f"\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt=\"what color is the shape?\"")
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(lambda: train(cli.typed_config()), __doc__)

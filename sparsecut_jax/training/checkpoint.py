@@ -1,0 +1,205 @@
+"""Checkpoints of a run: everything needed to go on, evaluate or answer, written by Orbax in the background.
+
+A checkpoint holds the train state, the position in the data, and as JSON the resolved config, the
+tokenizer and where in the stages the run stands. Orbax writes to a temporary folder and renames it, so a
+half-written one is never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from orbax.checkpoint import checkpoint_managers as policies
+
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.config import Config
+from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.types import TrainState, UserError
+
+METRIC = "holdout_loss"
+
+# Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
+FREE_ON_RESUME = (
+    "workdir", "mesh", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.images", "init_from",
+    "init_parts",
+)  # fmt: skip
+
+
+class Checkpoints:
+    """The folder `workdir`/checkpoints: the latest ones and the best one by held-out loss."""
+
+    def __init__(self, workdir: str, keep: int = 1, read_only: bool = False):
+        self.workdir = workdir
+        self.folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+        best = policies.BestN(
+            get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        usable = not read_only or os.path.isdir(self.folder)
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if usable else None
+
+    @property
+    def latest(self) -> int | None:
+        return None if self.manager is None else self.manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """Step with the lowest held-out loss; the latest where nothing was evaluated."""
+        best = None if self.manager is None else self.manager.best_step()
+        return self.latest if best is None else best
+
+    def save(
+        self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], holdout_loss: float | None
+    ) -> None:
+        """Writes in the background. Refuses (ValueError) a state with a parameter that is not finite."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        if not bool(_all_finite(state.params)):
+            raise ValueError(f"step {step} has parameters that are not finite")
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(data),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self.manager.save(step, args=items, metrics=None if holdout_loss is None else {METRIC: holdout_loss}, force=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, error) from error
+
+    def restore_state(self, step: int, target: Any) -> TrainState:
+        """The train state, in the shapes, dtypes and shardings of `target` (a tree of ShapeDtypeStruct).
+
+        Raises:
+          UserError: the checkpoint holds other parameters or shapes, or cannot be read.
+        """
+        self._compare(step, target)
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(step, error) from error
+
+    def restore_params(self, step: int, target: Any) -> Any:
+        """The parameters alone, for evaluation: no optimizer state is read."""
+        folder = os.path.join(self.folder, str(step), "state")
+        item = {"params": target}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        self._compare(step, item)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+                return reader.restore(folder, args=args)["params"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(step, error) from error
+
+    def restore_data(self, step: int, iterator: grain.DatasetIterator) -> None:
+        """Moves the iterator to where the run stood."""
+        try:
+            self.manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, error) from error
+
+    def close(self) -> None:
+        if self.manager is not None:
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    def shapes(self, step: int) -> dict[str, str]:
+        """{"params/llm/head": "float32[64, 384]", ...}: what the checkpoint holds, without reading it."""
+        try:
+            found = self.manager.item_metadata(step)["state"]
+            return _shapes(getattr(found, "tree", found))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(step, error) from error
+
+    def _compare(self, step: int, target: Any) -> None:
+        """Names the first arrays that are not as expected; Orbax itself would flood the log."""
+        found = self.shapes(step)
+        wrong = [
+            f"{path}: expected {want}, got {found.get(path, 'nothing')}"
+            for path, want in _shapes(target).items()
+            if found.get(path) != want
+        ]
+        if wrong:
+            raise UserError(f"checkpoint {self.folder}/{step} is of another model: {'; '.join(wrong[:3])}")
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return UserError(f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); delete that folder to go on without it")
+
+
+def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Config, Tokenizer]:
+    """A finished or running run, to read from: its checkpoints, a step, its config and its tokenizer.
+
+    which: "latest", "best" or a step.
+
+    Raises:
+      UserError: `workdir` holds no checkpoint, or not that one.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    if checkpoints.latest is None:
+        raise UserError(f"workdir {workdir!r} holds no checkpoint; expected the workdir of a run of sparsecut_jax.train")
+    if which in ("latest", "best"):
+        step = checkpoints.latest if which == "latest" else checkpoints.best
+    else:
+        steps = checkpoints.manager.all_steps()
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(f"checkpoint {which!r} is not in {workdir}; expected latest, best or one of {sorted(steps)}")
+        step = int(which)
+    meta = checkpoints.meta(step)
+    return checkpoints, step, config_lib.check(meta["config"]), tokenizer_lib.from_json(meta["tokenizer"])
+
+
+def check_resumable(saved: dict[str, Any], cfg: Config, workdir: str) -> None:
+    """Raises UserError naming the first setting that differs from the run's and would change its results."""
+    new = _flat(json.loads(config_lib.to_json(cfg)))
+    old = _flat(saved)
+    for key in sorted(set(new) | set(old)):
+        if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
+            continue
+        if new.get(key) != old.get(key):
+            raise UserError(
+                f"{workdir} holds a run with config.{key}={old.get(key)!r}, now it is {new.get(key)!r}; resume with the "
+                "same value, or give another --config.workdir (and --config.init_from to start from this run's parts)"
+            )
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep=".")
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """{path: "float32[3, 4]"} of a tree of arrays, ShapeDtypeStructs or Orbax metadata."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    return {
+        "/".join(key(k) for k in path): f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        for path, leaf in leaves
+        if hasattr(leaf, "shape") and leaf.shape is not None
+    }

@@ -1,0 +1,223 @@
+"""One stage of training on the host: feeds the step, logs, evaluates, saves, and knows when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsecut_jax import sharding
+from sparsecut_jax.cli import Exit
+from sparsecut_jax.config import Config, StageConfig
+from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.training.checkpoint import Checkpoints
+from sparsecut_jax.training.report import MetricsWriter, Progress, shortcut_names
+from sparsecut_jax.types import Batch, TrainState, UserError
+
+BAD_UPDATES_IN_A_ROW = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpan:
+    """A stage and its optimizer steps first..last-1 of the run."""
+
+    name: str
+    stage: StageConfig
+    first: int
+    last: int
+
+
+def plan_stages(cfg: Config, rows: dict[str, int]) -> list[StageSpan]:
+    """The stages of a run, given the number of training rows of each."""
+    spans, first = [], 0
+    for name in cfg.run_stages:
+        stage = cfg.stages[name]
+        steps = stage.max_steps or max(1, round(stage.epochs * rows[name] / stage.batch_size))
+        spans.append(StageSpan(name, stage, first, first + steps))
+        first += steps
+    return spans
+
+
+class StopSignal:
+    """Remembers a SIGTERM, so that the run can save at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+
+class Compilations:
+    """Counts what XLA compiles in this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, *_: Any, **__: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a stage needs besides the state.
+
+    Attributes:
+      step: the jitted training step.
+      holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
+      meta: what a checkpoint says beside arrays.
+      is_last: whether held-out losses are compared to find the best checkpoint.
+    """
+
+    span: StageSpan
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    data: grain.DatasetIterator
+    holdout_loss: Callable[[Any], float] | None
+    meta: dict[str, Any]
+    is_last: bool
+
+
+def run_stage(
+    stage: Stage,
+    state: TrainState,
+    cfg: Config,
+    plan: Plan,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    stop: StopSignal,
+    compilations: Compilations,
+) -> TrainState:
+    """Trains from state.step to the end of the stage.
+
+    Raises:
+      Exit: 3 after SIGTERM, once everything is saved; 4 after BAD_UPDATES_IN_A_ROW updates without a finite
+        loss and gradient, or when a parameter is not finite.
+      UserError: a batch without one supervised token.
+    """
+    span, at = stage.span, int(state.step)
+    placed = sharding.batch_sharding(mesh)
+    window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
+    log = _Log(cfg, span, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
+    pending: tuple[int, dict[str, Any]] | None = None
+    evaluated: dict[int, float] = {}
+
+    def evaluate(step: int) -> None:
+        if stage.holdout_loss is not None and step not in evaluated:
+            evaluated[step] = stage.holdout_loss(state.params)
+            log.held_out(step, evaluated[step])
+
+    def save() -> None:
+        step = int(state.step)
+        loss = evaluated.get(step) if stage.is_last else None
+        try:
+            checkpoints.save(state, stage.data, stage.meta, loss)
+        except ValueError as error:
+            raise Exit(4, f"stopped without saving: {error}") from error
+
+    try:
+        while at < span.last:
+            if at == window[0]:
+                jax.profiler.start_trace(f"{cfg.workdir}/profile")
+            began = time.monotonic()
+            batch = next(stage.data)
+            waited = time.monotonic() - began
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+            state, metrics = stage.step(state, batch)
+            at += 1
+            # The step before is read only now, while this one runs: the device never waits for the host.
+            if pending is not None:
+                log.step(*pending)
+            pending = (at, {**metrics, "input_wait": waited})
+            if at == window[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                log.progress.write(f"profile of steps {cfg.profile} in {cfg.workdir}/profile")
+            ends = at == span.last
+            due = cfg.checkpoint.every and at % cfg.checkpoint.every == 0
+            if ends or stop.asked or due or (cfg.eval.every and at % cfg.eval.every == 0):
+                log.step(*pending)
+                pending = None
+            if ends or (cfg.eval.every and at % cfg.eval.every == 0):
+                evaluate(at)
+            if ends or due or stop.asked:
+                save()
+            if stop.asked:
+                checkpoints.manager.wait_until_finished()
+                raise Exit(3, f"stopped by SIGTERM after saving step {at}; the same command goes on from there")
+    finally:
+        log.progress.close()
+    return state
+
+
+class _Log:
+    """Looks at the metrics of every step, and shows and writes those of every `log_every`-th."""
+
+    def __init__(self, cfg, span, plan, writer, compilations, progress):
+        self.cfg, self.span, self.writer, self.compilations, self.progress = cfg, span, writer, compilations, progress
+        self.names = shortcut_names(plan)
+        self.since, self.tokens, self.supervised, self.waited, self.steps = time.monotonic(), 0, 0, 0.0, 0
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        waited = metrics.pop("input_wait")
+        values = jax.device_get(metrics)
+        self.tokens += int(values["tokens"])
+        self.supervised += int(values["supervised_tokens"])
+        self.waited += waited
+        self.steps += 1
+        if values["supervised_tokens"] == 0:
+            raise UserError(f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data")
+        if int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
+            raise Exit(
+                4,
+                f"diverged: loss or gradient not finite in {BAD_UPDATES_IN_A_ROW} updates in a row, up to step {step}; "
+                f"the parameters of the last finite one are kept; lower config.stages.{self.span.name}.lr",
+            )
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+            self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")
+        if step % self.cfg.log_every == 0 or step == self.span.last or step == self.span.first + 1:
+            self._write(step, values)
+        self.progress.update()
+
+    def held_out(self, step: int, loss: float) -> None:
+        self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
+        self.progress.write(f"step {step}: held-out loss {loss:.4f}")
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        line = {
+            "stage": self.span.name,
+            "loss": _number(values["loss"]),
+            "lr": _number(values["lr"]),
+            "grad_norm": _number(values["grad_norm"]),
+            "grad_norm_by_part": {part: _number(norm) for part, norm in values["grad_norm_by_part"].items()},
+            "shortcut_ratio": {
+                name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names
+            },
+            "tokens_per_second": self.tokens / seconds,
+            "supervised_tokens": self.supervised,
+            "seconds_per_step": seconds / self.steps,
+            "input_wait": self.waited / seconds,
+            "skipped_updates": int(values["skipped"]),
+            "compilations": self.compilations.count,
+        }
+        self.writer.write(step, line)
+        self.progress.note(
+            f"loss {line['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {self.supervised:,} supervised"
+        )
+        self.since, self.tokens, self.waited, self.steps = time.monotonic(), 0, 0.0, 0
+
+
+def _number(x: Any) -> float | None:
+    """A Python float that JSON can hold; None for what is not finite."""
+    x = float(x)
+    return x if np.isfinite(x) else None

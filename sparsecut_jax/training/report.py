@@ -1,0 +1,165 @@
+"""What a run shows and writes: tables at the start, a progress bar, metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sparsecut_jax.models.shortcuts import Plan
+
+
+def heading(mesh: Mesh, plan: Plan, params: Any, trainable: dict[str, int], dtype: Any) -> str:
+    """Devices, mesh, parameters by part and the shortcut plan, as text. `trainable`: numbers by stage and part."""
+    devices = mesh.devices.flatten()
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process"
+        + ("es" if jax.process_count() > 1 else ""),
+        f"mesh       {axes}, computing in {np.dtype(dtype).name}",
+        "",
+        table(
+            ["part", "parameters", *(f"trained in {stage}" for stage in trainable)],
+            [
+                [part, f"{count(params[part]):,}", *(f"{numbers.get(part, 0):,}" for numbers in trainable.values())]
+                for part in params
+            ]
+            + [["total", f"{count(params):,}", *(f"{sum(n.values()):,}" for n in trainable.values())]],
+        ),
+        "",
+        plan_table(plan),
+    ]
+    return "\n".join(lines)
+
+
+def plan_table(plan: Plan) -> str:
+    """The shortcuts as a small table."""
+    if not plan.pairs:
+        return f"shortcuts  none; main feature: output of ViT block {plan.main_level} of {plan.vit_depth}"
+    where = "before" if plan.position == "pre" else "after"
+    head = f"shortcuts  {len(plan.pairs)}, added {where} the layer; main feature: output of ViT block {plan.main_level}"
+    rows = [
+        [f"ViT block (of {plan.vit_depth})", *(str(level) for level, _ in plan.pairs)],
+        [f"LLM layer (of {plan.llm_depth})", *(str(layer) for _, layer in plan.pairs)],
+    ]
+    return head + "\n" + table(rows[0], rows[1:])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = lambda row: "  ".join(
+        cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "\n".join("  " + line(row).rstrip() for row in [head, *rows])
+
+
+def count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def shortcut_names(plan: Plan) -> list[tuple[int, int, str]]:
+    """(layer, place in the route, "vit3_llm5") of every shortcut."""
+    route = plan.route
+    return [
+        (layer, a, f"vit{plan.levels[route[layer, a]]}_llm{layer}")
+        for layer in range(route.shape[0])
+        for a in range(route.shape[1])
+        if route[layer, a] >= 0
+    ]
+
+
+class Progress:
+    """A bar on a terminal; a plain line every `seconds` elsewhere, so that log files stay readable."""
+
+    def __init__(self, total: int, initial: int, name: str, seconds: float = 15.0):
+        self.total, self.done, self.name, self.seconds = total, initial, name, seconds
+        self.initial, self.text, self.started = initial, "", time.monotonic()
+        self.shown = self.started
+        terminal = sys.stdout.isatty()
+        form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        self.bar = tqdm(total=total, initial=initial, desc=name, file=sys.stdout, bar_format=form) if terminal else None
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() - self.shown >= self.seconds or self.done == self.total:
+            self._line()
+
+    def note(self, text: str) -> None:
+        self.text = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def write(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _line(self) -> None:
+        self.shown = time.monotonic()
+        elapsed = self.shown - self.started
+        left = elapsed / max(1, self.done - self.initial) * (self.total - self.done)
+        print(f"{self.name} {self.done}/{self.total} [{elapsed:.0f}s, {left:.0f}s left] {self.text}", flush=True)
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard events in the workdir; a resumed run takes its own later lines back first."""
+
+    def __init__(self, workdir: str, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= first_step]
+        with open(self.path + ".tmp", "w") as file:
+            file.writelines(lines)
+        os.replace(self.path + ".tmp", self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115 - open for the whole run
+        self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in _scalars(values):
+            self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a line cut off by a kill is left out."""
+    found = []
+    try:
+        with open(os.path.join(workdir, "metrics.jsonl")) as file:
+            for line in file:
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            found.append((prefix + name, value))
+    return found

@@ -1,0 +1,115 @@
+"""Where a run begins: fresh parameters in their shardings, parts of another run, or a checkpoint's shapes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from sparsecut_jax import sharding
+from sparsecut_jax.config import Config
+from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.training import checkpoint
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.types import Batch, TrainState, UserError
+
+
+def example_batch(cfg: Config) -> Batch:
+    """The smallest batch that touches every parameter."""
+    t, m = cfg.tokens_per_image + 1, cfg.data.max_images
+    size, views = cfg.vision.image_size, FUSIONS[cfg.fusion.name].views
+    ints = np.zeros((1, t), np.int32)
+    return Batch(
+        tokens=ints,
+        loss_mask=ints.astype(np.uint8),
+        segments=ints,
+        branches=ints,
+        positions=ints,
+        views=np.zeros((1, m, views, size, size, 3), np.uint8),
+        image_start=np.zeros((1, m), np.int32),
+    )
+
+
+def abstract_params(model: SparseCut, cfg: Config, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of all parameters, without making them. Raises UserError if they cannot be split."""
+    batch = example_batch(cfg)
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
+    shardings = sharding.param_shardings(boxed, mesh)
+
+    def leaf(path, array, placed):
+        try:
+            placed.shard_shape(array.shape)
+        except ValueError:
+            name = "/".join(str(k.key) for k in path)
+            raise UserError(
+                f"mesh({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) cannot split parameter {name} of shape "
+                f"{array.shape} as {placed.spec}; choose mesh sizes that divide its axes"
+            ) from None
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed)
+
+    return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed), shardings)
+
+
+def init_params(model: SparseCut, cfg: Config, abstract: Any) -> Any:
+    """Fresh parameters, born in their shardings; the same values on every mesh."""
+    batch = example_batch(cfg)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = lambda key: nn.meta.unbox(model.init(key, batch)["params"])
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed))
+
+
+def abstract_state(abstract: Any, trainable: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The train state of a stage as shapes and shardings; moments are split like their parameters."""
+    moving, _ = opt.split(abstract, trainable)
+    whole = sharding.replicated(mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(tx.init, moving),
+        moving,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    return TrainState(scalar, abstract, opt_state, scalar, scalar)
+
+
+def begin_stage(abstract: TrainState, params: Any, trainable: tuple[str, ...], tx, step: int, skipped: int) -> TrainState:
+    """State at the first step of a stage: these parameters, a fresh optimizer."""
+    moving, _ = opt.split(params, trainable)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(tx.init, out_shardings=shardings)(moving)
+    place = lambda value: jax.device_put(jnp.int32(value), abstract.step.sharding)
+    return TrainState(place(step), params, opt_state, place(skipped), place(0))
+
+
+def init_from(workdir: str, patterns: tuple[str, ...], params: Any) -> tuple[Any, str]:
+    """Parameters with parts taken from another run, and a report of what was loaded, is fresh, was left unused.
+
+    Raises:
+      UserError: `workdir` is no run, a regex matches nothing in it, or a tensor has another shape.
+    """
+    run, step, _, _ = checkpoint.open_run(workdir)
+    saved = {k.removeprefix("params/"): v for k, v in run.shapes(step).items() if k.startswith("params/")}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in saved):
+            raise UserError(f"config.init_parts has {pattern!r}, which matches no parameter of {workdir}")
+    wanted = {path for path in saved if any(re.fullmatch(p, path) for p in patterns)}
+    taken = {path: leaf for path, leaf in flat.items() if path in wanted}
+    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in taken.items()}
+    loaded = run.restore_params(step, traverse_util.unflatten_dict(target, sep="/"))
+    run.close()
+    flat = {**flat, **traverse_util.flatten_dict(loaded, sep="/")}
+    fresh, unused = sorted(set(flat) - set(taken)), sorted(set(saved) - set(taken))
+    report = [f"init_from {workdir} step {step}: {len(taken)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"]
+    report += [f"  fresh:  {path} {list(flat[path].shape)}" for path in fresh]
+    report += [f"  unused: {path} {saved[path]}" for path in unused]
+    return traverse_util.unflatten_dict(flat, sep="/"), "\n".join(report)

@@ -1,0 +1,101 @@
+"""The training step: one jitted, donated function from (state, batch) to (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.types import Batch, TrainState
+
+
+def make_gradients(model: SparseCut, accumulate: int) -> Callable:
+    """Function (trainable, frozen, batch, key) -> (loss sum, count, gradient of the sum, shortcut ratios).
+
+    Only `trainable`, a flat dict, is differentiated. With `accumulate` > 1 the rows are taken in that
+    many turns; sums of losses and gradients make the result that of the whole batch.
+    """
+
+    def loss_fn(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
+        logits, seen = model.apply({"params": opt.join(frozen, trainable)}, batch, rngs={"dropout": key})
+        total, count = cross_entropy(logits, batch)
+        return total + seen["aux_loss"] * count, (count, seen.get("shortcut_ratio", jnp.zeros((0, 1))))
+
+    def gradients(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
+        def one(batch: Batch, key: jax.Array):
+            (total, (count, ratio)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, frozen, batch, key)
+            return total, count, grads, ratio
+
+        if accumulate == 1:
+            return one(batch, key)
+        # Strided, so that each turn has rows of every device.
+        turns = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], turns), key))
+        add = lambda carry, turn: (jax.tree.map(jnp.add, carry, one(turn[0], turn[1])), None)
+        (total, count, grads, ratio), _ = jax.lax.scan(add, zero, (turns, jax.random.split(key, accumulate)))
+        return total, count, grads, ratio / accumulate
+
+    return gradients
+
+
+def make_train_step(
+    model: SparseCut,
+    trainable: tuple[str, ...],
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    first_step: int,
+    accumulate: int,
+    seed: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """The step of one stage, to be jitted.
+
+    Args:
+      trainable: regexes on parameter paths.
+      learning_rate: of the step within the stage, which begins at `first_step` of the run.
+
+    An update whose loss or gradient is not finite, or that has no supervised token, is left out: parameters
+    and Adam's moments stay, step and schedule go on; `state.streak` counts how many in a row.
+    """
+    gradients = make_gradients(model, accumulate)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        moving, frozen = opt.split(state.params, trainable)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        total, count, grads, ratio = gradients(moving, frozen, batch, key)
+        loss = total / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
+
+        updates, opt_state = tx.update(grads, state.opt_state, moving)
+        lr = learning_rate(state.step - first_step)
+        moved = optax.apply_updates(moving, jax.tree.map(lambda u: -lr * u, updates))
+        keep = lambda new, old: jnp.where(good, new, old)
+        bad = 1 - good.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=opt.join(frozen, jax.tree.map(keep, moved, moving)),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            streak=(state.streak + 1) * bad,
+        )
+        metrics = {
+            "loss": loss,
+            "supervised_tokens": count,
+            "tokens": jnp.sum(batch.segments > 0),
+            "grad_norm": norm,
+            "grad_norm_by_part": opt.part_norms(grads),
+            "lr": lr,
+            "shortcut_ratio": ratio,
+            "skipped": state.skipped,
+            "streak": state.streak,
+        }
+        return state, metrics
+
+    return train_step
