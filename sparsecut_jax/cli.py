@@ -6,6 +6,7 @@ saving, 4 training diverged.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -63,35 +64,50 @@ def typed_config() -> config_lib.Config:
 
 def _parse() -> None:
     """Flags from the command line. Raises UserError in one sentence for whatever absl or the config file says."""
-    path = next((a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith(("--config=", "-config="))), None)
-    if path is not None:
-        file = path.split(":", 1)[0]
-        if not os.path.isfile(file):
-            near = os.path.dirname(file) or "."
-            known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
-            listing = f"; {near} has {', '.join(known)}" if known else ""
-            raise UserError(f"config file {file!r} is not there{listing}")
+    file = _config_file()
+    for arg in sys.argv[1:]:
+        name, given, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name.startswith("config."):
+            config_lib.check_override(name, value if given else None)
     try:
         rest = flags.FLAGS(sys.argv)
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        near = f"; did you mean --{error.suggestions[0]}?" if getattr(error, "suggestions", None) else ""
+        near = config_lib.nearest(error.flagname, list(flags.FLAGS))
         raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
-    except (KeyError, AttributeError) as error:
-        raise UserError(_one_line(f"{error.args[0] if error.args else error}")) from error
-    except Exception as error:  # whatever a config file or a flag's value raises is the user's to mend
-        raise UserError(_one_line(str(error))) from error
+    except flags.Error as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
+        raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are written --config.key=value")
 
 
-def _one_line(text: str) -> str:
-    """The telling line of an error: the last one of a traceback, the first one of anything else."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    if not lines:
-        return "unknown error"
-    return lines[-1] if "Traceback" in text or "Error whilst parsing" in text else lines[0]
+def _config_file() -> str | None:
+    """The file that --config names. Raises UserError if it is not there."""
+    args = sys.argv[1:]
+    path = next((a.partition("=")[2] for a in args if a.lstrip("-").startswith("config=")), None)
+    if path is None:
+        path = next((value for flag, value in itertools.pairwise(args) if flag in ("--config", "-config")), None)
+    if path is None:
+        return None
+    file = path.split(":", 1)[0]
+    if not os.path.isfile(file):
+        near = os.path.dirname(file) or "."
+        known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
+        listing = f"; {near} has {', '.join(known)}" if known else ""
+        raise UserError(f"config file {file!r} is not there{listing}")
+    return file
+
+
+def _cause(error: Exception, file: str | None) -> str:
+    """What a config file raised, and on which of its lines."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == os.path.abspath(file or "")]
+    where = f" (line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, KeyError) and error.args:
+        return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}{where}"
 
 
 def _help(doc: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -195,7 +196,7 @@ def variant_arguments(text: str, **known: Any) -> ConfigDict:
         key, _, value = item.partition("=")
         if key not in known:
             listing = ", ".join(known)
-            raise UserError(f"config variant {key!r} is not known{_nearest(key, known)}; known: {listing}")
+            raise UserError(f"config variant {key!r} is not known{nearest(key, known)}; known: {listing}")
         if isinstance(known[key], bool):
             if value not in ("", "True", "true", "1", "False", "false", "0"):
                 raise UserError(f"config variant {key}={value!r}: expected True or False")
@@ -222,7 +223,34 @@ def to_json(cfg: Config) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2)
 
 
-def _nearest(key: str, known: Any) -> str:
+def check_override(name: str, value: str | None) -> None:
+    """Checks `config.a.b` and its text value, as given on the command line. Raises UserError."""
+    kind: Any = Config
+    path = "config"
+    for key in name.split(".")[1:]:
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif not dataclasses.is_dataclass(kind):
+            raise UserError(f"{name} is not a setting; {path} has no settings of its own")
+        else:
+            hints = typing.get_type_hints(kind)
+            if key not in hints:
+                raise UserError(f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}")
+            kind = hints[key]
+        path += f".{key}"
+    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+        raise UserError(f"{name} is a group of settings; set one of them, {name}.KEY=value")
+    if kind in (int, float) and value is not None:
+        try:
+            kind(value)
+        except ValueError:
+            raise UserError(f"{name}={value!r}: expected {kind.__name__}") from None
+    if kind is bool and (value or "").lower() not in ("true", "false"):
+        raise UserError(f"{name}={value!r}: expected True or False")
+
+
+def nearest(key: str, known: Any) -> str:
+    """Text "; did you mean 'x'?" for the nearest of `known`, or nothing."""
     close = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -233,7 +261,7 @@ def _build(kind: type, raw: Any, path: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in raw:
         if key not in hints:
-            raise UserError(f"{path}.{key} is not a setting{_nearest(key, hints)}; known: {', '.join(sorted(hints))}")
+            raise UserError(f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}")
     return kind(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in raw.items()})
 
 
@@ -245,7 +273,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value not in args:
             listing = ", ".join(map(str, args))
-            raise UserError(f"{path}={value!r}: expected one of {listing}{_nearest(value, args)}")
+            raise UserError(f"{path}={value!r}: expected one of {listing}{nearest(value, args)}")
         return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
@@ -254,8 +282,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r}: expected a group of settings")
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{path} has the key {key!r}; expected a name")
         return {key: _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise UserError(f"{path}={value!r}: expected a finite number")
         return float(value)
     if type(value) is not hint:
         raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
@@ -306,11 +339,16 @@ def _check_values(cfg: Config) -> None:
         f"config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width={v.width}",
     )
     need(len(v.mean) == 3 and len(v.std) == 3, "config.vision.mean and .std: expected three numbers each")
+    need(min(v.std) > 0, f"config.vision.std={v.std}: expected positive numbers")
+    for key, value in {"vision.norm_eps": v.norm_eps, "llm.norm_eps": m.norm_eps, "llm.rope_theta": m.rope_theta}.items():
+        need(value > 0, f"config.{key}={value}: expected a positive number")
+    _check_regexes("config.init_parts", cfg.init_parts)
+    need(len(set(cfg.run_stages)) == len(cfg.run_stages), f"config.run_stages={cfg.run_stages} names a stage twice")
     need(len(cfg.run_stages) > 0, "config.run_stages is empty: name at least one stage")
     for name in cfg.run_stages:
         need(
             name in cfg.stages,
-            f"config.run_stages names {name!r}, which is not in config.stages{_nearest(name, cfg.stages)}; "
+            f"config.run_stages names {name!r}, which is not in config.stages{nearest(name, cfg.stages)}; "
             f"known: {', '.join(cfg.stages)}",
         )
     for name, stage in cfg.stages.items():
@@ -339,8 +377,17 @@ def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.F
         stage.seq_len > image_tokens,
         f"{at}.seq_len={stage.seq_len} leaves no room for text beside {image_tokens} image tokens",
     )
-    for pattern in stage.trainable:
+    _check_regexes(f"{at}.trainable", stage.trainable)
+    need(stage.max_steps >= 0, f"{at}.max_steps={stage.max_steps}: expected 0 or more")
+    for key in ("b1", "b2", "final_lr"):
+        need(0 <= getattr(stage, key) <= 1, f"{at}.{key}={getattr(stage, key)}: expected 0 to 1")
+    for key in ("clip_norm", "weight_decay"):
+        need(getattr(stage, key) >= 0, f"{at}.{key}={getattr(stage, key)}: expected 0 or more")
+
+
+def _check_regexes(name: str, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{at}.trainable has {pattern!r}, which is no regex: {error}") from None
+            raise UserError(f"{name} has {pattern!r}, which is no regex: {error}") from None

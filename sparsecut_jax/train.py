@@ -58,7 +58,7 @@ def train(cfg: Config) -> dict[str, float]:
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source)
     cfg = with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
-    rows = {name: source.stage_rows(cfg.stages[name].rows) for name in cfg.run_stages}
+    rows = {name: fitting_rows(source, cfg.stages[name], cfg, tokenizer) for name in cfg.run_stages}
     spans = loop.plan_stages(cfg, {name: len(split.rows) for name, split in rows.items()})
 
     # ------------------------------------------------------------------ model
@@ -178,13 +178,27 @@ def with_vocabulary(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> Config:
     return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=size))
 
 
+def fitting_rows(source: sources.Source, stage: StageConfig, cfg: Config, tokenizer) -> sources.Split:
+    """Training rows of a stage without those whose image and first answer do not fit; says which were left out."""
+    split = source.stage_rows(stage.rows)
+    kept, dropped = pipeline.fitting(split.rows, stage, cfg, tokenizer)
+    if not kept:
+        raise UserError(f"none of the {len(dropped)} rows fits: {dropped[0]}")
+    if dropped:
+        print(f"left out   {len(dropped):,} of {len(split.rows):,} rows that do not fit; the first: {dropped[0]}")
+    return sources.Split(kept, split.images)
+
+
 def make_holdout_loss(
     model: SparseCut, source: sources.Source, stage: StageConfig, cfg: Config, tokenizer, pictures, mesh: Mesh
 ):
     """Function of the parameters: mean loss over the held-out rows. None if there are none."""
     if not source.holdout.rows or not cfg.eval.every:
         return None
-    split = sources.Source(source.name, source.holdout, source.holdout, source.test, "").stage_rows(stage.rows)
+    split = source.stage_rows(stage.rows, source.holdout)
+    split = sources.Split(pipeline.fitting(split.rows, stage, cfg, tokenizer)[0], split.images)
+    if not split.rows:
+        return None
     batches = pipeline.fixed_batches(split, stage, cfg, tokenizer, pictures)
     placed = sharding.batch_sharding(mesh)
 

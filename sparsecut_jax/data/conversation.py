@@ -80,11 +80,10 @@ def check_row(row: Any, name: str, max_images: int) -> None:
     need(isinstance(row, dict), f"expected an object, got {type(row).__name__}")
     turns = row.get("conversations")
     need(isinstance(turns, list) and len(turns) > 0, "key 'conversations' must be a list with at least one turn")
+    need(not ("image" in row and "images" in row), "both keys 'image' and 'images' are there; expected one of them")
     image = row.get("image", row.get("images"))
-    need(
-        image is None or isinstance(image, str) or (isinstance(image, list) and all(isinstance(i, str) for i in image)),
-        "key 'image' must be a path or a list of paths",
-    )
+    paths = image if isinstance(image, list) else [] if image is None else [image]
+    need(all(isinstance(path, str) and path for path in paths), "key 'image' must be a path or a list of paths")
     need(isinstance(row.get("independent", False), bool), "key 'independent' must be true or false")
     marks = 0
     for i, turn in enumerate(turns):
@@ -102,7 +101,7 @@ def check_row(row: Any, name: str, max_images: int) -> None:
     if row.get("independent"):
         first = turns[0]["value"]
         need(
-            all(IMAGE not in turn["value"] for turn in turns[2:]) and (not images or first.startswith(IMAGE)),
+            first.startswith(IMAGE * images) and all(IMAGE not in turn["value"] for turn in turns[2:]),
             f"independent turns need every {IMAGE} at the start of the first question",
         )
 
@@ -133,12 +132,12 @@ def encode_row(
     pairs = list(zip(row["conversations"][::2], row["conversations"][1::2], strict=True))
     name = f"row {row.get('id', '?')!r}"
     independent = bool(row.get("independent")) and template.question
+    shared = template.user + IMAGE * len(images_of(row)) if images_of(row) else ""
     if not template.question:
         pairs = pairs[:1]
     writer.special(tokenizer.bos)
     writer.text(template.system)
     if independent:
-        shared = template.user + IMAGE * len(images_of(row))
         writer.prompt(shared)
         if order is not None:
             pairs = [pairs[i] for i in order]
@@ -147,24 +146,21 @@ def encode_row(
         before = writer.mark()
         if independent:
             writer.new_branch()
-            writer.prompt(human["value"].replace(IMAGE, ""))
+            writer.prompt(("" if shared else template.user) + human["value"].replace(IMAGE, ""))
         else:
             value = human["value"] if template.question else IMAGE * human["value"].count(IMAGE)
             writer.prompt(template.user + value)
         writer.text(template.answer)
         writer.answer(template.space + gpt["value"], template.end)
-        if len(writer.tokens) > seq_len:
-            needed = len(writer.tokens)
-            writer.back_to(before)
-            if not kept and not independent:
-                raise TooLong(f"{name}: its first answer ends at position {needed}, but seq_len={seq_len}")
-            continue_shorter = independent  # a shorter question may still fit
-            if not continue_shorter:
-                break
-        else:
+        if len(writer.tokens) <= seq_len:
             kept += 1
+            continue
+        needed = len(writer.tokens)
+        writer.back_to(before)
+        if not independent:  # of independent questions a shorter one may still fit
+            break
     if not kept:
-        raise TooLong(f"{name}: no question fits into seq_len={seq_len}")
+        raise TooLong(f"{name}: its first answer ends at position {needed}, but seq_len={seq_len}")
     return writer.example()
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from sparsecut_jax.types import UserError
 
@@ -17,11 +17,15 @@ LOW_RES_AND_CROPS = 5
 
 def resolve(folder: str | os.PathLike, name: str) -> Path:
     """Path of image `name` in `folder`. Raises UserError if it leaves the folder or is not there."""
-    root = Path(folder).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
+    try:
+        root = Path(folder).resolve()
+        path = (root / name).resolve()
+        inside, there = path.is_relative_to(root), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no file can have such a name, or a link leads to itself
+        raise UserError(f"image {name!r} in {str(folder)!r} cannot be found: {error}") from error
+    if not inside:
         raise UserError(f"image {name!r} leaves its folder {root}")
-    if not path.is_file():
+    if not there:
         raise UserError(f"image {path} is not there")
     return path
 
@@ -35,12 +39,16 @@ def read_image(path: str | os.PathLike, max_pixels: int) -> Image.Image:
                 raise UserError(
                     f"image {path} has {width} x {height} pixels, more than config.data.max_pixels={max_pixels}"
                 )
-            return image.convert("RGB")
+            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip them
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} is not there") from None
     except Image.DecompressionBombError as error:
         raise UserError(f"image {path} is too large: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # every decoder fails in its own way
         raise UserError(f"image {path} cannot be read as an image: {error}") from error
 
 

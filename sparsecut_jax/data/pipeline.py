@@ -11,13 +11,15 @@ import numpy as np
 
 from sparsecut_jax.config import Config, StageConfig
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import TEMPLATES, Example, encode_row, images_of
+from sparsecut_jax.data.conversation import TEMPLATES, Example, TooLong, encode_row, images_of
 from sparsecut_jax.data.sources import Split
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.types import EMPTY_SLOT, Batch, UserError
 
-CACHE_BYTES = 256 << 20
+grain.config.update("py_traceback_filtering", "off")  # its filter adds lines of its own to the user's sentence
+
+CACHE_BYTES = 256 << 20  # of decoded images, per process
 
 
 class Images:
@@ -70,6 +72,18 @@ def encoder(split: Split, stage: StageConfig, cfg: Config, tokenizer: Tokenizer,
         return example, found
 
     return encode
+
+
+def fitting(rows: list, stage: StageConfig, cfg: Config, tokenizer: Tokenizer) -> tuple[list, list[str]]:
+    """The rows that fit into the stage's seq_len, and a sentence for each that does not."""
+    kept, dropped = [], []
+    for row in rows:
+        try:
+            encode_row(row, tokenizer, TEMPLATES[stage.template], cfg.tokens_per_image, stage.seq_len)
+            kept.append(row)
+        except TooLong as error:
+            dropped.append(str(error))
+    return kept, dropped
 
 
 def train_batches(

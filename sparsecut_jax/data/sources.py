@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,14 @@ class Source:
     holdout: Split
     test: Split
     test_name: str
+    caption_maker: Callable[[list[Row]], list[Row]] | None = None  # for rows that are no captions themselves
 
-    def stage_rows(self, rows: str) -> Split:
-        """Training rows of a stage; `rows` is "captions" or "conversations"."""
-        if rows == "captions" and self.name == "easy_vqa":
-            return Split(easy_vqa.captions(self.train.rows), self.train.images)
-        return self.train
+    def stage_rows(self, rows: str, split: Split | None = None) -> Split:
+        """Rows of a stage, out of the training rows or `split`; `rows` is "captions" or "conversations"."""
+        split = self.train if split is None else split
+        if rows == "captions" and self.caption_maker:
+            return Split(self.caption_maker(split.rows), split.images)
+        return split
 
     def texts(self) -> list[str]:
         """Everything a tokenizer should know, in a fixed order."""
@@ -61,9 +64,8 @@ def load_source(cfg: DataConfig) -> Source:
         train, folder = easy_vqa.load("train")
         test, test_folder = easy_vqa.load("test")
         kept, held = _hold_out(train, cfg)
-        return Source(
-            "easy_vqa", Split(kept, folder), Split(held, folder), Split(test, test_folder), "easy_vqa/test"
-        )
+        splits = Split(kept, folder), Split(held, folder), Split(test, test_folder)
+        return Source("easy_vqa", *splits, test_name="easy_vqa/test", caption_maker=easy_vqa.captions)
     rows = read_json(cfg.source)
     for i, row in enumerate(rows):
         at = f"{cfg.source} row {i} (id {row.get('id', '?') if isinstance(row, dict) else '?'!r})"
@@ -85,18 +87,20 @@ def load_source(cfg: DataConfig) -> Source:
 def read_json(path: str) -> list[Row]:
     """The rows of a JSON file, not yet checked."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             rows = json.load(file)
     except FileNotFoundError:
         raise UserError(f"data source {path!r} is not there; expected 'easy_vqa' or a JSON file of conversations") from None
     except IsADirectoryError:
         raise UserError(f"data source {path!r} is a folder; expected 'easy_vqa' or a JSON file of conversations") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"data source {path!r} is not valid JSON: {error}") from error
     except OSError as error:
         raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"data source {path!r}: expected a list with at least one row, got {type(rows).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data source {path!r} is not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"data source {path!r}: expected a list of rows, got {type(rows).__name__}")
+    if not rows:
+        raise UserError(f"data source {path!r} is an empty list; expected at least one row")
     return rows
 
 

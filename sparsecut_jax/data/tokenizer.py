@@ -38,6 +38,7 @@ class Tokenizer:
 
     @functools.lru_cache(maxsize=50_000)  # questions repeat; a call into the backend costs more than a look-up
     def encode(self, text: str) -> tuple[int, ...]:
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as broken JSON may hold, becomes "?"
         return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -71,7 +72,10 @@ def from_json(text: str) -> Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` ids; the same texts give the same tokenizer."""
+    """Byte-level BPE with at most `vocab_size` ids (UserError below 259); the same texts give the same tokenizer."""
+    smallest = 256 + len((PAD, BOS, EOS))
+    if vocab_size < smallest:
+        raise UserError(f"config.tokenizer.vocab_size={vocab_size}: all bytes and special tokens need {smallest}")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -95,8 +99,8 @@ def load(path: str) -> Tokenizer:
 
     try:
         outer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what transformers raises depends on the file that is wrong
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"tokenizer.path={path!r}: no Hugging Face tokenizer could be read there: {reason}") from error
     if outer.eos_token_id is None:
         raise UserError(f"tokenizer.path={path!r} has no end-of-text token, so an answer could never end")

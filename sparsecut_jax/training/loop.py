@@ -130,14 +130,14 @@ def run_stage(
                 jax.profiler.start_trace(f"{cfg.workdir}/profile")
             began = time.monotonic()
             batch = next(stage.data)
-            waited = time.monotonic() - began
+            log.waited += time.monotonic() - began
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
             state, metrics = stage.step(state, batch)
             at += 1
             # The step before is read only now, while this one runs: the device never waits for the host.
             if pending is not None:
                 log.step(*pending)
-            pending = (at, {**metrics, "input_wait": waited})
+            pending = (at, metrics)
             if at == window[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -168,11 +168,9 @@ class _Log:
         self.since, self.tokens, self.supervised, self.waited, self.steps = time.monotonic(), 0, 0, 0.0, 0
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        waited = metrics.pop("input_wait")
         values = jax.device_get(metrics)
         self.tokens += int(values["tokens"])
         self.supervised += int(values["supervised_tokens"])
-        self.waited += waited
         self.steps += 1
         if values["supervised_tokens"] == 0:
             raise UserError(f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data")
@@ -212,7 +210,7 @@ class _Log:
         }
         self.writer.write(step, line)
         self.progress.note(
-            f"loss {line['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {self.supervised:,} supervised"
+            f"loss {values['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {self.supervised:,} supervised"
         )
         self.since, self.tokens, self.waited, self.steps = time.monotonic(), 0, 0.0, 0
 

@@ -1,0 +1,133 @@
+"""The golden cases of tests/golden as a model, parameters and a batch. README.md there says what is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import load_file
+
+from sparsecut_jax import config
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.types import Batch
+from sparsecut_jax.weights.hf import assemble
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = ("a_cross_mlp_llama", "e_plain_llava_llama")
+N = 16
+FUSIONS = {"cross_mlp": "channel", "mlp2x_gelu": "mlp"}
+
+
+@dataclasses.dataclass
+class Case:
+    """`io` holds the inputs and outputs of the reference, `spec` the case's config.json."""
+
+    model: SparseCut
+    params: dict[str, Any]
+    batch: Batch
+    io: dict[str, np.ndarray]
+    spec: dict[str, Any]
+    unused: list[str]  # tensors of the files that the model has no use for
+
+
+def load_case(name: str) -> Case:
+    spec = json.loads((FOLDER / name / "config.json").read_text())
+    with np.load(FOLDER / name / "io.npz") as file:
+        io = dict(file)
+    raw = config.default()
+    raw.vision.update(image_size=28, patch_size=7, width=64, layers=6, heads=4, mlp_dim=128)
+    raw.llm.update(vocab_size=300, width=96, layers=8, heads=6, kv_heads=2, head_dim=16, mlp_dim=128)
+    raw.fusion.name = FUSIONS[spec["mm_projector_type"]]
+    raw.shortcuts.density = "explicit" if spec["vit_levels"] else "none"
+    raw.shortcuts.vit_levels = tuple(spec["vit_levels"])
+    raw.shortcuts.llm_layers = tuple(spec["llm_layers"])
+    cfg = config.check(raw)
+    model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
+    batch = make_batch(io)
+    template = nn.meta.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), batch)))["params"]
+    files = [f"{spec[part]}/model.safetensors" for part in ("vision_weights", "llm_weights")]
+    tensors = {}
+    for file in (*files, spec["adapter_weights"]):
+        tensors |= load_file(FOLDER / name / file)
+    params, unused = assemble(tensors, template, cfg)
+    return Case(model, params, batch, io, spec, unused)
+
+
+def make_batch(io: dict[str, np.ndarray]) -> Batch:
+    """The reference's inputs, its one -200 per row replaced by N positions and its padding cut off."""
+    count, length = io["expanded_mask"].shape
+    tokens = np.zeros((count, length), np.int32)
+    start = np.zeros((count, 1), np.int32)
+    for b in range(count):
+        ids = io["input_ids"][b][io["attention_mask"][b] == 1]
+        start[b] = at = int(np.flatnonzero(ids == -200)[0])
+        row = [*ids[:at], *[0] * N, *ids[at + 1 :]]
+        tokens[b, : len(row)] = row
+    pixels = io["pixel_values"].reshape(count, 1, -1, *io["pixel_values"].shape[-3:])
+    return Batch(
+        tokens=tokens,
+        loss_mask=(io["expanded_labels"] != -100).astype(np.uint8),
+        segments=io["expanded_mask"],
+        branches=np.zeros_like(tokens),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
+        views=pixels.transpose(0, 1, 2, 4, 5, 3),
+        image_start=start,
+    )
+
+
+def to_torch(tree: dict[str, Any], name: str) -> np.ndarray | None:
+    """The part of a parameter (or gradient) tree that has the torch name `name`, in torch's layout.
+
+    None for tensors of the tower that do not exist here: unused blocks and post_layernorm.
+    """
+    vision, llm, projector = tree["vision"], tree["llm"], tree["fusion"]["fuse"]["projector"]
+    if match := re.fullmatch(r"model\.mm_projector\.(?:mlp\.)?([02])\.(weight|bias)", name):
+        leaf = projector["fc1" if match[1] == "0" else "fc2"]
+        return leaf["kernel"].T if match[2] == "weight" else leaf["bias"]
+    if name == "model.embed_tokens.weight":
+        return llm["embedding"]
+    if name == "model.norm.weight":
+        return llm["norm"]["scale"]
+    if name == "lm_head.weight":
+        return llm["head"].T
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
+        layer = jax.tree.map(lambda x: x[int(match[1])], llm["layers"])
+        if match[2] in ("input_layernorm", "post_attention_layernorm"):
+            return layer["norm1" if match[2] == "input_layernorm" else "norm2"]["scale"]
+        kind = match[2].split(".")[1].removesuffix("_proj")
+        if kind in ("gate", "up", "down"):
+            return layer["mlp"][kind]["kernel"].T
+        if kind == "o":
+            return layer["attention"]["out"].reshape(-1, 96).T
+        return layer["attention"][kind].reshape(96, -1).T
+    if name == "vision_model.embeddings.class_embedding":
+        return vision["class_embedding"]
+    if name == "vision_model.embeddings.position_embedding.weight":
+        return vision["position_embedding"]
+    if name == "vision_model.embeddings.patch_embedding.weight":
+        return vision["patch_embedding"]["kernel"].reshape(7, 7, 3, 64).transpose(3, 2, 0, 1)
+    if match := re.fullmatch(r"vision_model\.pre_layrnorm\.(weight|bias)", name):
+        return vision["pre_norm"]["scale" if match[1] == "weight" else "bias"]
+    if match := re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        if int(match[1]) >= vision["blocks"]["norm1"]["scale"].shape[0]:
+            return None
+        block = jax.tree.map(lambda x: x[int(match[1])], vision["blocks"])
+        part, weight = match[2], match[3] == "weight"
+        if part.startswith("layer_norm"):
+            return block["norm" + part[-1]]["scale" if weight else "bias"]
+        if part.startswith("mlp"):
+            leaf = block[part.removeprefix("mlp.")]
+            return leaf["kernel"].T if weight else leaf["bias"]
+        kind = part.removeprefix("self_attn.").removesuffix("_proj")
+        leaf = block["attention"][f"{kind}_{'kernel' if weight else 'bias'}"]
+        if not weight:
+            return leaf.reshape(64)
+        return leaf.reshape(64, 64).T
+    assert re.fullmatch(r"vision_model\.post_layernorm\.(weight|bias)", name), name
+    return None

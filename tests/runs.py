@@ -1,0 +1,91 @@
+"""A run small enough for a test: 24 drawn pictures, a tower of three blocks, an LLM of three layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+from sparsecut_jax import config as config_lib
+
+ROOT = Path(__file__).resolve().parents[1]
+COLORS = ("red", "blue", "green", "yellow")
+
+
+def draw_rows(folder: Path, count: int = 24) -> Path:
+    """Pictures of one coloured square, two independent questions about each; returns the JSON file."""
+    rows = []
+    for i in range(count):
+        color = COLORS[i % len(COLORS)]
+        picture = Image.new("RGB", (32, 32), "white")
+        x, y = 2 + 5 * (i % 4), 3 + 4 * (i % 5)
+        ImageDraw.Draw(picture).rectangle((x, y, x + 9, y + 9), fill=color)
+        picture.save(folder / f"{i}.png")
+        turns = [("<image>\nwhat color?", color), ("\nis it red?", "yes" if color == "red" else "no")]
+        conversation = []
+        for question, answer in turns:
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(i), "image": f"{i}.png", "independent": True, "conversations": conversation})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def small(folder: Path, workdir: str | Path, **overrides) -> ConfigDict:
+    """Config of the small run: 4 steps of captions, 8 of questions. Overrides are dotted keys with _ for dots' sake:
+    a dict {"stages.instruct.lr": 1e-3} is given as keyword `set`."""
+    config = config_lib.default()
+    config.workdir = str(workdir)
+    config.vision.update(image_size=16, patch_size=8, width=16, layers=3, heads=2, mlp_dim=32)
+    config.llm.update(width=16, layers=3, heads=2, kv_heads=2, head_dim=8, mlp_dim=32)
+    config.shortcuts.count = 2
+    config.tokenizer.vocab_size = 300
+    config.data.update(source=str(folder / "rows.json"), images=str(folder), holdout=8, threads=1)
+    for stage in config.stages.values():
+        stage.update(trainable=("vision/.*", "fusion/.*", "llm/.*"), batch_size=8, lr=3e-3)
+    config.stages.align.update(rows="captions", template="plain", seq_len=16, max_steps=4)
+    config.stages.instruct.update(template="qa", seq_len=32, max_steps=8)
+    config.eval.update(every=4, batch_size=16, max_new_tokens=3)
+    config.checkpoint.every = 2
+    config.log_every = 1
+    for key, value in overrides.get("set", {}).items():
+        *path, last = key.split(".")
+        group = config
+        for name in path:
+            group = group[name]
+        group[last] = value
+    return config
+
+
+def write_config(path: Path, config: ConfigDict) -> Path:
+    """A config file that holds `config`, for the real commands."""
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\n"
+        "def get_config():\n"
+        "    tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else x\n"
+        f"    tree = json.loads({json.dumps(config.to_dict())!r})\n"
+        "    walk = lambda x: {k: walk(v) for k, v in x.items()} if isinstance(x, dict) else tuples(x)\n"
+        "    return ConfigDict(walk(tree))\n"
+    )
+    return path
+
+
+def command(module: str, *args: str, devices: int = 1) -> subprocess.Popen:
+    """Starts `python -m sparsecut_jax.MODULE ARGS` on that many fake devices."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", f"sparsecut_jax.{module}", *args],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err

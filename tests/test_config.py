@@ -1,0 +1,298 @@
+"""The settings: every mistake is one sentence that names key, expected and got."""
+
+import dataclasses
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from sparsecut_jax.config import Config, StageConfig, check, check_override, default, to_json, variant_arguments
+from sparsecut_jax.types import UserError
+
+
+def changed(*settings: tuple) -> dict:
+    """default() as a dict, with (dotted key, value) pairs put in."""
+    raw = default().to_dict()
+    for key, value in settings:
+        *groups, name = key.split(".")
+        group = raw
+        for part in groups:
+            group = group[part]
+        group[name] = value
+    return raw
+
+
+def sentence(*settings: tuple) -> str:
+    with pytest.raises(UserError) as caught:
+        check(changed(*settings))
+    return str(caught.value)
+
+
+def test_default_is_the_default():
+    assert check(default()) == Config()
+    assert check({}) == Config()
+
+
+def test_json_round_trip():
+    cfg = check(changed(("seed", 7), ("run_stages", ["instruct"]), ("shortcuts.vit_levels", [0, 3])))
+    assert cfg.shortcuts.vit_levels == (0, 3)
+    assert check(json.loads(to_json(cfg))) == cfg
+
+
+def test_config_dict_overrides():
+    raw = default()
+    raw.vision.width = 128
+    raw.stages.align.lr = 1e-3
+    raw.stages.extra = ConfigDict({"lr": 0.5})
+    cfg = check(raw)
+    assert cfg.vision == dataclasses.replace(Config().vision, width=128)
+    assert cfg.stages["align"] == StageConfig(lr=1e-3)
+    assert cfg.stages["extra"] == StageConfig(lr=0.5)
+    assert sorted(cfg.stages) == ["align", "extra", "instruct"]
+
+
+def test_int_is_taken_for_float_and_list_for_tuple():
+    cfg = check(changed(("stages.align.lr", 1), ("vision.mean", [0, 0.5, 1])))
+    assert cfg.stages["align"].lr == 1.0 and type(cfg.stages["align"].lr) is float
+    assert cfg.vision.mean == (0.0, 0.5, 1.0)
+    assert all(type(value) is float for value in cfg.vision.mean)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "start"),
+    [
+        ("sead", 1, "config.sead is not a setting; did you mean 'seed'?; known: checkpoint, data, "),
+        ("vision.image_sise", 1, "config.vision.image_sise is not a setting; did you mean 'image_size'?; known: "),
+        ("stages.align.lrr", 1, "config.stages.align.lrr is not a setting; did you mean 'lr'?; known: accumulate, "),
+        ("llm.qqqq", 1, "config.llm.qqqq is not a setting; known: activation, "),
+    ],
+)
+def test_misspelt_key(key, value, start):
+    assert sentence((key, value)).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("seed", 1.0, "config.seed=1.0: expected int, got float"),
+        ("seed", True, "config.seed=True: expected int, got bool"),
+        ("seed", "1", "config.seed='1': expected int, got str"),
+        ("stages.align.lr", True, "config.stages.align.lr=True: expected float, got bool"),
+        ("stages.align.lr", "1e-3", "config.stages.align.lr='1e-3': expected float, got str"),
+        ("stages.align.lr", None, "config.stages.align.lr=None: expected float, got NoneType"),
+        ("vision.remat", 1, "config.vision.remat=1: expected bool, got int"),
+        ("workdir", 3, "config.workdir=3: expected str, got int"),
+        ("run_stages", "align", "config.run_stages='align': expected a tuple, got str"),
+        ("shortcuts.vit_levels", (0, 1.5), "config.shortcuts.vit_levels[1]=1.5: expected int, got float"),
+        ("vision", 3, "config.vision: expected a group of settings, got 3"),
+        ("stages", [], "config.stages=[]: expected a group of settings"),
+        ("stages.align", None, "config.stages.align: expected a group of settings, got None"),
+    ],
+)
+def test_wrong_type(key, value, expected):
+    assert sentence((key, value)) == expected
+
+
+def test_config_is_no_group():
+    with pytest.raises(UserError, match=r"^config: expected a group of settings, got \[\]$"):
+        check([])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "shortcuts.density",
+            "spares",
+            "config.shortcuts.density='spares': expected one of none, dense, sparse, explicit; did you mean 'sparse'?",
+        ),
+        ("data.image_fit", "zzz", "config.data.image_fit='zzz': expected one of pad, squash, crop"),
+        ("data.image_fit", ["pad"], "config.data.image_fit=['pad']: expected one of pad, squash, crop"),
+        ("dtype", None, "config.dtype=None: expected one of auto, float32, bfloat16"),
+        (
+            "stages.align.rows",
+            "caption",
+            "config.stages.align.rows='caption': expected one of captions, conversations; did you mean 'captions'?",
+        ),
+    ],
+)
+def test_literal_choice(key, value, expected):
+    assert sentence((key, value)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vision.image_size", "vision.patch_size", "vision.width", "vision.layers", "vision.heads", "vision.mlp_dim",
+        "llm.width", "llm.layers", "llm.heads", "llm.kv_heads", "llm.head_dim", "llm.mlp_dim",
+        "data.max_pixels", "data.max_images", "data.threads", "eval.batch_size", "eval.max_new_tokens",
+        "checkpoint.keep", "log_every", "stages.align.seq_len", "stages.align.batch_size", "stages.align.accumulate",
+    ],
+)  # fmt: skip
+def test_at_least_one(key):
+    assert sentence((key, 0)) == f"config.{key}=0: expected at least 1"
+
+
+@pytest.mark.parametrize(
+    "key", ["llm.vocab_size", "data.holdout", "data.shift", "checkpoint.every", "eval.every", "seed"]
+)
+def test_zero_or_more(key):
+    assert check(changed((key, 0))) is not None
+    assert sentence((key, -1)) == f"config.{key}=-1: expected 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([("workdir", "")], "config.workdir is empty: name the folder that the run writes to"),
+        (
+            [("vision.image_size", 33)],
+            "config.vision.image_size=33 is not a multiple of config.vision.patch_size=8",
+        ),
+        ([("vision.width", 66)], "config.vision.width=66 is not a multiple of config.vision.heads=4"),
+        ([("llm.kv_heads", 3)], "config.llm.heads=4 is not a multiple of config.llm.kv_heads=3"),
+        ([("llm.head_dim", 15)], "config.llm.head_dim=15: rotary embedding needs an even width"),
+        (
+            [("fusion.name", "cross_attention"), ("vision.width", 200)],
+            "config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width=200",
+        ),
+        ([("vision.mean", (0.5, 0.5))], "config.vision.mean and .std: expected three numbers each"),
+        ([("vision.std", ())], "config.vision.mean and .std: expected three numbers each"),
+        ([("run_stages", ())], "config.run_stages is empty: name at least one stage"),
+        (
+            [("run_stages", ("algin",)), ("stages", {"align": {}})],
+            "config.run_stages names 'algin', which is not in config.stages; did you mean 'align'?; known: align",
+        ),
+        (
+            [("stages.align.batch_size", 10), ("stages.align.accumulate", 4)],
+            "config.stages.align.batch_size=10 is not a multiple of config.stages.align.accumulate=4",
+        ),
+        (
+            [("stages.align.epochs", 0.0)],
+            "config.stages.align: epochs=0.0 and max_steps=0 train nothing",
+        ),
+        ([("stages.align.lr", 0.0)], "config.stages.align.lr=0.0: expected a positive number"),
+        ([("stages.align.lr", float("nan"))], "config.stages.align.lr=nan: expected a finite number"),
+        (
+            [("stages.align.warmup", 1.0)],
+            "config.stages.align.warmup=1.0: expected a share of the steps, 0 to below 1",
+        ),
+        (
+            [("stages.align.warmup", -0.1)],
+            "config.stages.align.warmup=-0.1: expected a share of the steps, 0 to below 1",
+        ),
+        (
+            [("stages.align.seq_len", 16)],
+            "config.stages.align.seq_len=16 leaves no room for text beside 16 image tokens",
+        ),
+        (
+            [("stages.align.seq_len", 48), ("data.max_images", 3)],
+            "config.stages.align.seq_len=48 leaves no room for text beside 48 image tokens",
+        ),
+        (
+            [("stages.align.trainable", ("llm/.*", "*"))],
+            "config.stages.align.trainable has '*', which is no regex: nothing to repeat at position 0",
+        ),
+        *(
+            ([("profile", text)], f"config.profile='{text}': expected START:STOP in optimizer steps, START before STOP")
+            for text in ("5", "5:5", "6:5", "-1:5", "a:b", "1:2:3", "5:")
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, expected):
+    assert sentence(*settings) == expected
+
+
+def test_a_regex_of_init_parts_is_checked_too():
+    assert "config.init_parts has 'llm/(', which is no regex" in sentence(("init_parts", ("llm/(",)))
+
+
+def test_name_of_a_stage_is_text():
+    with pytest.raises(UserError, match="config.stages"):
+        check({"stages": {1: {}}})
+
+
+def test_what_is_just_right():
+    cfg = check(
+        changed(
+            ("stages.align.seq_len", 17),
+            ("stages.align.warmup", 0.0),
+            ("stages.align.epochs", 0.0),
+            ("stages.align.max_steps", 1),
+            ("profile", "5:6"),
+            ("fusion.name", "cross_attention"),
+            ("vision.width", 128),
+        )
+    )
+    assert cfg.stages["align"] == StageConfig(seq_len=17, warmup=0.0, epochs=0.0, max_steps=1)
+
+
+def test_tokens_per_image():
+    assert Config().tokens_per_image == 16
+    assert check(changed(("vision.image_size", 336), ("vision.patch_size", 14))).tokens_per_image == 576
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {"size": 1, "rate": 0.5, "name": "a", "smoke": False}),
+        ("smoke", {"size": 1, "rate": 0.5, "name": "a", "smoke": True}),
+        ("smoke=False", {"size": 1, "rate": 0.5, "name": "a", "smoke": False}),
+        ("smoke=0,size=3", {"size": 3, "rate": 0.5, "name": "a", "smoke": False}),
+        (" size=3 , smoke=true,", {"size": 3, "rate": 0.5, "name": "a", "smoke": True}),
+        ("rate=1,name=b=c", {"size": 1, "rate": 1.0, "name": "b=c", "smoke": False}),
+    ],
+)
+def test_variant_arguments(text, expected):
+    arguments = variant_arguments(text, size=1, rate=0.5, name="a", smoke=False)
+    assert arguments.to_dict() == expected
+    assert type(arguments.rate) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("smoek", "config variant 'smoek' is not known; did you mean 'smoke'?; known: size, smoke"),
+        ("qqq=1", "config variant 'qqq' is not known; known: size, smoke"),
+        ("smoke=maybe", "config variant smoke='maybe': expected True or False"),
+        ("size=1.5", "config variant size='1.5': expected int"),
+        ("size", "config variant size='': expected int"),
+    ],
+)
+def test_wrong_variant_arguments(text, expected):
+    with pytest.raises(UserError) as caught:
+        variant_arguments(text, size=1, smoke=False)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config.seed", "3"),
+        ("config.stages.align.lr", "1e-3"),
+        ("config.vision.remat", "True"),
+        ("config.run_stages", "('align',)"),
+        ("config.dtype", "float32"),
+    ],
+)
+def test_good_override(name, value):
+    assert check_override(name, value) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("config.sead", "3", "config.sead is not a setting; did you mean 'seed'?; known: "),
+        ("config.stages.align.lrr", "3", "config.stages.align.lrr is not a setting; did you mean 'lr'?; known: "),
+        ("config.seed.more", "3", "config.seed.more is not a setting; config.seed has no settings of its own"),
+        ("config.vision", "3", "config.vision is a group of settings; set one of them, config.vision.KEY=value"),
+        ("config.stages", "3", "config.stages is a group of settings; set one of them, config.stages.KEY=value"),
+        ("config.seed", "1.5", "config.seed='1.5': expected int"),
+        ("config.stages.align.lr", "fast", "config.stages.align.lr='fast': expected float"),
+        ("config.vision.remat", "maybe", "config.vision.remat='maybe': expected True or False"),
+    ],
+)
+def test_wrong_override(name, value, expected):
+    with pytest.raises(UserError) as caught:
+        check_override(name, value)
+    assert str(caught.value).startswith(expected)

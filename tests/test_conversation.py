@@ -1,0 +1,396 @@
+"""From a row to tokens and masks. Tokens are drawn as words: `I` is an image position."""
+
+import numpy as np
+import pytest
+
+from sparsecut_jax.data import tokenizer as tokenizers
+from sparsecut_jax.data.conversation import (
+    TEMPLATES,
+    Template,
+    TooLong,
+    check_row,
+    encode_prompt,
+    encode_row,
+    images_of,
+)
+from sparsecut_jax.types import UserError
+
+DRAWN = Template(user="USER : ", space="")
+
+
+class Words:
+    """A tokenizer that cuts at spaces; ids are given in order of appearance."""
+
+    def __init__(self):
+        self.words = ["I", "<s>", "</s>"]
+        self.pad, self.bos, self.eos = 0, 1, 2
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        pieces = [f"'{word}'" if word in self.words[:3] else word for word in text.replace("\n", " \\n ").split()]
+        self.words += [word for word in dict.fromkeys(pieces) if word not in self.words]
+        return tuple(self.words.index(word) for word in pieces)
+
+
+def draw(example, words) -> dict[str, str]:
+    return {
+        "tokens": " ".join(words.words[i] for i in example.tokens),
+        "loss_mask": " ".join(map(str, example.loss_mask)),
+        "branches": " ".join(map(str, example.branches)),
+        "positions": " ".join(map(str, example.positions)),
+    }
+
+
+def table(text: str) -> dict[str, str]:
+    """Rows of a drawing: name, then its values."""
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in text.strip().splitlines()}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def row(*texts, **more) -> dict:
+    return {"id": "r", "conversations": [(human, gpt)[i % 2](text) for i, text in enumerate(texts)], **more}
+
+
+QUESTIONS = row("<image>what color ?", "blue", "is it red ?", "no", image="a.png", independent=True)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    texts = ["what color is the circle?", "is it red?", "USER: ASSISTANT: what is this? a red circle", "yes", "no"] * 3
+    return tokenizers.train(texts, 330)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is written
+
+
+def test_independent_questions():
+    """The drawing in types.Batch."""
+    words = Words()
+    example = encode_row(QUESTIONS, words, DRAWN, image_tokens=4, seq_len=20)
+    assert draw(example, words) == table("""
+        tokens     <s> USER : I I I I what color ? blue </s> is it red ?  no </s>
+        loss_mask    0    0 0 0 0 0 0    0     0 0    1    1  0  0   0 0   1    1
+        branches     0    0 0 0 0 0 0    1     1 1    1    1  2  2   2 2   2    2
+        positions    0    1 2 3 4 5 6    7     8 9   10   11  7  8   9 10 11   12
+    """)
+    assert example.image_start == [3]
+    assert [example.tokens.dtype, example.loss_mask.dtype] == [np.int32, np.uint8]
+    assert [example.branches.dtype, example.positions.dtype] == [np.int32, np.int32]
+
+
+def test_conversation():
+    words = Words()
+    turns = row("look <image> here", "blue thing", "why ?", "because", image="a.png")
+    template = Template(system="SYS ", user="Q ", answer=" A", space=" so ")
+    example = encode_row(turns, words, template, image_tokens=2, seq_len=100)
+    assert draw(example, words) == table("""
+        tokens     <s> SYS Q look I I here A so blue thing </s>  Q why  ?  A so because </s>
+        loss_mask    0   0 0    0 0 0    0 0  1    1     1    1  0   0  0  0  1       1    1
+        branches     0   0 0    0 0 0    0 0  0    0     0    0  0   0  0  0  0       0    0
+        positions    0   1 2    3 4 5    6 7  8    9    10   11 12  13 14 15 16      17   18
+    """)
+    assert example.image_start == [4]
+
+
+def test_two_images_in_two_turns():
+    words = Words()
+    turns = row("<image> a", "b", "c <image>", "d", images=["a.png", "b.png"])
+    example = encode_row(turns, words, DRAWN, image_tokens=2, seq_len=100)
+    assert draw(example, words)["tokens"] == "<s> USER : I I a b </s> USER : c I I d </s>"
+    assert example.image_start == [3, 11]
+
+
+def test_plain_template_keeps_the_image_and_the_first_answer():
+    words = Words()
+    turns = row("describe <image> this", "a red circle", "more ?", "no", image="a.png")
+    example = encode_row(turns, words, TEMPLATES["plain"], image_tokens=3, seq_len=100)
+    assert draw(example, words) == table("""
+        tokens     <s> I I I a red circle \\n
+        loss_mask    0 0 0 0 1   1      1   1
+        branches     0 0 0 0 0   0      0   0
+        positions    0 1 2 3 4   5      6   7
+    """)
+    same = encode_row({**turns, "independent": True}, words, TEMPLATES["plain"], 3, 100, np.array([1, 0]))
+    assert draw(same, words) == draw(example, words)
+
+
+def test_vicuna_template():
+    words = Words()
+    example = encode_row(row("<image>\nwhat ?", "red", image="a.png"), words, TEMPLATES["vicuna_v1"], 1, 100)
+    assert draw(example, words)["tokens"] == (
+        "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: I \\n what ? ASSISTANT: red </s>"
+    )
+    assert example.loss_mask.sum() == 2
+
+
+def test_space_before_an_answer_is_predicted_with_it(bpe):
+    example = encode_row(row("what?", "red"), bpe, TEMPLATES["vicuna_v1"], 1, 300)
+    answer = bpe.encode(" red")
+    assert tuple(example.tokens[example.loss_mask == 1]) == (*answer, bpe.eos)
+    assert tuple(example.tokens[-len(answer) - 1 :]) == (*answer, bpe.eos)
+
+
+def test_tokenizer_without_bos():
+    words = Words()
+    words.bos = -1
+    assert draw(encode_row(row("a", "b"), words, DRAWN, 1, 10), words)["tokens"] == "USER : a b </s>"
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("text", ["</s>", "<image>", "<s> no <pad>", "see <image> and </s>"])
+def test_what_looks_special_in_an_answer_stays_text(bpe, name, text):
+    template = TEMPLATES[name]
+    turns = row("<image>\nwhat?", text, image="a.png")
+    check_row(turns, "r", max_images=1)
+    example = encode_row(turns, bpe, template, image_tokens=4, seq_len=300)
+    answer = example.tokens[example.loss_mask == 1].tolist()
+    assert len(example.image_start) == 1
+    assert bpe.decode(answer) == template.space + text + (template.end or "")
+    assert answer.count(bpe.eos) == (template.end is None)
+    assert bpe.pad not in answer and bpe.bos not in answer
+
+
+def test_what_looks_special_in_a_question_stays_text(bpe):
+    tokens = encode_row(row("</s> <s><pad>", "no"), bpe, TEMPLATES["qa"], 1, 100).tokens.tolist()
+    assert (tokens.count(bpe.bos), tokens.count(bpe.eos), tokens.count(bpe.pad)) == (1, 1, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# independent questions are rows of their own
+
+
+@pytest.mark.parametrize("name", ["qa", "vicuna_v1"])
+@pytest.mark.parametrize("image", [True, False])
+def test_a_branch_with_the_shared_prefix_is_the_row_alone(bpe, name, image):
+    pairs = [("what color is the circle?", "red"), ("is it red?", "yes"), ("what is this?", "a circle")]
+    more = {"image": "a.png"} if image else {}
+    before = "<image>\n" if image else ""
+    texts = [text for question, answer in pairs for text in (question, answer)]
+    if image:
+        texts[::2] = [before + texts[0], *("\n" + text for text in texts[2::2])]
+    together = encode_row(row(*texts, independent=True, **more), bpe, TEMPLATES[name], 4, 1000)
+    for i, (question, answer) in enumerate(pairs):
+        alone = encode_row(row(before + question, answer, **more), bpe, TEMPLATES[name], 4, 1000)
+        seen = (together.branches == 0) | (together.branches == i + 1)
+        for field in ("tokens", "positions", "loss_mask"):
+            np.testing.assert_array_equal(getattr(together, field)[seen], getattr(alone, field), err_msg=field)
+        assert together.image_start == alone.image_start
+
+
+def test_order():
+    words = Words()
+    turns = row("<image>", "a", "q2", "b b", "q3", "c", image="a.png", independent=True)
+    example = encode_row(turns, words, Template(space=""), 2, 100, order=np.array([2, 0, 1]))
+    assert draw(example, words) == table("""
+        tokens     <s> I I q3 c </s> a </s> q2 b b </s>
+        loss_mask    0 0 0  0 1    1 1    1  0 1 1    1
+        branches     0 0 0  1 1    1 2    2  3 3 3    3
+        positions    0 1 2  3 4    5 3    4  3 4 5    6
+    """)
+    assert example.image_start == [1]
+
+
+def test_order_means_nothing_to_an_ordinary_conversation():
+    words = Words()
+    turns = row("q1", "a", "q2", "b")
+    example = encode_row(turns, words, DRAWN, 1, 100, order=np.array([1, 0]))
+    assert draw(example, words)["tokens"] == "<s> USER : q1 a </s> USER : q2 b </s>"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# too long
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "tokens"),
+    [
+        (11, "<s> USER : q1 a </s> USER : q2 b </s>"),
+        (10, "<s> USER : q1 a </s>"),
+        (6, "<s> USER : q1 a </s>"),
+    ],
+)
+def test_cut_after_the_last_whole_turn(seq_len, tokens):
+    words = Words()
+    example = encode_row(row("q1", "a", "q2", "b"), words, DRAWN, 1, seq_len)
+    assert draw(example, words)["tokens"] == tokens
+    assert len(example.tokens) == len(example.loss_mask) == len(example.branches) == len(example.positions)
+
+
+def test_nothing_follows_what_was_cut():
+    """A short third turn does not stand in for a long second one."""
+    words = Words()
+    example = encode_row(row("q1", "a", "q2", "b " * 50, "q3", "c"), words, DRAWN, 1, 20)
+    assert draw(example, words)["tokens"] == "<s> USER : q1 a </s>"
+
+
+def test_the_image_of_a_cut_turn_is_cut_with_it():
+    words = Words()
+    turns = row("q1 <image>", "a", "q2 <image>", "b", image=["a.png", "b.png"])
+    assert encode_row(turns, words, DRAWN, 4, 20).image_start == [4, 13]
+    assert encode_row(turns, words, DRAWN, 4, 18).image_start == [4]
+
+
+def test_a_shorter_question_takes_the_place_of_one_that_does_not_fit():
+    words = Words()
+    turns = row("<image>", "a " * 9, "q2", "b", "q3", "c", image="a.png", independent=True)
+    example = encode_row(turns, words, Template(space=""), 2, 9)
+    assert draw(example, words) == table("""
+        tokens     <s> I I q2 b </s> q3 c </s>
+        loss_mask    0 0 0  0 1    1  0 1    1
+        branches     0 0 0  1 1    1  2 2    2
+        positions    0 1 2  3 4    5  3 4    5
+    """)
+
+
+def test_first_answer_does_not_fit():
+    with pytest.raises(TooLong) as caught:
+        encode_row(row("q1", "a", "q2", "b"), Words(), DRAWN, 1, 5)
+    assert str(caught.value) == "row 'r': its first answer ends at position 6, but seq_len=5"
+    assert isinstance(caught.value, UserError)
+
+
+def test_no_question_fits():
+    with pytest.raises(TooLong, match=r"^row 'r': its first answer ends at position \d+, but seq_len=11$"):
+        encode_row(QUESTIONS, Words(), DRAWN, 4, 11)
+    assert encode_row(QUESTIONS, Words(), DRAWN, 4, 12).branches.max() == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("question", ["<image>\nis it red?", "is <image> red?", "is it red?\n<image>"])
+def test_prompt_is_the_row_up_to_its_answer(bpe, name, question):
+    example = encode_row(row(question, "yes", image="a.png"), bpe, TEMPLATES[name], 4, 1000)
+    prompt = encode_prompt(question, 1, bpe, TEMPLATES[name], 4)
+    n = len(prompt.tokens)
+    assert n == list(example.loss_mask).index(1)
+    for field in ("tokens", "loss_mask", "branches", "positions"):
+        np.testing.assert_array_equal(getattr(example, field)[:n], getattr(prompt, field), err_msg=field)
+    assert prompt.image_start == example.image_start
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "tokens"),
+    [
+        ("why ?", 0, "<s> USER : why ?"),
+        ("why ?", 1, "<s> USER : I I \\n why ?"),
+        ("why ?", 2, "<s> USER : I I I I \\n why ?"),
+        ("why <image> ?", 1, "<s> USER : why I I ?"),
+        ("", 1, "<s> USER : I I \\n"),
+    ],
+)
+def test_images_go_in_front_of_a_prompt_that_names_none(prompt, images, tokens):
+    words = Words()
+    assert draw(encode_prompt(prompt, images, words, DRAWN, 2), words)["tokens"] == tokens
+
+
+@pytest.mark.parametrize(("prompt", "images"), [("<image> a", 0), ("<image> a", 2), ("<image><image>", 1)])
+def test_prompt_with_another_number_of_images(prompt, images):
+    with pytest.raises(UserError) as caught:
+        encode_prompt(prompt, images, Words(), DRAWN, 2)
+    assert str(caught.value) == f"the prompt has {prompt.count('<image>')} <image>, but there are {images} images"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# check_row
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, []),
+        ({"image": None}, []),
+        ({"images": None}, []),
+        ({"image": "a.png"}, ["a.png"]),
+        ({"image": ["a.png", "b.png"]}, ["a.png", "b.png"]),
+        ({"images": ["a.png"]}, ["a.png"]),
+        ({"images": []}, []),
+    ],
+)
+def test_images_of(more, expected):
+    assert images_of({"conversations": [], **more}) == expected
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        row("a", "b"),
+        row("", "b"),
+        row("a", "b", "c", "d", image=None),
+        row("<image>", "b", image="a.png"),
+        row("a <image>", "b", "<image>", "d", images=["a.png", "b.png"]),
+        row("a", "the tag <image>"),
+        row("a", "b", "c", "d", independent=True),
+        row("<image><image>a", "b", "c", "d", independent=True, images=["a.png", "b.png"]),
+        {"conversations": [{**human("a"), "extra": [1]}, gpt("b")], "id": 7, "more": None},
+        QUESTIONS,
+    ],
+)
+def test_good_rows(good):
+    assert check_row(good, "r", max_images=2) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (None, "expected an object, got NoneType"),
+        ([row("a", "b")], "expected an object, got list"),
+        ({}, "key 'conversations' must be a list with at least one turn"),
+        ({"conversations": None}, "key 'conversations' must be a list with at least one turn"),
+        ({"conversations": []}, "key 'conversations' must be a list with at least one turn"),
+        ({"conversations": {"0": 1}}, "key 'conversations' must be a list with at least one turn"),
+        (row("a", "b", image=3), "key 'image' must be a path or a list of paths"),
+        (row("a", "b", image=["a.png", None]), "key 'image' must be a path or a list of paths"),
+        (row("a", "b", images={"a": 1}), "key 'image' must be a path or a list of paths"),
+        (row("a", "b", independent="yes"), "key 'independent' must be true or false"),
+        (row("a", "b", independent=1), "key 'independent' must be true or false"),
+        ({"conversations": [[human("a"), gpt("b")]]}, "turn 0 must be an object with a text 'value'"),
+        ({"conversations": [human("a"), {"from": "gpt"}]}, "turn 1 must be an object with a text 'value'"),
+        (row("a", "b", 3, "d"), "turn 2 must be an object with a text 'value'"),
+        (row("a", None), "turn 1 must be an object with a text 'value'"),
+        ({"conversations": [gpt("a"), human("b")]}, "turn 0 has 'from'='gpt', expected 'human'"),
+        ({"conversations": [human("a"), human("a")]}, "turn 1 has 'from'='human', expected 'gpt'"),
+        ({"conversations": [human("a"), gpt("b"), gpt("b")]}, "turn 2 has 'from'='gpt', expected 'human'"),
+        ({"conversations": [{"value": "a"}, gpt("b")]}, "turn 0 has 'from'=None, expected 'human'"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "turn 0 has 'from'=['human'], expected 'human'"),
+        (row("a", ""), "turn 1 is an empty answer"),
+        (row("a", "b", "c", " \n\t"), "turn 3 is an empty answer"),
+        (row("a", "b", "c"), "the last turn is a question without an answer"),
+        (row("a", "b", image="a.png"), "0 <image> in the questions, but 1 images"),
+        (row("a", "<image>", image="a.png"), "0 <image> in the questions, but 1 images"),
+        (row("<image>", "b"), "1 <image> in the questions, but 0 images"),
+        (row("<image>", "b", "<image>", "d", image="a.png"), "2 <image> in the questions, but 1 images"),
+        (row("<image>" * 3, "b", image=["a.png"] * 3), "3 images, but config.data.max_images=2"),
+        (
+            row("a", "b", "<image>", "d", image="a.png", independent=True),
+            "independent turns need every <image> at the start of the first question",
+        ),
+        (
+            row("a <image>", "b", image="a.png", independent=True),
+            "independent turns need every <image> at the start of the first question",
+        ),
+        (
+            row("<image> and <image>", "b", image=["a.png", "b.png"], independent=True),
+            "independent turns need every <image> at the start of the first question",
+        ),
+    ],
+)
+def test_bad_rows(bad, expected):
+    with pytest.raises(UserError) as caught:
+        check_row(bad, "file.json row 3", max_images=2)
+    assert str(caught.value) == f"file.json row 3: {expected}"
+
+
+def test_image_and_images_together_are_ambiguous():
+    with pytest.raises(UserError, match="^r: "):
+        check_row(row("<image>", "b", image="a.png", images=["b.png"]), "r", max_images=2)

@@ -1,0 +1,116 @@
+"""The trained tokenizer and the one from Hugging Face."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from sparsecut_jax.data.tokenizer import from_json, load, train
+from sparsecut_jax.types import UserError
+
+TEXTS = ["what color is the circle?", "is there a red shape?", "yes", "no", "what color is the shape?"] * 3
+BYTES = 256 + 3  # all bytes, and <pad>, <s>, </s>
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(TEXTS, 300)
+
+
+def test_special_ids(trained):
+    assert (trained.pad, trained.bos, trained.eos) == (0, 1, 2)
+    assert [trained.backend.id_to_token(i) for i in range(3)] == ["<pad>", "<s>", "</s>"]
+
+
+def test_size_is_at_most_what_was_asked(trained):
+    assert BYTES < trained.size <= 300
+    assert train(TEXTS, BYTES).size == BYTES
+    assert train([], 300).size == BYTES
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused():
+    with pytest.raises(UserError, match="259"):
+        train(TEXTS, 100)
+
+
+def test_merges_shorten_what_was_seen(trained):
+    assert len(trained.encode("what color")) < len("what color")
+    assert len(trained.encode("zqx")) == 3
+
+
+def test_same_texts_same_tokenizer(trained):
+    assert train(list(TEXTS), 300).to_json() == trained.to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "what color", "  two  spaces ", "\n", "new: 12345", "Grüße, 日本語 😀", "a\0b", "</s><pad>", "<image>"],
+)
+def test_any_text_comes_back(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert not {trained.pad, trained.bos, trained.eos} & set(ids)
+
+
+def test_nothing_is_added_around_text(trained):
+    assert trained.encode("") == ()
+    assert trained.encode("a") == (trained.backend.token_to_id("a"),)
+
+
+def test_half_a_surrogate_pair_is_no_crash(trained):
+    """JSON can spell "\\ud800", which is no Unicode text."""
+    assert isinstance(trained.encode("a\ud800b"), tuple)
+
+
+def test_decode_leaves_special_tokens_out(trained):
+    assert trained.decode([trained.bos, *trained.encode("yes"), trained.eos, trained.pad]) == "yes"
+
+
+def test_json_round_trip(trained):
+    again = from_json(trained.to_json())
+    assert (again.pad, again.bos, again.eos, again.size) == (0, 1, 2, trained.size)
+    for text in ("what color is it?", "</s>", "日本語"):
+        assert again.encode(text) == trained.encode(text)
+    assert again.to_json() == trained.to_json()
+
+
+def test_saved_folder_can_be_loaded(trained, tmp_path):
+    trained.save(tmp_path / "new" / "folder")
+    again = load(str(tmp_path / "new" / "folder"))
+    assert (again.pad, again.bos, again.eos, again.size) == (0, 1, 2, trained.size)
+    for text in ("what color is it?", "</s>", "日本語", ""):
+        assert again.encode(text) == trained.encode(text)
+
+
+def word_level(folder, **special):
+    """A tokenizer without merges, as a folder of files."""
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "[END]": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_tokenizer_without_bos_and_pad(tmp_path):
+    found = load(word_level(tmp_path, eos_token="[END]"))
+    assert (found.pad, found.bos, found.eos) == (2, -1, 2)
+    assert found.encode("b a b") == (1, 0, 1)
+
+
+def test_tokenizer_without_end_is_refused(tmp_path):
+    path = word_level(tmp_path)
+    with pytest.raises(UserError, match="has no end-of-text token, so an answer could never end") as caught:
+        load(path)
+    assert str(caught.value).startswith(f"tokenizer.path={path!r}")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", "<html>"])
+def test_folder_that_holds_no_tokenizer(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError) as caught:
+        load(str(tmp_path))
+    assert str(caught.value).startswith(f"tokenizer.path={str(tmp_path)!r}: no Hugging Face tokenizer could be read")

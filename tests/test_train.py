@@ -1,0 +1,257 @@
+"""The real commands end to end: a run, its files, kill and resume, SIGTERM, divergence, meshes, evaluate, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.cli import Exit
+from sparsecut_jax.evaluate import report_accuracy
+from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.train import train
+from sparsecut_jax.training.report import read_metrics
+from sparsecut_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    runs.draw_rows(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(pictures, tmp_path_factory) -> Path:
+    """Workdir of a run of one device that nobody disturbed, made by the command itself."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = runs.write_config(folder / "config.py", runs.small(pictures, folder / "run"))
+    code, out, err = runs.finish(runs.command("train", f"--config={config}"))
+    assert (code, err) == (0, ""), err
+    (folder / "stdout.txt").write_text(out)
+    return folder / "run"
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    run = load_run(str(workdir))
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(run.params)[0]}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(str(workdir)) if "loss" in line}
+
+
+def test_a_run_leaves_everything_in_its_workdir(unbroken):
+    for name in ("config.json", "metrics.jsonl", "results.json", "loss.png", "shortcuts.png", "answers.jsonl"):
+        assert (unbroken / name).stat().st_size > 0, name
+    assert (unbroken / "tokenizer" / "tokenizer.json").is_file()
+    assert list((unbroken / "tensorboard").iterdir())
+    results = json.loads((unbroken / "results.json").read_text())
+    assert results["step"] == 12
+    assert results["rows/holdout/count"] == 16  # 8 held-out rows, 2 questions each
+    assert 0 <= results["rows/holdout/accuracy"] <= 1
+    lines = [line for line in read_metrics(str(unbroken)) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["stage"] for line in lines] == ["align"] * 4 + ["instruct"] * 8
+    for line in lines:
+        assert set(line["grad_norm_by_part"]) == {"vision", "fusion", "llm"}
+        assert set(line["shortcut_ratio"]) == {"vit2_llm0", "vit0_llm2"}
+        assert all(value > 0 for value in line["shortcut_ratio"].values())
+        assert line["tokens_per_second"] > 0 and 0 <= line["input_wait"] <= 1
+
+
+def test_nothing_recompiles_after_the_first_step_of_a_stage(unbroken):
+    counts = {line["step"]: line["compilations"] for line in read_metrics(str(unbroken)) if "loss" in line}
+    # Step 4 ends a stage: the held-out evaluation and the check before saving are compiled after it.
+    assert counts[1] == counts[2]
+    assert counts[7] == counts[8] and counts[10] == counts[11] == counts[12]
+
+
+def test_the_start_shows_devices_parameters_and_plan(unbroken):
+    out = (unbroken.parent / "stdout.txt").read_text()
+    for text in ("devices    1 x cpu", "mesh       data=1 x fsdp=1 x tensor=1", "ViT block (of 3)  2  0",
+                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "sample question", "results.json"):  # fmt: skip
+        assert text in out, text
+
+
+def test_loss_falls(unbroken):
+    found = losses(unbroken)
+    assert found[4] < found[1] and found[12] < found[5]
+
+
+def test_killed_and_resumed_equals_unbroken(pictures, unbroken, tmp_path):
+    """SIGKILL once in the middle of a save and once between saves."""
+    config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / "run"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def saving() -> bool:
+        return checkpoints.is_dir() and any("tmp" in entry.name for entry in checkpoints.iterdir())
+
+    def late() -> bool:
+        return max(losses(tmp_path / "run"), default=0) >= 9
+
+    for when in (saving, late):
+        process = runs.command("train", f"--config={config}")
+        while process.poll() is None and not when():
+            time.sleep(0.0005)
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate()
+    code, _, err = runs.finish(runs.command("train", f"--config={config}"))
+    assert (code, err) == (0, "")
+    assert_same(parameters(tmp_path / "run"), parameters(unbroken))
+    assert losses(tmp_path / "run") == losses(unbroken)
+
+
+def test_sigterm_saves_at_the_next_step_and_exits_with_3(pictures, unbroken, tmp_path):
+    overrides = {"checkpoint.every": 0}
+    config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / "run", set=overrides))
+    process = runs.command("train", f"--config={config}")
+    while process.poll() is None and max(losses(tmp_path / "run"), default=0) < 5:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = runs.finish(process)
+    assert code == 3, err
+    assert "stopped by SIGTERM after saving step" in err and "Traceback" not in err
+    code, _, err = runs.finish(runs.command("train", f"--config={config}"))
+    assert (code, err) == (0, "")
+    assert_same(parameters(tmp_path / "run"), parameters(unbroken))
+
+
+def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(unbroken):
+    before = parameters(unbroken)
+    results = json.loads((unbroken / "results.json").read_text())
+    saved = config_lib.check(json.loads((unbroken / "config.json").read_text()))
+    asked = saved.__class__(**{**vars(saved), "llm": saved.llm.__class__(**{**vars(saved.llm), "vocab_size": 0})})
+    again = train(asked)
+    assert again["step"] == 12
+    assert again["rows/holdout/accuracy"] == results["rows/holdout/accuracy"]
+    assert_same(parameters(unbroken), before)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_give_the_losses_and_gradients_of_one(pictures, unbroken, tmp_path, mesh):
+    config = runs.small(pictures, tmp_path / "run", set={f"mesh.{axis}": size for axis, size in mesh.items()})
+    train(config_lib.check(config))
+    one, eight = (
+        [line for line in read_metrics(str(workdir)) if "loss" in line] for workdir in (unbroken, tmp_path / "run")
+    )
+    for a, b in zip(one[:4], eight[:4], strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
+        for part, norm in a["grad_norm_by_part"].items():
+            np.testing.assert_allclose(b["grad_norm_by_part"][part], norm, rtol=5e-4, err_msg=part)
+
+
+def test_evaluate_repeats_the_figure(unbroken, capsys):
+    run = load_run(str(unbroken))
+    with jax.set_mesh(run.mesh):
+        again = report_accuracy(run, run.source())
+    results = json.loads((unbroken / "results.json").read_text())
+    assert again == {key: results[key] for key in again}
+    answers = [json.loads(line) for line in (unbroken / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 16
+    assert again["rows/holdout/accuracy"] == sum(a["expected"] == a["answer"] for a in answers) / 16
+
+
+def test_evaluate_and_generate_commands(unbroken, pictures):
+    asked = ["--workdir=" + str(unbroken), f"--image={pictures}/0.png", "--prompt=what color?"]
+    first, second = runs.command("evaluate", f"--workdir={unbroken}"), runs.command("generate", *asked)
+    code, out, err = runs.finish(first)
+    assert (code, err) == (0, "")
+    assert "rows/holdout" in out and "accuracy" in out
+    code, out, err = runs.finish(second)
+    assert (code, err) == (0, "")
+    assert out.strip() != ""
+
+
+def test_divergence_stops_with_4_and_saves_nothing_bad(pictures, tmp_path):
+    config = runs.small(
+        pictures, tmp_path / "run", set={"stages.align.lr": 1e30, "stages.align.warmup": 0.0, "stages.align.max_steps": 9}
+    )
+    with pytest.raises(Exit, match="not finite in 3 updates in a row") as stopped:
+        train(config_lib.check(config))
+    assert stopped.value.code == 4
+    for name, value in parameters(tmp_path / "run").items():
+        assert np.isfinite(value).all(), name
+
+
+def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbroken, tmp_path, capsys):
+    changes = {
+        "init_from": str(unbroken), "init_parts": ("vision/.*", "fusion/.*"), "run_stages": ("instruct",),
+        "stages.instruct.max_steps": 1, "stages.instruct.trainable": ("llm/.*",), "eval.test": False,
+    }  # fmt: skip
+    train(config_lib.check(runs.small(pictures, tmp_path / "run", set=changes)))
+    out = capsys.readouterr().out
+    assert "fresh:  llm/head" in out and "unused: llm/head" in out
+    new, old = parameters(tmp_path / "run"), parameters(unbroken)
+    for name in new:
+        same = np.array_equal(new[name], old[name])
+        assert same == ("llm" not in name), name
+
+
+BAD = [
+    (["--config.llm.widht=3"], "config.llm.widht is not a setting; did you mean 'width'?"),
+    (["--config.llm.width=wide"], "config.llm.width='wide': expected int"),
+    (["--config.fusion.name=chanel"], "config.fusion.name='chanel': expected one of channel, cross_attention, mlp"),
+    (["--config.mesh.tensor=3"], "mesh(data=-1, fsdp=1, tensor=3) asks for 3 devices, but there are 1 cpu devices"),
+    (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 6 blocks"),
+    (["--config.data.source=nowhere.json"], "data source 'nowhere.json' is not there"),
+    (["--confg=configs/base.py"], "unknown flag --confg; did you mean 'config'?"),
+]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    base = ["--config=configs/base.py", f"--config.workdir={tmp_path}/run"]
+    cases = [("train", [*base, *args], sentence) for args, sentence in BAD]
+    cases += [
+        ("train", ["--config=configs/bse.py"], "config file 'configs/bse.py' is not there; configs has base.py"),
+        ("train", ["--config=configs/base.py:smok"], "config variant 'smok' is not known; did you mean 'smoke'?"),
+        ("evaluate", [f"--workdir={tmp_path}"], f"workdir '{tmp_path}' holds no checkpoint"),
+        ("generate", [f"--workdir={tmp_path}", "--prompt=why?"], f"workdir '{tmp_path}' holds no checkpoint"),
+    ]
+    for pair in (cases[i : i + 2] for i in range(0, len(cases), 2)):
+        started = [(runs.command(module, *args), sentence) for module, args, sentence in pair]
+        for process, sentence in started:
+            code, _, err = runs.finish(process)
+            assert code == 2, err
+            assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_generate_names_the_file_that_is_no_image(unbroken, tmp_path):
+    (tmp_path / "page.png").write_text("<html>")
+    code, _, err = runs.finish(
+        runs.command("generate", f"--workdir={unbroken}", f"--image={tmp_path}/page.png", "--prompt=what?")
+    )
+    assert code == 2 and f"image {tmp_path}/page.png cannot be read as an image" in err and err.count("\n") == 1
+
+
+def test_resuming_with_a_changed_model_names_the_setting(pictures, unbroken):
+    changed = runs.small(pictures, unbroken, set={"llm.layers": 4})
+    with pytest.raises(UserError, match=r"config\.llm\.layers=3, now it is 4"):
+        train(config_lib.check(changed))
+
+
+def test_a_damaged_checkpoint_is_named(pictures, unbroken, tmp_path):
+    import shutil
+
+    shutil.copytree(unbroken, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "12" / "state"
+    for path in state.rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match="checkpoints/12"):
+        load_run(str(tmp_path / "run"))

@@ -1,0 +1,108 @@
+"""A model of a few thousand weights, its parameters and its batches, for all tests.
+
+Sizes differ from one another where they can (3 x 3 tokens, 5 blocks, 7 layers, widths 24 and 32), so that
+swapped axes cannot hide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from sparsecut_jax import config
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.types import Batch
+
+IMAGE = -200  # in a row of word ids: an image goes here, N positions long
+N = 9
+PLAN = ((4, 0), (2, 3), (0, 6))  # shortcuts of the default config
+
+
+def tiny_config(**groups: dict[str, Any]) -> config.Config:
+    """The checked config; `tiny_config(llm=dict(layers=2))` changes single settings of a group."""
+    raw = config.default()
+    raw.vision.update(image_size=12, patch_size=4, width=24, layers=5, heads=2, mlp_dim=40)
+    raw.llm.update(vocab_size=64, width=32, layers=7, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+    raw.shortcuts.update(count=3)
+    for group, values in groups.items():
+        raw[group].update(values)
+    return config.check(raw)
+
+
+def random_params(abstract: Any, seed: int = 0) -> dict[str, Any]:
+    """Values for a tree of shapes: no bias is zero and no scale is one, so that each of them matters."""
+    rng = np.random.default_rng(seed)
+    flat = traverse_util.flatten_dict(nn.meta.unbox(abstract), sep="/")
+
+    def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.standard_normal(shape).astype(np.float32)
+        if path.endswith("scale"):
+            return 1 + 0.2 * noise
+        return (0.1 if path.endswith("bias") else 0.15) * noise
+
+    return traverse_util.unflatten_dict({path: value(path, leaf.shape) for path, leaf in flat.items()}, sep="/")
+
+
+def params_of(model: nn.Module, *inputs: Any, seed: int = 0) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+    return random_params(shapes["params"], seed)
+
+
+def make_batch(
+    rows: list[list[int]], length: int = 32, slots: int = 2, answers: int | list[int] = 2, seed: int = 0
+) -> Batch:
+    """Rows of word ids with IMAGE where an image goes; the last `answers` ids of each row are supervised.
+
+    Every slot has a picture, also the empty ones: what nobody refers to must not matter.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(rows)
+    answers = [answers] * count if isinstance(answers, int) else answers
+    tokens, mask, segments = (np.zeros((count, length), np.int32) for _ in range(3))
+    start = np.full((count, slots), -1, np.int32)
+    for b, row in enumerate(rows):
+        ids: list[int] = []
+        slot = 0
+        for word in row:
+            if word == IMAGE:
+                start[b, slot] = len(ids)
+                slot += 1
+            ids += [0] * N if word == IMAGE else [word]
+        tokens[b, : len(ids)] = ids
+        segments[b, : len(ids)] = 1
+        mask[b, len(ids) - answers[b] : len(ids)] = 1
+    return Batch(
+        tokens=tokens,
+        loss_mask=mask.astype(np.uint8),
+        segments=segments,
+        branches=np.zeros_like(tokens),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
+        views=rng.integers(0, 256, (count, slots, 5, 12, 12, 3), np.uint8),
+        image_start=start,
+    )
+
+
+@dataclasses.dataclass
+class Tiny:
+    """A model with parameters; calling it gives the logits of a batch, through one jitted function."""
+
+    cfg: config.Config
+    model: SparseCut
+    params: dict[str, Any]
+
+    @classmethod
+    def build(cls, **groups: dict[str, Any]) -> Tiny:
+        cfg = tiny_config(**groups)
+        model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
+        return cls(cfg, model, jax.device_put(params_of(model, make_batch([[1]]))))
+
+    def __post_init__(self) -> None:
+        self.apply = jax.jit(lambda params, batch: self.model.apply({"params": params}, batch))
+
+    def __call__(self, batch: Batch) -> np.ndarray:
+        return np.asarray(self.apply(self.params, batch)[0])
