@@ -33,7 +33,9 @@ class Exit(Exception):
 
 def define_config() -> None:
     """Defines --config, a file that can be overridden key by key."""
-    config_flags.DEFINE_config_file("config", None, "File in configs/, with arguments behind a colon.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "File in configs/, with arguments behind a colon.", lock_config=True
+    )
 
 
 def run(command: Callable[[], None], doc: str) -> None:
@@ -103,7 +105,11 @@ def _config_file() -> str | None:
 
 def _cause(error: Exception, file: str | None) -> str:
     """What a config file raised, and on which of its lines."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.abspath(f.filename) == os.path.abspath(file or "")]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if os.path.abspath(f.filename) == os.path.abspath(file or "")
+    ]
     where = f" (line {frames[-1].lineno})" if frames else ""
     if isinstance(error, KeyError) and error.args:
         return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
@@ -112,8 +118,8 @@ def _cause(error: Exception, file: str | None) -> str:
 
 def _help(doc: str) -> str:
     """What --help prints: the command's docstring, its flags, and every setting with its default."""
-    own = [f for f in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])]
-    own += [f for f in flags.FLAGS.flags_by_module_dict().get(__name__, [])]
+    modules = flags.FLAGS.flags_by_module_dict()
+    own = [*modules.get(sys.argv[0], []), *modules.get(__name__, [])]
     lines = [doc.strip(), "", "flags:"]
     lines += [f"  --{f.name:<18} {f.help}" for f in own]
     if "config" in flags.FLAGS:

@@ -205,9 +205,7 @@ def variant_arguments(text: str, **known: Any) -> ConfigDict:
             try:
                 values[key] = type(known[key])(value)
             except ValueError:
-                raise UserError(
-                    f"config variant {key}={value!r}: expected {type(known[key]).__name__}"
-                ) from None
+                raise UserError(f"config variant {key}={value!r}: expected {type(known[key]).__name__}") from None
     return ConfigDict(values)
 
 
@@ -235,7 +233,9 @@ def check_override(name: str, value: str | None) -> None:
         else:
             hints = typing.get_type_hints(kind)
             if key not in hints:
-                raise UserError(f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}")
+                raise UserError(
+                    f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}"
+                )
             kind = hints[key]
         path += f".{key}"
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
@@ -330,9 +330,7 @@ def _check_values(cfg: Config) -> None:
         f"config.vision.image_size={v.image_size} is not a multiple of config.vision.patch_size={v.patch_size}",
     )
     need(v.width % v.heads == 0, f"config.vision.width={v.width} is not a multiple of config.vision.heads={v.heads}")
-    need(
-        m.heads % m.kv_heads == 0, f"config.llm.heads={m.heads} is not a multiple of config.llm.kv_heads={m.kv_heads}"
-    )
+    need(m.heads % m.kv_heads == 0, f"config.llm.heads={m.heads} is not a multiple of config.llm.kv_heads={m.kv_heads}")
     need(m.head_dim % 2 == 0, f"config.llm.head_dim={m.head_dim}: rotary embedding needs an even width")
     need(
         cfg.fusion.name != "cross_attention" or v.width % max(1, v.width // 64) == 0,
@@ -340,7 +338,11 @@ def _check_values(cfg: Config) -> None:
     )
     need(len(v.mean) == 3 and len(v.std) == 3, "config.vision.mean and .std: expected three numbers each")
     need(min(v.std) > 0, f"config.vision.std={v.std}: expected positive numbers")
-    for key, value in {"vision.norm_eps": v.norm_eps, "llm.norm_eps": m.norm_eps, "llm.rope_theta": m.rope_theta}.items():
+    for key, value in {
+        "vision.norm_eps": v.norm_eps,
+        "llm.norm_eps": m.norm_eps,
+        "llm.rope_theta": m.rope_theta,
+    }.items():
         need(value > 0, f"config.{key}={value}: expected a positive number")
     _check_regexes("config.init_parts", cfg.init_parts)
     need(len(set(cfg.run_stages)) == len(cfg.run_stages), f"config.run_stages={cfg.run_stages} names a stage twice")
@@ -370,7 +372,10 @@ def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.F
         stage.batch_size % stage.accumulate == 0,
         f"{at}.batch_size={stage.batch_size} is not a multiple of {at}.accumulate={stage.accumulate}",
     )
-    need(stage.epochs > 0 or stage.max_steps > 0, f"{at}: epochs={stage.epochs} and max_steps={stage.max_steps} train nothing")
+    need(
+        stage.epochs > 0 or stage.max_steps > 0,
+        f"{at}: epochs={stage.epochs} and max_steps={stage.max_steps} train nothing",
+    )
     need(stage.lr > 0, f"{at}.lr={stage.lr}: expected a positive number")
     need(0 <= stage.warmup < 1, f"{at}.warmup={stage.warmup}: expected a share of the steps, 0 to below 1")
     need(

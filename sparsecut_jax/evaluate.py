@@ -1,7 +1,7 @@
 """Repeats the test figure of a run from its checkpoint.
 
-    python -m sparsecut_jax.evaluate --workdir=runs/base
-    python -m sparsecut_jax.evaluate --workdir=runs/base --checkpoint=best
+python -m sparsecut_jax.evaluate --workdir=runs/base
+python -m sparsecut_jax.evaluate --workdir=runs/base --checkpoint=best
 """
 
 from __future__ import annotations

@@ -40,10 +40,19 @@ def answer(
         picture = images.read_image(path, cfg.data.max_pixels)
         views[0, m] = images.views(picture, cfg.vision.image_size, run.pictures.shape[0], cfg.data.image_fit)
     with jax.set_mesh(run.mesh):
-        views, *arrays = jax.device_put((views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh))
+        views, *arrays = jax.device_put(
+            (views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh)
+        )
         encoded = encode_images(run.model, run.params, views)
         ids, _ = generate(
-            run.model, run.params, *arrays, encoded, max_new_tokens, run.tokenizer.eos, temperature, jax.random.key(seed)
+            run.model,
+            run.params,
+            *arrays,
+            encoded,
+            max_new_tokens,
+            run.tokenizer.eos,
+            temperature,
+            jax.random.key(seed),
         )
     return run.tokenizer.decode(until(np.asarray(ids)[0], run.tokenizer.eos)).strip()
 

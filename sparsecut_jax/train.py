@@ -116,9 +116,7 @@ def train(cfg: Config) -> dict[str, float]:
                 is_last=span is spans[-1],
             )
             if step < span.last:
-                current = loop.run_stage(
-                    stage, current, cfg, model.plan, mesh, checkpoints, writer, stop, compilations
-                )
+                current = loop.run_stage(stage, current, cfg, model.plan, mesh, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
         checkpoints.close()
@@ -147,7 +145,10 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
     }.items():
         if value % tensor:
             raise UserError(f"config.{key}={value} cannot be split over mesh axis tensor={tensor}")
-    batches = {f"stages.{n}.batch_size / accumulate": cfg.stages[n].batch_size // cfg.stages[n].accumulate for n in cfg.run_stages}
+    batches = {
+        f"stages.{n}.batch_size / accumulate": cfg.stages[n].batch_size // cfg.stages[n].accumulate
+        for n in cfg.run_stages
+    }
     batches["eval.batch_size"] = cfg.eval.batch_size
     for key, value in batches.items():
         if value % ways:
@@ -253,7 +254,9 @@ def print_written(workdir: str, seconds: float) -> None:
     for name, told in what.items():
         if os.path.exists(os.path.join(workdir, name)):
             print(f"  {name:<14} {told}")
-    print(f"\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt=\"what color is the shape?\"")
+    print(
+        f'\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt="what color is the shape?"'
+    )
 
 
 if __name__ == "__main__":

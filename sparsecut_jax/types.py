@@ -1,12 +1,12 @@
 """What flows through the program, and the letters its shapes are written in.
 
-    B  rows of a batch            T  positions of a row (text and image)
-    M  image slots of a row       V  views of an image: view 0 low-res, then the hi-res crops
-    S  pixels of a view's side    N  tokens of one view (N = h*w patches), and of one image in the LLM
-    C  width of the vision tower  D  width of the LLM
-    K  levels taken from the tower, R rows of the bank of injection sources, L layers of the LLM
-    A  sources that may enter one layer
-    Q  attention heads, G KV heads, H width of a head, F hidden width of an MLP, W words of the vocabulary
+B  rows of a batch            T  positions of a row (text and image)
+M  image slots of a row       V  views of an image: view 0 low-res, then the hi-res crops
+S  pixels of a view's side    N  tokens of one view (N = h*w patches), and of one image in the LLM
+C  width of the vision tower  D  width of the LLM
+K  levels taken from the tower, R rows of the bank of injection sources, L layers of the LLM
+A  sources that may enter one layer
+Q  attention heads, G KV heads, H width of a head, F hidden width of an MLP, W words of the vocabulary
 """
 
 from __future__ import annotations

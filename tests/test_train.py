@@ -180,7 +180,9 @@ def test_evaluate_and_generate_commands(unbroken, pictures):
 
 def test_divergence_stops_with_4_and_saves_nothing_bad(pictures, tmp_path):
     config = runs.small(
-        pictures, tmp_path / "run", set={"stages.align.lr": 1e30, "stages.align.warmup": 0.0, "stages.align.max_steps": 9}
+        pictures,
+        tmp_path / "run",
+        set={"stages.align.lr": 1e30, "stages.align.warmup": 0.0, "stages.align.max_steps": 9},
     )
     with pytest.raises(Exit, match="not finite in 3 updates in a row") as stopped:
         train(config_lib.check(config))

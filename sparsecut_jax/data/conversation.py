@@ -87,7 +87,10 @@ def check_row(row: Any, name: str, max_images: int) -> None:
     need(isinstance(row.get("independent", False), bool), "key 'independent' must be true or false")
     marks = 0
     for i, turn in enumerate(turns):
-        need(isinstance(turn, dict) and isinstance(turn.get("value"), str), f"turn {i} must be an object with a text 'value'")
+        need(
+            isinstance(turn, dict) and isinstance(turn.get("value"), str),
+            f"turn {i} must be an object with a text 'value'",
+        )
         expected = (HUMAN, GPT)[i % 2]
         need(turn.get("from") == expected, f"turn {i} has 'from'={turn.get('from')!r}, expected {expected!r}")
         if expected == HUMAN:

@@ -17,8 +17,6 @@ from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.types import EMPTY_SLOT, Batch, UserError
 
-grain.config.update("py_traceback_filtering", "off")  # its filter adds lines of its own to the user's sentence
-
 CACHE_BYTES = 256 << 20  # of decoded images, per process
 
 
@@ -113,9 +111,7 @@ def train_batches(
     return iter(batches.to_iter_dataset(options))
 
 
-def fixed_batches(
-    split: Split, stage: StageConfig, cfg: Config, tokenizer: Tokenizer, pictures: Images
-) -> list[Batch]:
+def fixed_batches(split: Split, stage: StageConfig, cfg: Config, tokenizer: Tokenizer, pictures: Images) -> list[Batch]:
     """All rows of a split once, in order; the last batch is filled up with empty rows, which count for nothing."""
     encode = encoder(split, stage, cfg, tokenizer, pictures)
     empty = Example(*(np.zeros(0, np.int32),) * 4, image_start=[])

@@ -90,9 +90,13 @@ def read_json(path: str) -> list[Row]:
         with open(path, encoding="utf-8-sig") as file:
             rows = json.load(file)
     except FileNotFoundError:
-        raise UserError(f"data source {path!r} is not there; expected 'easy_vqa' or a JSON file of conversations") from None
+        raise UserError(
+            f"data source {path!r} is not there; expected 'easy_vqa' or a JSON file of conversations"
+        ) from None
     except IsADirectoryError:
-        raise UserError(f"data source {path!r} is a folder; expected 'easy_vqa' or a JSON file of conversations") from None
+        raise UserError(
+            f"data source {path!r} is a folder; expected 'easy_vqa' or a JSON file of conversations"
+        ) from None
     except OSError as error:
         raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

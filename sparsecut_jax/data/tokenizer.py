@@ -58,7 +58,11 @@ class Tokenizer:
         os.makedirs(folder, exist_ok=True)
         self.backend.save(os.path.join(folder, "tokenizer.json"))
         name = self.backend.id_to_token
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": name(self.pad), "eos_token": name(self.eos)}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": name(self.pad),
+            "eos_token": name(self.eos),
+        }
         if self.bos >= 0:
             config["bos_token"] = name(self.bos)
         with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:

@@ -111,20 +111,19 @@ class Fusion(nn.Module):
     @nn.compact
     def __call__(self, levels: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         module = FUSIONS[self.config.name]
-        count, images, views, n, c = levels.shape
+        count, _, views, _, _ = levels.shape
         if views != module.views:
             raise ValueError(f"fusion {self.config.name!r} reads {module.views} views, got {views}")
-        if self.config.shared:
-            fused = module(self.width, name="fuse")(levels.reshape(count * images, views, n, c))
-            fused = fused.reshape(count, images, n, self.width)
-        else:
-            each = nn.vmap(
-                module,
-                in_axes=0,
-                axis_size=count,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            fused = each(self.width, name="fuse")(levels)
+        # vmap, not a reshape to [K * I, ...]: merging the whole axis of levels with the split axis of images
+        # would make a mesh gather all of them.
+        shared = self.config.shared
+        each = nn.vmap(
+            module,
+            in_axes=0,
+            axis_size=count,
+            variable_axes={"params": None if shared else 0},
+            split_rngs={"params": not shared},
+            metadata_params={} if shared else {nn.PARTITION_NAME: "layers"},
+        )
+        fused = each(self.width, name="fuse")(levels)
         return fused, jnp.zeros((), jnp.float32)

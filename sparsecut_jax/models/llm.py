@@ -166,7 +166,9 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32[B, T] -> [B, T, D]."""
-        return constrain(self.embedding.astype(dtype)[tokens], "batch", "length", "act_embed")
+        # The table is collected, as any fsdp weight is before its use; else the looked-up rows would be.
+        table = constrain(self.embedding.astype(dtype), "vocab", None)
+        return constrain(table[constrain(tokens, "batch", "length")], "batch", "length", "act_embed")
 
     def __call__(
         self,

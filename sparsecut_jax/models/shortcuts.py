@@ -73,10 +73,9 @@ def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
             raise UserError(f"shortcut (vit level {level}, llm layer {layer}) can never fire: {depths}")
         if pairs.count((level, layer)) > 1:
             raise UserError(f"shortcut (vit level {level}, llm layer {layer}) is there twice: {depths}")
+    main = select_layer - 1 if select_layer > 0 else vit_depth + select_layer
     if cfg.feature_order_reverse:
         main = 0  # the output of the tower's first block, as the released code has it
-    else:
-        main = select_layer - 1 if select_layer > 0 else vit_depth + select_layer
     if select_layer == 0 or not 0 <= main < vit_depth:
         raise UserError(
             f"vision.select_layer={select_layer} is no block's output: {depths}; expected -{vit_depth} to -1 or 1 to {vit_depth}"
@@ -146,9 +145,7 @@ def read_slots(hidden: jax.Array, image_start: jax.Array, length: int) -> jax.Ar
     return jnp.where((image_start != EMPTY_SLOT)[..., None, None], runs, 0)
 
 
-def inject(
-    hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def inject(hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """hidden[image positions] += the sources of this layer. The reference's plain add: no gate, no weights.
 
     Args:

@@ -72,9 +72,7 @@ class VisionTower(nn.Module):
         depth = max(self.levels) + 1
         spare = len(self.levels)
         rows = jnp.array([self.levels.index(i) if i in self.levels else spare for i in range(depth)])
-        bank = constrain(
-            jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed"
-        )
+        bank = constrain(jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed")
         (_, bank), _ = nn.scan(
             nn.remat(Block, prevent_cse=False) if cfg.remat else Block,
             variable_axes={"params": 0},
@@ -84,4 +82,3 @@ class VisionTower(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, name="blocks")((x, bank), rows)
         return bank[:spare, :, int(cfg.class_token) :]
-

@@ -80,7 +80,9 @@ class Checkpoints:
             data=grain.checkpoint.CheckpointSave(data),
             meta=ocp.args.JsonSave(meta),
         )
-        self.manager.save(step, args=items, metrics=None if holdout_loss is None else {METRIC: holdout_loss}, force=True)
+        self.manager.save(
+            step, args=items, metrics=None if holdout_loss is None else {METRIC: holdout_loss}, force=True
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         try:
@@ -146,7 +148,9 @@ class Checkpoints:
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return UserError(f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); delete that folder to go on without it")
+        return UserError(
+            f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); delete that folder to go on without it"
+        )
 
 
 def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Config, Tokenizer]:
@@ -159,13 +163,17 @@ def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Con
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     if checkpoints.latest is None:
-        raise UserError(f"workdir {workdir!r} holds no checkpoint; expected the workdir of a run of sparsecut_jax.train")
+        raise UserError(
+            f"workdir {workdir!r} holds no checkpoint; expected the workdir of a run of sparsecut_jax.train"
+        )
     if which in ("latest", "best"):
         step = checkpoints.latest if which == "latest" else checkpoints.best
     else:
         steps = checkpoints.manager.all_steps()
         if not which.isdigit() or int(which) not in steps:
-            raise UserError(f"checkpoint {which!r} is not in {workdir}; expected latest, best or one of {sorted(steps)}")
+            raise UserError(
+                f"checkpoint {which!r} is not in {workdir}; expected latest, best or one of {sorted(steps)}"
+            )
         step = int(which)
     meta = checkpoints.meta(step)
     return checkpoints, step, config_lib.check(meta["config"]), tokenizer_lib.from_json(meta["tokenizer"])

@@ -173,7 +173,9 @@ class _Log:
         self.supervised += int(values["supervised_tokens"])
         self.steps += 1
         if values["supervised_tokens"] == 0:
-            raise UserError(f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data")
+            raise UserError(
+                f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
+            )
         if int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
             raise Exit(
                 4,
@@ -198,9 +200,7 @@ class _Log:
             "lr": _number(values["lr"]),
             "grad_norm": _number(values["grad_norm"]),
             "grad_norm_by_part": {part: _number(norm) for part, norm in values["grad_norm_by_part"].items()},
-            "shortcut_ratio": {
-                name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names
-            },
+            "shortcut_ratio": {name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names},
             "tokens_per_second": self.tokens / seconds,
             "supervised_tokens": self.supervised,
             "seconds_per_step": seconds / self.steps,

@@ -25,5 +25,5 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
     words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     right = jnp.sum(jnp.where(words == targets[..., None], logits, 0), axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - right
-    # where, not a product: a padded position may hold anything
+    # where, not a product: what a padded position's loss is must not matter
     return jnp.sum(jnp.where(mask > 0, nll, 0)), jnp.sum(mask)

@@ -67,4 +67,4 @@ def part_norms(flat: Params) -> dict[str, jax.Array]:
     parts: dict[str, dict] = {}
     for path, leaf in flat.items():
         parts.setdefault(path.split("/", 1)[0], {})[path] = leaf
-    return {part: optax.global_norm(leaves) for part, leaves in parts.items()}
+    return {part: optax.tree.norm(leaves) for part, leaves in parts.items()}

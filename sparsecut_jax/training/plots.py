@@ -23,7 +23,9 @@ def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
         for key, style, label in (("loss", "-", "training"), ("holdout_loss", "o", "held out")):
             points = [(line["step"], line[key]) for line in mine if line.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, linewidth=1, label=f"{stage}, {label}")
+                axes.plot(
+                    *zip(*points, strict=True), style, color=color, markersize=4, linewidth=1, label=f"{stage}, {label}"
+                )
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token (nats)", yscale="log")
     axes.grid(alpha=0.3)
     if stages:

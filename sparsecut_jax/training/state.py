@@ -66,7 +66,9 @@ def init_params(model: SparseCut, cfg: Config, abstract: Any) -> Any:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed))
 
 
-def abstract_state(abstract: Any, trainable: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    abstract: Any, trainable: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """The train state of a stage as shapes and shardings; moments are split like their parameters."""
     moving, _ = opt.split(abstract, trainable)
     whole = sharding.replicated(mesh)
@@ -81,7 +83,9 @@ def abstract_state(abstract: Any, trainable: tuple[str, ...], tx: optax.Gradient
     return TrainState(scalar, abstract, opt_state, scalar, scalar)
 
 
-def begin_stage(abstract: TrainState, params: Any, trainable: tuple[str, ...], tx, step: int, skipped: int) -> TrainState:
+def begin_stage(
+    abstract: TrainState, params: Any, trainable: tuple[str, ...], tx, step: int, skipped: int
+) -> TrainState:
     """State at the first step of a stage: these parameters, a fresh optimizer."""
     moving, _ = opt.split(params, trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)

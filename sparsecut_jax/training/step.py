@@ -70,7 +70,7 @@ def make_train_step(
         total, count, grads, ratio = gradients(moving, frozen, batch, key)
         loss = total / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
 
         updates, opt_state = tx.update(grads, state.opt_state, moving)

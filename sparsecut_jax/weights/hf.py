@@ -103,8 +103,14 @@ PROJECTOR = [
     (_OFFICIAL + r"(?:mlp\.)?0\.bias", f"{_FUSE}/projector/fc1/bias", _same),
     (_OFFICIAL + r"(?:mlp\.)?2\.weight", f"{_FUSE}/projector/fc2/kernel", _transposed),
     (_OFFICIAL + r"(?:mlp\.)?2\.bias", f"{_FUSE}/projector/fc2/bias", _same),
-    *((_OFFICIAL + r"attn\.in_proj_weight", f"{_FUSE}/attention/{n}_kernel", _fusion_in(i)) for i, n in enumerate("qkv")),
-    *((_OFFICIAL + r"attn\.in_proj_bias", f"{_FUSE}/attention/{n}_bias", _fusion_in_bias(i)) for i, n in enumerate("qkv")),
+    *(
+        (_OFFICIAL + r"attn\.in_proj_weight", f"{_FUSE}/attention/{n}_kernel", _fusion_in(i))
+        for i, n in enumerate("qkv")
+    ),
+    *(
+        (_OFFICIAL + r"attn\.in_proj_bias", f"{_FUSE}/attention/{n}_bias", _fusion_in_bias(i))
+        for i, n in enumerate("qkv")
+    ),
     (_OFFICIAL + r"attn\.out_proj\.weight", f"{_FUSE}/attention/out_kernel", _fusion_out),
     (_OFFICIAL + r"attn\.out_proj\.bias", f"{_FUSE}/attention/out_bias", _same),
     (_OFFICIAL + r"norm([12])\.weight", _FUSE + "/norm{0}/scale", _same),
