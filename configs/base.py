@@ -5,7 +5,7 @@
 
 Stage 1 learns captions ("a red circle"), stage 2 the questions, as the paper's recipe has it; here the
 tower is trained too, since nothing is pretrained. Any setting can be changed: --config.llm.layers=12.
-`sparsecut_jax/config.py` lists them all. Your own data: --config.data.source=rows.json --config.data.images=DIR.
+`sparsecut_jax/settings.py` lists them all. Your own data: --config.data.source=rows.json --config.data.images=DIR.
 """
 
 from ml_collections import ConfigDict

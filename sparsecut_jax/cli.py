@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
@@ -56,7 +57,7 @@ def run(command: Callable[[], None], doc: str) -> None:
         _fail(130, "interrupted; the same command goes on from the last checkpoint", debug)
 
 
-def typed_config() -> config_lib.Config:
+def typed_config() -> Config:
     """The checked config of --config and its overrides."""
     raw = flags.FLAGS.config
     if raw is None:
@@ -123,7 +124,7 @@ def _help(doc: str) -> str:
     lines = [doc.strip(), "", "flags:"]
     lines += [f"  --{f.name:<18} {f.help}" for f in own]
     if "config" in flags.FLAGS:
-        lines += ["", "settings and their defaults before the config file (sparsecut_jax/config.py explains them):"]
+        lines += ["", "settings and their defaults before the config file (sparsecut_jax/settings.py explains them):"]
         lines += [f"  --config.{key}={value!r}" for key, value in _leaves(config_lib.default())]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ SIGTERM after saving, 4 diverged.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,12 +22,12 @@ from jax.sharding import Mesh
 
 from sparsecut_jax import cli, sharding
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.config import Config, StageConfig
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import Run, compute_dtype
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training import loop, plots, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable
@@ -76,7 +77,7 @@ def train(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
-    with jax.set_mesh(mesh):
+    with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
         if resumed is None:
             params = state.init_params(model, cfg, abstract)
@@ -119,7 +120,7 @@ def train(cfg: Config) -> dict[str, float]:
                 current = loop.run_stage(stage, current, cfg, model.plan, mesh, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
-        checkpoints.close()
+        stop.restore()
 
         # -------------------------------------------------------------- results
         plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
@@ -149,7 +150,6 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
         f"stages.{n}.batch_size / accumulate": cfg.stages[n].batch_size // cfg.stages[n].accumulate
         for n in cfg.run_stages
     }
-    batches["eval.batch_size"] = cfg.eval.batch_size
     for key, value in batches.items():
         if value % ways:
             raise UserError(

@@ -6,8 +6,8 @@ import pytest
 import reference
 from tiny import params_of
 
-from sparsecut_jax.config import FusionConfig
 from sparsecut_jax.models.fusion import Fusion, crops_to_cells
+from sparsecut_jax.settings import FusionConfig
 
 WIDTH = 10  # of the LLM
 

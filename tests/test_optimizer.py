@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparsecut_jax.config import StageConfig
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import UserError
 

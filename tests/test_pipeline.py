@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsecut_jax.config import Config, DataConfig, FusionConfig, StageConfig, VisionConfig, check
+from sparsecut_jax.config import check
 from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data.conversation import Example
 from sparsecut_jax.data.pipeline import Images, collate, encoder, fixed_batches, train_batches
 from sparsecut_jax.data.sources import Split
+from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
 from sparsecut_jax.types import UserError
 
 ROWS = 10

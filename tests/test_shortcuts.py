@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sparsecut_jax.config import ShortcutConfig
 from sparsecut_jax.models.shortcuts import evenly, inject, plan_shortcuts, read_slots, write_slots
+from sparsecut_jax.settings import ShortcutConfig
 from sparsecut_jax.types import UserError
 
 

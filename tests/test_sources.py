@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from sparsecut_jax.config import DataConfig
 from sparsecut_jax.data.sources import Split, load_source
+from sparsecut_jax.settings import DataConfig
 from sparsecut_jax.types import UserError
 
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 from tiny import IMAGE, make_batch, params_of, tiny_config
 
-from sparsecut_jax.config import StageConfig
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_gradients, make_train_step

@@ -145,8 +145,10 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(unbrok
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}])
 def test_eight_devices_give_the_losses_and_gradients_of_one(pictures, unbroken, tmp_path, mesh):
-    config = runs.small(pictures, tmp_path / "run", set={f"mesh.{axis}": size for axis, size in mesh.items()})
+    changes = {"profile": "1:2", "eval.test": False, **{f"mesh.{axis}": size for axis, size in mesh.items()}}
+    config = runs.small(pictures, tmp_path / "run", set=changes)
     train(config_lib.check(config))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     one, eight = (
         [line for line in read_metrics(str(workdir)) if "loss" in line] for workdir in (unbroken, tmp_path / "run")
     )

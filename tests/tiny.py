@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from sparsecut_jax import config
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch
 
 IMAGE = -200  # in a row of word ids: an image goes here, N positions long
@@ -23,7 +24,7 @@ N = 9
 PLAN = ((4, 0), (2, 3), (0, 6))  # shortcuts of the default config
 
 
-def tiny_config(**groups: dict[str, Any]) -> config.Config:
+def tiny_config(**groups: dict[str, Any]) -> Config:
     """The checked config; `tiny_config(llm=dict(layers=2))` changes single settings of a group."""
     raw = config.default()
     raw.vision.update(image_size=12, patch_size=4, width=24, layers=5, heads=2, mlp_dim=40)
@@ -91,7 +92,7 @@ def make_batch(
 class Tiny:
     """A model with parameters; calling it gives the logits of a batch, through one jitted function."""
 
-    cfg: config.Config
+    cfg: Config
     model: SparseCut
     params: dict[str, Any]
 

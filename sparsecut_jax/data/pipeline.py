@@ -9,12 +9,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from sparsecut_jax.config import Config, StageConfig
 from sparsecut_jax.data import images
 from sparsecut_jax.data.conversation import TEMPLATES, Example, TooLong, encode_row, images_of
 from sparsecut_jax.data.sources import Split
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import EMPTY_SLOT, Batch, UserError
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax.config import DataConfig
 from sparsecut_jax.data import easy_vqa
 from sparsecut_jax.data.conversation import check_row, images_of
 from sparsecut_jax.data.images import resolve
+from sparsecut_jax.settings import DataConfig
 from sparsecut_jax.types import UserError
 
 Row = dict[str, Any]

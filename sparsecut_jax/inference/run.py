@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sparsecut_jax import sharding
-from sparsecut_jax.config import Config
 from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.data.sources import Source, load_source
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.settings import Config
 from sparsecut_jax.training.checkpoint import open_run
 from sparsecut_jax.training.state import abstract_params
 from sparsecut_jax.types import UserError

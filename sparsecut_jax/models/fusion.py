@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.config import FusionConfig
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention
+from sparsecut_jax.settings import FusionConfig
 
 gelu = ACTIVATIONS["gelu"]
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.config import LLMConfig
 from sparsecut_jax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -27,6 +26,7 @@ from sparsecut_jax.models.layers import (
     weight,
 )
 from sparsecut_jax.models.shortcuts import Plan, inject
+from sparsecut_jax.settings import LLMConfig
 from sparsecut_jax.sharding import constrain
 
 INTERMEDIATES = ("hidden", "shortcut_ratio")

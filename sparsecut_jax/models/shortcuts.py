@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsecut_jax.config import ShortcutConfig
+from sparsecut_jax.settings import ShortcutConfig
 from sparsecut_jax.types import EMPTY_SLOT, UserError
 
 Pair = tuple[int, int]

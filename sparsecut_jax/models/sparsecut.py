@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.config import Config, FusionConfig, LLMConfig, VisionConfig
 from sparsecut_jax.models.fusion import FUSIONS, Fusion
 from sparsecut_jax.models.llm import Cache, Decoder
 from sparsecut_jax.models.shortcuts import Plan, plan_shortcuts, write_slots
 from sparsecut_jax.models.vit import VisionTower
+from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, VisionConfig
 from sparsecut_jax.types import Batch
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.config import VisionConfig
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, weight
+from sparsecut_jax.settings import VisionConfig
 from sparsecut_jax.sharding import constrain
 
 

@@ -19,9 +19,9 @@ from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.config import Config
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.settings import Config
 from sparsecut_jax.types import TrainState, UserError
 
 METRIC = "holdout_loss"

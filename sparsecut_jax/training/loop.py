@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from sparsecut_jax import sharding
 from sparsecut_jax.cli import Exit
-from sparsecut_jax.config import Config, StageConfig
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.checkpoint import Checkpoints
 from sparsecut_jax.training.report import MetricsWriter, Progress, shortcut_names
 from sparsecut_jax.types import Batch, TrainState, UserError
@@ -50,7 +50,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked = False
-        signal.signal(signal.SIGTERM, self._note)
+        self.before = signal.signal(signal.SIGTERM, self._note)
+
+    def restore(self) -> None:
+        """From here on SIGTERM ends the process as usual."""
+        signal.signal(signal.SIGTERM, self.before)
 
     def _note(self, *_: Any) -> None:
         self.asked = True

@@ -9,7 +9,7 @@ import jax
 import optax
 from flax import traverse_util
 
-from sparsecut_jax.config import StageConfig
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.types import UserError
 
 Params = dict[str, Any]

@@ -84,12 +84,14 @@ class Progress:
     def __init__(self, total: int, initial: int, name: str, seconds: float = 15.0):
         self.total, self.done, self.name, self.seconds = total, initial, name, seconds
         self.initial, self.text, self.started = initial, "", time.monotonic()
-        self.shown = self.started
+        self.shown = self.steady = self.started
         terminal = sys.stdout.isatty()
         form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
         self.bar = tqdm(total=total, initial=initial, desc=name, file=sys.stdout, bar_format=form) if terminal else None
 
     def update(self, n: int = 1) -> None:
+        if self.done == self.initial:  # the first one carried the compilation: it tells nothing about the rest
+            self.steady = time.monotonic()
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
@@ -111,9 +113,12 @@ class Progress:
 
     def _line(self) -> None:
         self.shown = time.monotonic()
-        elapsed = self.shown - self.started
-        left = elapsed / max(1, self.done - self.initial) * (self.total - self.done)
-        print(f"{self.name} {self.done}/{self.total} [{elapsed:.0f}s, {left:.0f}s left] {self.text}", flush=True)
+        steps = self.done - self.initial - 1
+        pace = (self.shown - self.steady) / steps if steps > 0 else 0.0
+        left = f"{pace * (self.total - self.done):.0f}s left"
+        print(
+            f"{self.name} {self.done}/{self.total} [{self.shown - self.started:.0f}s, {left}] {self.text}", flush=True
+        )
 
 
 class MetricsWriter:

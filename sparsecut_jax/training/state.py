@@ -14,9 +14,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from sparsecut_jax import sharding
-from sparsecut_jax.config import Config
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.settings import Config
 from sparsecut_jax.training import checkpoint
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import Batch, TrainState, UserError

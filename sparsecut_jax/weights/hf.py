@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from sparsecut_jax.config import Config
+from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 Layout = Callable[[np.ndarray, Config], np.ndarray]

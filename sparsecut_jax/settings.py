@@ -1,0 +1,169 @@
+"""Every setting there is, with its default.
+
+A file in configs/ starts from these (`config.default()`) and changes what its idea is about; `config.check` turns
+the result into a `Config`, and the program reads nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower, CLIP style. Sizes are in pixels of one view."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    width: int = 64
+    layers: int = 6
+    heads: int = 4
+    mlp_dim: int = 256
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    select_layer: int = -2  # main feature, HF index into hidden_states: -2 is the last block but one
+    scan_layers: bool = True
+    remat: bool = False
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, CLIP's
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How low- and hi-res tokens of a level become tokens of the LLM."""
+
+    name: Literal["channel", "cross_attention", "mlp"] = "channel"
+    shared: bool = True  # one set of weights for the main feature and all levels
+
+
+@dataclass(frozen=True)
+class ShortcutConfig:
+    """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
+
+    density: Literal["none", "dense", "sparse", "explicit"] = "sparse"
+    count: int = 8  # levels of a sparse plan
+    distribution: Literal["uniform", "bottom", "top"] = "uniform"
+    order: Literal["u", "parallel"] = "u"  # u: deepest level to the earliest layer
+    position: Literal["pre", "post"] = "pre"  # before or after the layer
+    feature_order_reverse: bool = False  # the released code's option of that name
+    vit_levels: tuple[int, ...] = ()  # for density="explicit"
+    llm_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Decoder, Llama style."""
+
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
+    width: int = 64
+    layers: int = 8
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    mlp_dim: int = 192
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "silu"
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+    scan_layers: bool = True
+    remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one size may be -1, what is left over."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from and how they become batches."""
+
+    source: str = "easy_vqa"  # "easy_vqa" or a JSON file of LLaVA conversations
+    images: str = ""  # folder that the image paths of a JSON file start from
+    image_fit: Literal["pad", "squash", "crop"] = "pad"  # how an image becomes square
+    max_pixels: int = 50_000_000  # larger images are refused before decoding
+    max_images: int = 1  # image slots per row (M)
+    flip: bool = False  # mirror training images half of the time; not where questions speak of left and right
+    shift: int = 0  # move training images by up to so many low-res pixels
+    holdout: int = 200  # training rows kept for the periodic evaluation
+    threads: int = 2  # reading threads; no influence on the order
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A Hugging Face tokenizer (folder or hub id), or a byte-level BPE trained on the training rows."""
+
+    path: str = ""
+    vocab_size: int = 512  # of the trained one, at most
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training: its rows, what is trained, and the optimizer's settings."""
+
+    rows: Literal["captions", "conversations"] = "conversations"
+    template: Literal["plain", "vicuna_v1", "qa"] = "vicuna_v1"  # data/conversation.py writes them out
+    seq_len: int = 2048  # T; an image takes N of these positions
+    epochs: float = 1.0
+    max_steps: int = 0  # 0: as many as the epochs take
+    batch_size: int = 128  # rows of all devices together, per optimizer step
+    accumulate: int = 1  # micro-batches the batch is cut into
+    trainable: tuple[str, ...] = ("fusion/.*", "llm/.*")  # regexes on parameter paths
+    lr: float = 2e-5
+    warmup: float = 0.03  # share of the steps
+    final_lr: float = 0.0  # share of lr at the end of the cosine
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0: no clipping
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # optimizer steps; 0: only at the end
+    keep: int = 1  # latest ones; the best one is kept besides
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 500  # optimizer steps between evaluations on held-out training rows; 0: never
+    batch_size: int = 256  # prompts per generation batch
+    max_new_tokens: int = 8
+    test: bool = True  # generate answers for the test split at the end
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    workdir: str = "runs/base"
+    init_from: str = ""  # workdir of another run whose parts this one starts from
+    init_parts: tuple[str, ...] = ("vision/.*", "fusion/.*", "llm/.*")  # regexes: what is taken from it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 except on CPU
+    log_every: int = 10
+    profile: str = ""  # "START:STOP", optimizer steps to trace
+    run_stages: tuple[str, ...] = ("align", "instruct")  # names in `stages`, in this order
+    stages: dict[str, StageConfig] = field(default_factory=lambda: {"align": StageConfig(), "instruct": StageConfig()})
+    vision: VisionConfig = VisionConfig()
+    fusion: FusionConfig = FusionConfig()
+    shortcuts: ShortcutConfig = ShortcutConfig()
+    llm: LLMConfig = LLMConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions that one image takes in the LLM (N)."""
+        return (self.vision.image_size // self.vision.patch_size) ** 2

@@ -1,0 +1,96 @@
+"""Generation: the golden ids, ragged prompts, the end token, shortcuts in the prefill only, sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, N, load_case
+from tiny import IMAGE, make_batch
+
+from sparsecut_jax.inference.decoding import encode_images, generate, until
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_greedy_ids(name):
+    """Both rows in one padded batch, although the reference asks them one by one."""
+    case = load_case(name)
+    length = case.io["expanded_mask"].sum(1)
+    encoded = encode_images(case.model, case.params, case.batch.views)
+    ids, logits = generate(
+        case.model, case.params, case.batch.tokens, length, case.batch.image_start, encoded, 12, return_logits=True
+    )
+    np.testing.assert_array_equal(ids, case.io["greedy_ids"])
+    np.testing.assert_allclose(logits, case.io["greedy_logits"], atol=3e-5)
+    assert case.batch.tokens.shape[1] - length.min() == 4 and N == 16  # the second row really is padded
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    batch = make_batch([[1, 5, IMAGE, 7, 9, 11], [1, IMAGE, 3], [1, 2, 3, 4]], length=24, slots=1)
+    length = np.array([14, 11, 4])
+    return batch, length, encode_images(tiny.model, tiny.params, batch.views)
+
+
+def test_cached_equals_uncached(tiny, prompts):
+    """Each new token equals the likeliest one of a whole forward pass over everything before it."""
+    batch, length, encoded = prompts
+    ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 5)
+    forward = jax.jit(lambda params, batch: tiny.model.apply({"params": params}, batch)[0])
+    for row in range(3):
+        tokens, n = np.array(batch.tokens[row : row + 1]), int(length[row])
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
+        for i in range(5):
+            segments = (np.arange(24) < n + i)[None].astype(np.int32)
+            positions = np.arange(24, dtype=np.int32)[None]
+            logits = forward(tiny.params, one.replace(tokens=tokens, segments=segments, positions=positions))
+            assert int(logits[0, n + i - 1].argmax()) == int(ids[row, i])
+            tokens[0, n + i] = ids[row, i]
+
+
+def test_a_row_is_not_touched_by_the_others(tiny, prompts):
+    batch, length, encoded = prompts
+    ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 4)
+    order = np.array([2, 0, 1])
+    swapped, _ = generate(
+        tiny.model, tiny.params, batch.tokens[order], length[order], batch.image_start[order],
+        encoded.rows(jnp.array(order)), 4,
+    )  # fmt: skip
+    np.testing.assert_array_equal(swapped, np.asarray(ids)[order])
+
+
+def test_shortcuts_act_in_the_prefill_alone(tiny, prompts):
+    """The image of a row without image positions changes nothing, in whatever way tokens are drawn."""
+    batch, length, encoded = prompts
+    nowhere = jnp.full_like(batch.image_start, -1)
+    loud = encoded.replace(bank=encoded.bank * 100)
+    for temperature in (0.0, 1.0):
+        one, _ = generate(tiny.model, tiny.params, batch.tokens, length, nowhere, encoded, 4, -1, temperature)
+        other, _ = generate(tiny.model, tiny.params, batch.tokens, length, nowhere, loud, 4, -1, temperature)
+        np.testing.assert_array_equal(one, other)
+        changed, _ = generate(
+            tiny.model, tiny.params, batch.tokens, length, batch.image_start, loud, 4, -1, temperature
+        )
+        assert (np.asarray(changed)[:2] != np.asarray(one)[:2]).any()
+
+
+def test_the_end_token_ends_a_row(tiny, prompts):
+    batch, length, encoded = prompts
+    free, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6)
+    eos = int(free[0, 2])
+    ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6, eos)
+    for row in range(3):
+        want = until(np.asarray(free[row]), eos)
+        assert until(np.asarray(ids[row]), eos) == want
+        assert set(np.asarray(ids[row])[len(want) :]) <= {eos}
+
+
+def test_sampling_follows_its_key(tiny, prompts):
+    batch, length, encoded = prompts
+    draw = lambda seed, t: np.asarray(
+        generate(
+            tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6, -1, t, jax.random.key(seed)
+        )[0]
+    )
+    np.testing.assert_array_equal(draw(1, 1.0), draw(1, 1.0))
+    assert (draw(1, 1.0) != draw(2, 1.0)).any()
+    np.testing.assert_array_equal(draw(1, 1e-4), draw(2, 0.0))

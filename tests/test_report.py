@@ -1,0 +1,51 @@
+"""What is shown and written while a run goes on."""
+
+import json
+
+from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.training.report import MetricsWriter, Progress, plan_table, read_metrics, shortcut_names, table
+
+PLAN = Plan(pairs=((4, 0), (2, 3), (0, 6), (1, 6)), main_level=3, vit_depth=5, llm_depth=7)
+
+
+def test_plan_table():
+    assert plan_table(PLAN).splitlines() == [
+        "shortcuts  4, added before the layer; main feature: output of ViT block 3",
+        "  ViT block (of 5)  4  2  0  1",
+        "  LLM layer (of 7)  0  3  6  6",
+    ]
+    assert plan_table(Plan((), 3, 5, 7)) == "shortcuts  none; main feature: output of ViT block 3 of 5"
+
+
+def test_table_aligns():
+    assert table(["kind", "n"], [["all", "12,000"], ["color", "5"]]).splitlines() == [
+        "  kind        n", "  all    12,000", "  color       5",
+    ]  # fmt: skip
+
+
+def test_shortcut_names_follow_the_route():
+    assert shortcut_names(PLAN) == [(0, 0, "vit4_llm0"), (3, 0, "vit2_llm3"), (6, 0, "vit0_llm6"), (6, 1, "vit1_llm6")]
+
+
+def test_metrics_of_a_killed_run_are_taken_back(tmp_path):
+    writer = MetricsWriter(str(tmp_path), 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 2, "norms": {"llm": 1.0}})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    MetricsWriter(str(tmp_path), 2).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": s, "loss": s / 2, "norms": {"llm": 1.0}} for s in (1, 2)]
+    assert read_metrics(str(tmp_path)) == lines and read_metrics(str(tmp_path / "nowhere")) == []
+
+
+def test_progress_without_a_terminal_is_lines(capsys):
+    progress = Progress(total=3, initial=1, name="align", seconds=1000)
+    progress.note("loss 0.5")
+    progress.update()
+    progress.write("step 2: held-out loss 0.4")
+    progress.update()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "step 2: held-out loss 0.4"
+    assert out[1].startswith("align 3/3 [") and out[1].endswith("loss 0.5")
