@@ -31,8 +31,8 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     for stage in config.stages.values():
         stage.update(trainable=("vision/.*", "fusion/.*", "llm/.*"), batch_size=16, lr=7e-4, b2=0.98, warmup=0.05)
-    config.stages.align.update(rows="captions", template="plain", seq_len=24, epochs=14.0)
-    config.stages.instruct.update(rows="conversations", template="qa", seq_len=96, epochs=6.0)
+    config.stages.align.update(rows="captions", template="plain", seq_len=24, epochs=11.0)
+    config.stages.instruct.update(rows="conversations", template="qa", seq_len=96, epochs=9.0, lr=1e-3)
 
     config.eval.update(every=1000, max_new_tokens=4)
     config.checkpoint.every = 1000

@@ -212,7 +212,7 @@ BAD = [
     (["--config.llm.width=wide"], "config.llm.width='wide': expected int"),
     (["--config.fusion.name=chanel"], "config.fusion.name='chanel': expected one of channel, cross_attention, mlp"),
     (["--config.mesh.tensor=3"], "mesh(data=-1, fsdp=1, tensor=3) asks for 3 devices, but there are 1 cpu devices"),
-    (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 6 blocks"),
+    (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 5 blocks"),
     (["--config.data.source=nowhere.json"], "data source 'nowhere.json' is not there"),
     (["--confg=configs/base.py"], "unknown flag --confg; did you mean 'config'?"),
 ]

@@ -43,6 +43,8 @@ class Checkpoints:
             get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
+            best_fn=lambda m: m[METRIC],  # without it Orbax writes no metrics
+            best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             create=not read_only,
             read_only=read_only,
