@@ -14,7 +14,7 @@ from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state as state_lib
-from sparsecut_jax.training.checkpoint import METRIC, Checkpoints, check_resumable, open_run
+from sparsecut_jax.training.checkpoint import METRIC, Checkpoints, NotFinite, check_resumable, open_run
 from sparsecut_jax.types import UserError
 
 TRAINABLE = ("fusion/.*", "llm/.*")
@@ -107,7 +107,7 @@ def test_another_model_is_named(saved):
 def test_not_finite_is_refused(tmp_path):
     _, state = states(mesh_of(1, 1, 1))
     state.params["llm"]["head"] = state.params["llm"]["head"].at[0, 0].set(jnp.nan)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NotFinite, match="not finite"):
         save(tmp_path, state, 1)
     assert Checkpoints(str(tmp_path), read_only=True).latest is None
 

@@ -33,6 +33,10 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
+class NotFinite(Exception):
+    """A parameter is NaN or infinite."""
+
+
 class Checkpoints:
     """The folder `workdir`/checkpoints: the latest ones and the best one by held-out loss."""
 
@@ -71,12 +75,12 @@ class Checkpoints:
     def save(
         self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], holdout_loss: float | None
     ) -> None:
-        """Writes in the background. Refuses (ValueError) a state with a parameter that is not finite."""
+        """Writes in the background. Raises NotFinite rather than save a parameter that is not finite."""
         step = int(state.step)
         if step == self.latest:
             return
         if not bool(_all_finite(state.params)):
-            raise ValueError(f"step {step} has parameters that are not finite")
+            raise NotFinite(f"step {step} has parameters that are not finite")
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=grain.checkpoint.CheckpointSave(data),

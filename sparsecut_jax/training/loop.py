@@ -17,7 +17,7 @@ from sparsecut_jax import sharding
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.training.checkpoint import Checkpoints
+from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
 from sparsecut_jax.training.report import MetricsWriter, Progress, shortcut_names
 from sparsecut_jax.types import Batch, TrainState, UserError
 
@@ -125,7 +125,7 @@ def run_stage(
         loss = evaluated.get(step) if stage.is_last else None
         try:
             checkpoints.save(state, stage.data, stage.meta, loss)
-        except ValueError as error:
+        except NotFinite as error:
             raise Exit(4, f"stopped without saving: {error}") from error
 
     try:
