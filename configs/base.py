@@ -28,11 +28,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.llm.update(width=64, layers=8, heads=2, kv_heads=2, head_dim=32, mlp_dim=128, remat="full")
 
     # Pictures of one shape have no left or right, and no place of their own.
-    config.data.update(source="easy_vqa", holdout=200, flip=True, shift=1)
+    config.data.update(source="easy_vqa", holdout=200, flip=True, shift=2)
 
     for stage in config.stages.values():
         stage.update(trainable=("vision/.*", "fusion/.*", "llm/.*"), batch_size=16, lr=7e-4, b2=0.98, warmup=0.05)
-    config.stages.align.update(rows="captions", template="plain", seq_len=24, epochs=11.0)
+    config.stages.align.update(rows="captions", template="plain", seq_len=24, epochs=13.0)
     config.stages.instruct.update(rows="conversations", template="qa", seq_len=96, epochs=9.0, lr=1e-3)
 
     config.eval.update(every=1000, max_new_tokens=4)
