@@ -14,6 +14,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+import absl.logging
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -48,19 +50,34 @@ def run(command: Callable[[], None], doc: str) -> None:
     _quiet(debug)
     try:
         _parse()
+        if not debug:  # parsing the flags has set absl's own level
+            absl.logging.set_verbosity(absl.logging.FATAL)
         command()
     except UserError as error:
         _fail(2, str(error), debug)
     except Exit as error:
         _fail(error.code, str(error), debug)
     except KeyboardInterrupt:
-        _fail(130, "interrupted; the same command goes on from the last checkpoint", debug)
+        again = "; the same command goes on from the last checkpoint" if "config" in flags.FLAGS else ""
+        _fail(130, f"interrupted{again}", debug)
+    except OSError as error:
+        _fail(2, f"{error.filename or 'file system'}: {error.strerror or error}", debug)
+    except MemoryError as error:
+        _fail(2, f"out of memory: {error}; lower batch_size, seq_len or the sizes of the model", debug)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).splitlines()[0]
+        _fail(2, f"out of device memory: {what}; lower batch_size, seq_len or the sizes of the model", debug)
 
 
 def typed_config() -> Config:
     """The checked config of --config and its overrides."""
     raw = flags.FLAGS.config
     if raw is None:
+        file = _config_file()
+        if file:
+            raise UserError(f"config file {file!r}: get_config() returned None; it must return the config")
         raise UserError("--config is missing; for example --config=configs/base.py")
     return config_lib.check(raw)
 
@@ -81,6 +98,12 @@ def _parse() -> None:
         raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
     except flags.Error as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
+    except KeyError as error:
+        for arg in sys.argv[1:]:
+            name = arg.lstrip("-").partition("=")[0].split(".")
+            if name[:2] == ["config", "stages"] and len(name) > 2 and repr(name[2]) in str(error.args[0]):
+                raise UserError(f"config.stages.{name[2]} is not a stage of {file!r}: {_cause(error, file)}") from error
+        raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1:
@@ -96,6 +119,8 @@ def _config_file() -> str | None:
     if path is None:
         return None
     file = path.split(":", 1)[0]
+    if os.path.isdir(file):
+        raise UserError(f"config file {file!r} is a folder; expected a Python file")
     if not os.path.isfile(file):
         near = os.path.dirname(file) or "."
         known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
@@ -112,6 +137,8 @@ def _cause(error: Exception, file: str | None) -> str:
         if os.path.abspath(f.filename) == os.path.abspath(file or "")
     ]
     where = f" (line {frames[-1].lineno})" if frames else ""
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return "it defines no get_config()"
     if isinstance(error, KeyError) and error.args:
         return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}{where}"
@@ -142,7 +169,7 @@ def _quiet(debug: bool) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore")
-    for name in ("absl", "jax", "orbax", "grain", "transformers"):
+    for name in ("absl", "jax", "orbax", "grain", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

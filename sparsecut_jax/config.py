@@ -164,6 +164,7 @@ def _check_values(cfg: Config) -> None:
         "seed": cfg.seed,
     }.items():
         need(value >= 0, f"config.{key}={value}: expected 0 or more")
+    need(cfg.seed < 2**32, f"config.seed={cfg.seed}: expected a number below 2^32")
     need(cfg.log_every >= 1, f"config.log_every={cfg.log_every}: expected at least 1")
     need(cfg.workdir != "", "config.workdir is empty: name the folder that the run writes to")
     need(
@@ -225,8 +226,10 @@ def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.F
     )
     _check_regexes(f"{at}.trainable", stage.trainable)
     need(stage.max_steps >= 0, f"{at}.max_steps={stage.max_steps}: expected 0 or more")
-    for key in ("b1", "b2", "final_lr"):
-        need(0 <= getattr(stage, key) <= 1, f"{at}.{key}={getattr(stage, key)}: expected 0 to 1")
+    for key in ("b1", "b2"):
+        need(0 <= getattr(stage, key) < 1, f"{at}.{key}={getattr(stage, key)}: expected 0 to below 1")
+    need(0 <= stage.final_lr <= 1, f"{at}.final_lr={stage.final_lr}: expected a share of lr, 0 to 1")
+    need(len(stage.trainable) > 0, f"{at}.trainable is empty: the stage would train nothing")
     for key in ("clip_norm", "weight_decay"):
         need(getattr(stage, key) >= 0, f"{at}.{key}={getattr(stage, key)}: expected 0 or more")
 

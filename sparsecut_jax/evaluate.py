@@ -30,8 +30,6 @@ def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
         answered += chunk
         progress.update(len(chunk))
     progress.close()
-    with open(os.path.join(run.workdir, "answers.jsonl"), "w") as file:
-        file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
     results = vqa.summarize(answered, source.test_name)
     print(f"\n{source.test_name}: every question asked alone, answered by generation, exact match")
     rows = []
@@ -44,6 +42,10 @@ def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
     shown = vqa.samples(answered, SAMPLES)
     rows = [[a.question, a.expected, a.answer, "" if a.correct else "wrong"] for a in shown]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
+    path = os.path.join(run.workdir, "answers.jsonl")
+    with open(path + ".tmp", "w") as file:
+        file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
+    os.replace(path + ".tmp", path)
     return results
 
 

@@ -7,6 +7,8 @@ Without --image the question is text only; --image may be given several times, u
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from absl import flags
@@ -62,8 +64,12 @@ def main() -> None:
         raise UserError("--workdir is missing; for example --workdir=runs/base")
     if not FLAGS.prompt:
         raise UserError('--prompt is missing; for example --prompt="what color is the shape?"')
-    if FLAGS.max_new_tokens < 1 or FLAGS.temperature < 0:
-        raise UserError("--max_new_tokens must be at least 1, and --temperature at least 0")
+    if not 1 <= FLAGS.max_new_tokens <= 100_000:
+        raise UserError(f"--max_new_tokens={FLAGS.max_new_tokens}: expected 1 to 100,000")
+    if not 0 <= FLAGS.temperature < math.inf:
+        raise UserError(f"--temperature={FLAGS.temperature}: expected 0 or more")
+    if not 0 <= FLAGS.seed < 2**32:
+        raise UserError(f"--seed={FLAGS.seed}: expected 0 to below 2^32")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     print(answer(run, FLAGS.prompt, FLAGS.image, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed))
 

@@ -17,7 +17,7 @@ class VisionConfig:
     image_size: int = 32
     patch_size: int = 8
     width: int = 64
-    layers: int = 6
+    layers: int = 12
     heads: int = 4
     mlp_dim: int = 256
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "quick_gelu"
@@ -60,7 +60,7 @@ class LLMConfig:
 
     vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
     width: int = 64
-    layers: int = 8
+    layers: int = 12
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 16

@@ -44,7 +44,10 @@ def make_mesh(sizes: dict[str, int], devices: list | None = None) -> Mesh:
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:  # JAX_PLATFORMS names something that is not here
+        raise UserError(f"no devices: {str(error).splitlines()[0]}") from error
     shape = [sizes[axis] for axis in MESH_AXES]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -30,14 +32,20 @@ from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training import loop, plots, report, state
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable
+from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.types import UserError
 
 
 def train(cfg: Config) -> dict[str, float]:
-    """Runs the whole config; returns what results.json holds."""
+    """Runs the whole config; returns what results.json holds. Raises UserError if the workdir is in use."""
+    with locked(cfg.workdir):
+        return run_stages(cfg)
+
+
+def run_stages(cfg: Config) -> dict[str, float]:
+    """`train` in a workdir that nobody else writes to."""
     began = time.monotonic()
 
     # ------------------------------------------------------------------ devices
@@ -47,15 +55,18 @@ def train(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ where the run stands
     asked = cfg
-    make_workdir(cfg.workdir)
     checkpoints = Checkpoints(cfg.workdir, cfg.checkpoint.keep)
     resumed = checkpoints.latest
     meta = checkpoints.meta(resumed) if resumed is not None else None
     if meta is not None:
         check_resumable(meta["asked"], asked, cfg.workdir)
+    earlier = meta["seconds"] if meta else 0.0
+    clock = lambda: earlier + time.monotonic() - began
 
     # ------------------------------------------------------------------ data
     source = sources.load_source(cfg.data)
+    if meta is not None:
+        check_same_data(meta["data"], source.fingerprint(), cfg)
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source)
     cfg = with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
@@ -113,7 +124,9 @@ def train(cfg: Config) -> dict[str, float]:
                     "asked": json.loads(config_lib.to_json(asked)),
                     "config": json.loads(config_lib.to_json(cfg)),
                     "tokenizer": tokenizer.to_json(),
+                    "data": source.fingerprint(),
                 },
+                clock=clock,
                 is_last=span is spans[-1],
             )
             if step < span.last:
@@ -128,8 +141,9 @@ def train(cfg: Config) -> dict[str, float]:
         if cfg.eval.test and source.test.rows:
             run = Run(cfg.workdir, step, cfg, mesh, build_model(cfg, dtype), params, tokenizer, pictures)
             results |= report_accuracy(run, source)
-    results["seconds"] = time.monotonic() - began
-    write_json(os.path.join(cfg.workdir, "results.json"), results)
+    results["seconds"] = clock()
+    path = os.path.join(cfg.workdir, "results.json")
+    write_json(path, {**read_results(path, step), **results})
     print_written(cfg.workdir, results["seconds"])
     return results
 
@@ -158,11 +172,35 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
             )
 
 
-def make_workdir(workdir: str) -> None:
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
+
+    Raises:
+      UserError: it cannot be written to, or another process is training in it.
+    """
     try:
         os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115 - held open for the whole run
     except OSError as error:
-        raise UserError(f"config.workdir={workdir!r} cannot be made a folder: {error.strerror}") from error
+        raise UserError(f"config.workdir={workdir!r} cannot be written to: {error.strerror}") from error
+    with file:
+        try:
+            if jax.process_index() == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"config.workdir={workdir!r} is in use by another run; choose another or wait") from error
+        yield
+
+
+def read_results(path: str, step: int) -> dict:
+    """What results.json said of the same step before; {} if nothing."""
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("step") == step else {}
 
 
 def make_tokenizer(cfg: Config, source: sources.Source) -> tokenizer_lib.Tokenizer:

@@ -33,7 +33,7 @@ def test_metrics_of_a_killed_run_are_taken_back(tmp_path):
         writer.write(step, {"loss": step / 2, "norms": {"llm": 1.0}})
     writer.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
+        file.write('[1]\n{"a": 1}\n\x00\x00\n{"step": 4, "lo')  # a bad disk, and killed while writing
     MetricsWriter(str(tmp_path), 2).close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": s, "loss": s / 2, "norms": {"llm": 1.0}} for s in (1, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import load_run
-from sparsecut_jax.train import train
+from sparsecut_jax.train import locked, train
 from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 
@@ -219,8 +220,8 @@ BAD = [
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
-    base = ["--config=configs/base.py", f"--config.workdir={tmp_path}/run"]
-    cases = [("train", [*base, *args], sentence) for args, sentence in BAD]
+    base = lambda i: ["--config=configs/base.py", f"--config.workdir={tmp_path}/run{i}"]
+    cases = [("train", [*base(i), *args], sentence) for i, (args, sentence) in enumerate(BAD)]
     cases += [
         ("train", ["--config=configs/bse.py"], "config file 'configs/bse.py' is not there; configs has base.py"),
         ("train", ["--config=configs/base.py:smok"], "config variant 'smok' is not known; did you mean 'smoke'?"),
@@ -250,8 +251,6 @@ def test_resuming_with_a_changed_model_names_the_setting(pictures, unbroken):
 
 
 def test_a_damaged_checkpoint_is_named(pictures, unbroken, tmp_path):
-    import shutil
-
     shutil.copytree(unbroken, tmp_path / "run")
     state = tmp_path / "run" / "checkpoints" / "12" / "state"
     for path in state.rglob("*"):
@@ -259,3 +258,56 @@ def test_a_damaged_checkpoint_is_named(pictures, unbroken, tmp_path):
             os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match="checkpoints/12"):
         load_run(str(tmp_path / "run"))
+
+
+def test_damaged_parts_of_a_checkpoint_are_one_sentence(unbroken, tmp_path):
+    damages = {
+        "metrics/metrics": lambda path: path.write_text("{"),
+        "meta/metadata": lambda path: path.write_text("{}"),
+        "state/_METADATA": lambda path: path.unlink(),
+    }
+    for name, damage in damages.items():
+        workdir = tmp_path / name.replace("/", "_")
+        shutil.copytree(unbroken, workdir)
+        damage(workdir / "checkpoints" / "12" / name)
+        with pytest.raises(UserError, match=r"cannot be read") as caught:
+            load_run(str(workdir), "best")
+        assert "\n" not in str(caught.value)
+
+
+def test_other_data_is_refused_on_resume(unbroken, tmp_path):
+    rows = runs.draw_rows(tmp_path, 23)
+    shutil.copytree(unbroken, tmp_path / "run")
+    config = runs.small(tmp_path, tmp_path / "run", set={"data.source": str(rows)})
+    saved = json.loads((unbroken / "checkpoints" / "12" / "meta" / "metadata").read_text())["asked"]["data"]
+    with pytest.raises(UserError, match=r"config\.data\.source"):
+        train(config_lib.check(config))
+    original = Path(saved["source"])
+    before = original.read_text()
+    try:
+        original.write_text(rows.read_text())
+        config = runs.small(original.parent, tmp_path / "run")
+        with pytest.raises(UserError, match=r"holds a run on 24 rows, sha256 .*, now there are 23 rows"):
+            train(config_lib.check(config))
+    finally:
+        original.write_text(before)
+
+
+def test_a_workdir_in_use_is_refused(pictures, tmp_path):
+    with locked(str(tmp_path / "run")), pytest.raises(UserError, match="is in use by another run"):
+        train(config_lib.check(runs.small(pictures, tmp_path / "run")))
+
+
+def test_started_again_without_a_test_keeps_the_figures(pictures, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "results.json").read_text())
+    config = runs.small(pictures, tmp_path / "run", set={"eval.test": False})
+    train(config_lib.check(config))
+    after = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert after["rows/holdout/accuracy"] == before["rows/holdout/accuracy"]
+
+
+def test_a_profile_window_behind_the_last_step_is_refused(pictures, tmp_path):
+    config = runs.small(pictures, tmp_path / "run", set={"profile": "3:13"})
+    with pytest.raises(UserError, match="config.profile='3:13' ends after the last of the run's 12 steps"):
+        train(config_lib.check(config))

@@ -91,6 +91,7 @@ def check_row(row: Any, name: str, max_images: int) -> None:
             isinstance(turn, dict) and isinstance(turn.get("value"), str),
             f"turn {i} must be an object with a text 'value'",
         )
+        need(isinstance(turn.get("kind", ""), str), f"turn {i} has 'kind'={turn.get('kind')!r}, expected a text")
         expected = (HUMAN, GPT)[i % 2]
         need(turn.get("from") == expected, f"turn {i} has 'from'={turn.get('from')!r}, expected {expected!r}")
         if expected == HUMAN:

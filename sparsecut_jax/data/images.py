@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from sparsecut_jax.types import UserError
 
 BORDER = (123, 117, 104)  # mean colour of CLIP's training images: what `pad` fills up with
+Image.MAX_IMAGE_PIXELS = None  # `read_image` has a limit of its own, which the config sets
 BICUBIC = Image.Resampling.BICUBIC
 LOW_RES_AND_CROPS = 5
 
@@ -44,8 +45,6 @@ def read_image(path: str | os.PathLike, max_pixels: int) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} is not there") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {path} is too large: {error}") from error
     except UserError:
         raise
     except Exception as error:  # every decoder fails in its own way

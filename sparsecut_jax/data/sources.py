@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -51,6 +52,14 @@ class Source:
         if rows == "captions" and self.caption_maker:
             return Split(self.caption_maker(split.rows), split.images)
         return split
+
+    def fingerprint(self) -> str:
+        """Number of rows and a hash of all of them: what a resumed run must find unchanged."""
+        digest = hashlib.sha256()
+        rows = self.train.rows + self.holdout.rows
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+        return f"{len(rows)} rows, sha256 {digest.hexdigest()[:16]}"
 
     def texts(self) -> list[str]:
         """Everything a tokenizer should know, in a fixed order."""

@@ -25,6 +25,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import TrainState, UserError
 
 METRIC = "holdout_loss"
+META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a checkpoint says beside its arrays
 
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
 FREE_ON_RESUME = (
@@ -60,7 +61,14 @@ class Checkpoints:
             "meta": ocp.JsonCheckpointHandler(),
         }
         usable = not read_only or os.path.isdir(self.folder)
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers) if usable else None
+        self.manager = None
+        if os.path.exists(self.folder) and not os.path.isdir(self.folder):
+            raise UserError(f"{self.folder} is a file; expected a folder of checkpoints")
+        if usable:
+            try:
+                self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._damaged("*", error) from error
 
     @property
     def latest(self) -> int | None:
@@ -69,7 +77,10 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step with the lowest held-out loss; the latest where nothing was evaluated."""
-        best = None if self.manager is None else self.manager.best_step()
+        try:
+            best = None if self.manager is None else self.manager.best_step()
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged("*/metrics", error) from error
         return self.latest if best is None else best
 
     def save(
@@ -92,8 +103,9 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except (OSError, ValueError, KeyError) as error:
+            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return {key: meta[key] for key in META}
+        except Exception as error:  # Orbax and TensorStore raise many kinds, and all mean that it cannot be read
             raise self._damaged(step, error) from error
 
     def restore_state(self, step: int, target: Any) -> TrainState:
@@ -105,7 +117,7 @@ class Checkpoints:
         self._compare(step, target)
         try:
             return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:
             raise self._damaged(step, error) from error
 
     def restore_params(self, step: int, target: Any) -> Any:
@@ -118,14 +130,14 @@ class Checkpoints:
             with ocp.PyTreeCheckpointer() as reader:
                 args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
                 return reader.restore(folder, args=args)["params"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:
             raise self._damaged(step, error) from error
 
     def restore_data(self, step: int, iterator: grain.DatasetIterator) -> None:
         """Moves the iterator to where the run stood."""
         try:
             self.manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise self._damaged(step, error) from error
 
     def close(self) -> None:
@@ -138,12 +150,14 @@ class Checkpoints:
         try:
             found = self.manager.item_metadata(step)["state"]
             return _shapes(getattr(found, "tree", found))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise self._damaged(step, error) from error
 
     def _compare(self, step: int, target: Any) -> None:
         """Names the first arrays that are not as expected; Orbax itself would flood the log."""
         found = self.shapes(step)
+        if not found:
+            raise self._damaged(step, ValueError("its list of arrays is missing"))
         wrong = [
             f"{path}: expected {want}, got {found.get(path, 'nothing')}"
             for path, want in _shapes(target).items()
@@ -152,10 +166,11 @@ class Checkpoints:
         if wrong:
             raise UserError(f"checkpoint {self.folder}/{step} is of another model: {'; '.join(wrong[:3])}")
 
-    def _damaged(self, step: int, error: Exception) -> UserError:
+    def _damaged(self, step: int | str, error: Exception) -> UserError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return UserError(
-            f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); delete that folder to go on without it"
+            f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); put back a copy of it, or remove that "
+            "folder, and training starts from what is left"
         )
 
 
@@ -176,13 +191,22 @@ def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Con
         step = checkpoints.latest if which == "latest" else checkpoints.best
     else:
         steps = checkpoints.manager.all_steps()
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise UserError(
                 f"checkpoint {which!r} is not in {workdir}; expected latest, best or one of {sorted(steps)}"
             )
         step = int(which)
     meta = checkpoints.meta(step)
     return checkpoints, step, config_lib.check(meta["config"]), tokenizer_lib.from_json(meta["tokenizer"])
+
+
+def check_same_data(saved: str, now: str, cfg: Config) -> None:
+    """Raises UserError if the rows are not those the run began with; both are `Source.fingerprint`s."""
+    if saved != now:
+        raise UserError(
+            f"{cfg.workdir} holds a run on {saved} of {cfg.data.source!r}, now there are {now}; "
+            "resume with the same data, or give another --config.workdir"
+        )
 
 
 def check_resumable(saved: dict[str, Any], cfg: Config, workdir: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -39,9 +40,13 @@ def plan_stages(cfg: Config, rows: dict[str, int]) -> list[StageSpan]:
     spans, first = [], 0
     for name in cfg.run_stages:
         stage = cfg.stages[name]
-        steps = stage.max_steps or max(1, round(stage.epochs * rows[name] / stage.batch_size))
+        steps = stage.max_steps or max(1, math.ceil(min(stage.epochs * rows[name] / stage.batch_size, 2**31) - 0.5))
+        if not first + steps < 2**31:
+            raise UserError(f"config.stages.{name} would take {steps:.3g} steps; lower its epochs or max_steps")
         spans.append(StageSpan(name, stage, first, first + steps))
         first += steps
+    if cfg.profile and int(cfg.profile.split(":")[1]) > first:
+        raise UserError(f"config.profile={cfg.profile!r} ends after the last of the run's {first} steps")
     return spans
 
 
@@ -79,6 +84,7 @@ class Stage:
       step: the jitted training step.
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
       meta: what a checkpoint says beside arrays.
+      clock: seconds that the run has taken so far, earlier starts included.
       is_last: whether held-out losses are compared to find the best checkpoint.
     """
 
@@ -87,6 +93,7 @@ class Stage:
     data: grain.DatasetIterator
     holdout_loss: Callable[[Any], float] | None
     meta: dict[str, Any]
+    clock: Callable[[], float]
     is_last: bool
 
 
@@ -114,6 +121,7 @@ def run_stage(
     log = _Log(cfg, span, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
     pending: tuple[int, dict[str, Any]] | None = None
     evaluated: dict[int, float] = {}
+    tracing = False
 
     def evaluate(step: int) -> None:
         if stage.holdout_loss is not None and step not in evaluated:
@@ -124,14 +132,15 @@ def run_stage(
         step = int(state.step)
         loss = evaluated.get(step) if stage.is_last else None
         try:
-            checkpoints.save(state, stage.data, stage.meta, loss)
+            checkpoints.save(state, stage.data, {**stage.meta, "seconds": stage.clock()}, loss)
         except NotFinite as error:
             raise Exit(4, f"stopped without saving: {error}") from error
 
     try:
         while at < span.last:
-            if at == window[0]:
+            if window[0] <= at < window[1] and not tracing:
                 jax.profiler.start_trace(f"{cfg.workdir}/profile")
+                tracing = True
             began = time.monotonic()
             batch = next(stage.data)
             log.waited += time.monotonic() - began
@@ -142,9 +151,10 @@ def run_stage(
             if pending is not None:
                 log.step(*pending)
             pending = (at, metrics)
-            if at == window[1]:
+            if at == window[1] and tracing:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
+                tracing = False
                 log.progress.write(f"profile of steps {cfg.profile} in {cfg.workdir}/profile")
             ends = at == span.last
             due = cfg.checkpoint.every and at % cfg.checkpoint.every == 0
@@ -159,6 +169,8 @@ def run_stage(
                 checkpoints.manager.wait_until_finished()
                 raise Exit(3, f"stopped by SIGTERM after saving step {at}; the same command goes on from there")
     finally:
+        if tracing:
+            jax.profiler.stop_trace()
         log.progress.close()
     return state
 
@@ -184,7 +196,7 @@ class _Log:
             raise Exit(
                 4,
                 f"diverged: loss or gradient not finite in {BAD_UPDATES_IN_A_ROW} updates in a row, up to step {step}; "
-                f"the parameters of the last finite one are kept; lower config.stages.{self.span.name}.lr",
+                f"nothing more is saved; start again in another --config.workdir with a lower config.stages.{self.span.name}.lr",
             )
         if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
             self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -147,15 +148,15 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a line cut off by a kill is left out."""
+    """The whole lines of metrics.jsonl; what a kill or a disk has spoilt is left out."""
     found = []
     try:
-        with open(os.path.join(workdir, "metrics.jsonl")) as file:
-            for line in file:
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
+        with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:
+            for text in file:
+                with contextlib.suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and isinstance(line.get("step"), int):
+                        found.append(line)
     except FileNotFoundError:
         pass
     return found
