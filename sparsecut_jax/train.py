@@ -134,6 +134,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
         stop.restore()
+        if stop.asked:
+            raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved, and the same command goes on to the test")
 
         # -------------------------------------------------------------- results
         plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
