@@ -43,12 +43,13 @@ def define_config() -> None:
 
 def run(command: Callable[[], None], doc: str) -> None:
     """Parses the flags, runs the command, and turns its errors into a sentence and an exit code."""
-    if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:]):
-        print(_help(doc))
-        sys.exit(0)
+    wants_help = any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:])
     debug = "--debug" in sys.argv
     _quiet(debug)
     try:
+        if wants_help:
+            print(_help(doc), flush=True)
+            return
         _parse()
         if not debug:  # parsing the flags has set absl's own level
             absl.logging.set_verbosity(absl.logging.FATAL)
@@ -60,6 +61,9 @@ def run(command: Callable[[], None], doc: str) -> None:
     except KeyboardInterrupt:
         again = "; the same command goes on from the last checkpoint" if "config" in flags.FLAGS else ""
         _fail(130, f"interrupted{again}", debug)
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         _fail(2, f"{error.filename or 'file system'}: {error.strerror or error}", debug)
     except MemoryError as error:
