@@ -311,3 +311,16 @@ def test_a_profile_window_behind_the_last_step_is_refused(pictures, tmp_path):
     config = runs.small(pictures, tmp_path / "run", set={"profile": "3:13"})
     with pytest.raises(UserError, match="config.profile='3:13' ends after the last of the run's 12 steps"):
         train(config_lib.check(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mesh.tensor": 8}, "config.vision.heads=2 cannot be split over mesh axis tensor=8"),
+        ({"mesh.data": 8, "stages.align.batch_size": 4}, r"stages.align.batch_size / accumulate = 4 rows .* 8 devices"),
+        ({"mesh.fsdp": 3}, "asks for 6 devices, but there are 8 cpu devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(pictures, tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train(config_lib.check(runs.small(pictures, tmp_path / "run", set=changes)))
