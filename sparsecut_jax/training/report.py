@@ -86,7 +86,7 @@ class Progress:
         self.total, self.done, self.name, self.seconds = total, initial, name, seconds
         self.initial, self.text, self.started = initial, "", time.monotonic()
         self.shown = self.steady = self.started
-        terminal = sys.stdout.isatty()
+        terminal = sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
         form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
         self.bar = tqdm(total=total, initial=initial, desc=name, file=sys.stdout, bar_format=form) if terminal else None
 
