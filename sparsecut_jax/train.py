@@ -76,12 +76,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     # ------------------------------------------------------------------ model
     model = build_model(cfg, dtype, ("shortcut_ratio",))
     abstract = state.abstract_params(model, cfg, mesh)
-    trained = {s.name: {} for s in spans}
-    for span in spans:
-        moving, _ = opt.split(abstract, span.stage.trainable)
-        for path, leaf in moving.items():
-            part = path.split("/")[0]
-            trained[span.name][part] = trained[span.name].get(part, 0) + leaf.size
+    trained = {s.name: opt.part_sizes(opt.split(abstract, s.stage.trainable)[0]) for s in spans}
     print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
     print_data(source, spans, rows)
     write_run_files(cfg, tokenizer, model)

@@ -62,6 +62,15 @@ def adamw(stage: StageConfig) -> optax.GradientTransformation:
     )
 
 
+def part_sizes(flat: Params) -> dict[str, int]:
+    """Number of parameters of each part of a flat dict {path: array}."""
+    sizes: dict[str, int] = {}
+    for path, leaf in flat.items():
+        part = path.split("/", 1)[0]
+        sizes[part] = sizes.get(part, 0) + leaf.size
+    return sizes
+
+
 def part_norms(flat: Params) -> dict[str, jax.Array]:
     """L2 norm of each part ("vision", "fusion", "llm") of a flat dict {path: array}."""
     parts: dict[str, dict] = {}
