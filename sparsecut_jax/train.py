@@ -65,8 +65,9 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ data
     source = sources.load_source(cfg.data)
+    fingerprint = source.fingerprint()
     if meta is not None:
-        check_same_data(meta["data"], source.fingerprint(), cfg)
+        check_same_data(meta["data"], fingerprint, cfg)
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source)
     cfg = with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
@@ -119,7 +120,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                     "asked": json.loads(config_lib.to_json(asked)),
                     "config": json.loads(config_lib.to_json(cfg)),
                     "tokenizer": tokenizer.to_json(),
-                    "data": source.fingerprint(),
+                    "data": fingerprint,
                 },
                 clock=clock,
                 is_last=span is spans[-1],
