@@ -75,9 +75,11 @@ def run(command: Callable[[], None], doc: str) -> None:
         _fail(2, f"out of device memory: {what}; lower batch_size, seq_len or the sizes of the model", debug)
 
 
-def typed_config() -> Config:
-    """The checked config of --config and its overrides."""
+def typed_config(required: bool = True) -> Config:
+    """The checked config of --config and its overrides; all defaults where none is given and none `required`."""
     raw = flags.FLAGS.config
+    if raw is None and not required and not _config_file():
+        return Config()
     if raw is None:
         file = _config_file()
         if file:
@@ -172,6 +174,7 @@ def _quiet(debug: bool) -> None:
     if debug:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that there is no PyTorch
     warnings.filterwarnings("ignore")
     for name in ("absl", "jax", "orbax", "grain", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -157,6 +157,8 @@ def _check_values(cfg: Config) -> None:
             need(value >= 1, f"config.{group}.{name}={value}: expected at least 1")
     for key, value in {
         "llm.vocab_size": m.vocab_size,
+        "llm.sliding_window": m.sliding_window,
+        "llm.sliding_from": m.sliding_from,
         "data.holdout": cfg.data.holdout,
         "data.shift": cfg.data.shift,
         "checkpoint.every": cfg.checkpoint.every,
@@ -196,7 +198,10 @@ def _check_values(cfg: Config) -> None:
             f"known: {', '.join(cfg.stages)}",
         )
     for name, stage in cfg.stages.items():
-        _check_stage(name, stage, cfg.tokens_per_image * cfg.data.max_images, need)
+        _check_stage(name, stage, need)
+    init = cfg.init
+    _check_regexes("config.init.fresh", init.fresh)
+    need(init.image_size >= 0, f"config.init.image_size={init.image_size}: expected 0 or more")
     if cfg.profile:
         window = re.fullmatch(r"(\d+):(\d+)", cfg.profile)
         need(
@@ -205,7 +210,17 @@ def _check_values(cfg: Config) -> None:
         )
 
 
-def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.FunctionType) -> None:
+def check_room(cfg: Config) -> None:
+    """Raises UserError if a stage's rows are too short for the images."""
+    tokens = cfg.tokens_per_image * cfg.data.max_images
+    for name, stage in cfg.stages.items():
+        if stage.seq_len <= tokens:
+            raise UserError(
+                f"config.stages.{name}.seq_len={stage.seq_len} leaves no room for text beside {tokens} image tokens"
+            )
+
+
+def _check_stage(name: str, stage: StageConfig, need: types.FunctionType) -> None:
     at = f"config.stages.{name}"
     for key in ("seq_len", "batch_size", "accumulate"):
         value = getattr(stage, key)
@@ -220,10 +235,6 @@ def _check_stage(name: str, stage: StageConfig, image_tokens: int, need: types.F
     )
     need(stage.lr > 0, f"{at}.lr={stage.lr}: expected a positive number")
     need(0 <= stage.warmup < 1, f"{at}.warmup={stage.warmup}: expected a share of the steps, 0 to below 1")
-    need(
-        stage.seq_len > image_tokens,
-        f"{at}.seq_len={stage.seq_len} leaves no room for text beside {image_tokens} image tokens",
-    )
     _check_regexes(f"{at}.trainable", stage.trainable)
     need(stage.max_steps >= 0, f"{at}.max_steps={stage.max_steps}: expected 0 or more")
     for key in ("b1", "b2"):

@@ -12,8 +12,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower, CLIP style. Sizes are in pixels of one view."""
+    """Vision tower: CLIP, SigLIP or DINOv2 by its fields. Sizes are in pixels of one view."""
 
+    family: Literal["clip", "siglip", "siglip2", "dinov2"] = "clip"  # names and config.json of its weights' files
     image_size: int = 32
     patch_size: int = 8
     width: int = 64
@@ -25,6 +26,7 @@ class VisionConfig:
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
+    layer_scale: bool = False  # a factor per channel after attention and after the MLP (DINOv2)
     select_layer: int = -2  # main feature, HF index into hidden_states: -2 is the last block but one
     scan_layers: bool = True
     remat: bool = False
@@ -55,9 +57,24 @@ class ShortcutConfig:
 
 
 @dataclass(frozen=True)
-class LLMConfig:
-    """Decoder, Llama style."""
+class RopeConfig:
+    """How rotary frequencies are stretched for longer texts; `llm.rope_theta` is their base."""
 
+    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
+    factor: float = 1.0  # linear and llama3: frequencies are divided by it
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / this are stretched wholly,
+    high_freq_factor: float = 4.0  # and those below original_length / this not at all
+    original_length: int = 0  # positions the model was first trained on
+    short_factor: tuple[float, ...] = ()  # longrope: divisors for texts up to original_length, one per frequency,
+    long_factor: tuple[float, ...] = ()  # and for longer ones
+    attention_factor: float = 1.0  # longrope: multiplies cos and sin
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Decoder: Llama, Mistral, Qwen2, Qwen3 or Phi-3 by its fields."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # as for the tower
     vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
     width: int = 64
     layers: int = 12
@@ -68,9 +85,32 @@ class LLMConfig:
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope: RopeConfig = RopeConfig()
+    max_positions: int = 0  # longest text it was made for, 0: not known; only written into exports
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # RMSNorm of every head of q and k, before the rotation (Qwen3)
+    sliding_window: int = 0  # positions a layer sees, itself included (Mistral); 0: all
+    sliding_from: int = 0  # first layer with a window (Qwen2's max_window_layers)
     tie_embeddings: bool = False
     scan_layers: bool = True
     remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Pretrained weights that the parts start from; their config.json decides the sizes of `vision` and `llm`.
+
+    Each source is a folder in Hugging Face layout, a file (.safetensors; .gguf for the LLM, .onnx for the tower) or a
+    hub id. A part without a source is freshly initialised.
+    """
+
+    model: str = ""  # a whole one: llava-hf layout, or what `convert to-hf` wrote; sets fusion and shortcuts too
+    vision: str = ""
+    llm: str = ""
+    fusion: str = ""  # mm_projector of LLaVA or SparseCut
+    fresh: tuple[str, ...] = ()  # regexes on parameter paths that may be missing in the files
+    image_size: int = 0  # of one view; 0: the tower's own, else its position embeddings are interpolated
+    grow_vocab: bool = False  # rows for ids that only the tokenizer has, the mean of the old rows
 
 
 @dataclass(frozen=True)
@@ -148,7 +188,10 @@ class Config:
     workdir: str = "runs/base"
     init_from: str = ""  # workdir of another run whose parts this one starts from
     init_parts: tuple[str, ...] = ("vision/.*", "fusion/.*", "llm/.*")  # regexes: what is taken from it
+    init: InitConfig = InitConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 except on CPU
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of stored parameters; auto: float32, and `convert`
+    # keeps what the files hold. Small updates are lost in bfloat16.
     log_every: int = 10
     profile: str = ""  # "START:STOP", optimizer steps to trace
     run_stages: tuple[str, ...] = ("align", "instruct")  # names in `stages`, in this order

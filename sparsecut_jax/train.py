@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -35,7 +33,9 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_train_step
+from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
 from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import sources as weights
 
 
 def train(cfg: Config) -> dict[str, float]:
@@ -50,7 +50,6 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ devices
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
-    check_mesh(cfg, mesh)
     dtype = compute_dtype(cfg, mesh)
 
     # ------------------------------------------------------------------ where the run stands
@@ -59,17 +58,23 @@ def run_stages(cfg: Config) -> dict[str, float]:
     resumed = checkpoints.latest
     meta = checkpoints.meta(resumed) if resumed is not None else None
     if meta is not None:
-        check_resumable(meta["asked"], asked, cfg.workdir)
+        check_resumable(meta, asked, cfg.workdir)
     earlier = meta["seconds"] if meta else 0.0
     clock = lambda: earlier + time.monotonic() - began
+
+    # ------------------------------------------------------------------ pretrained parts
+    parts = weights.open_sources(cfg.init) if meta is None else {}
+    cfg = weights.resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
+    config_lib.check_room(cfg)
+    check_mesh(cfg, mesh)
 
     # ------------------------------------------------------------------ data
     source = sources.load_source(cfg.data)
     fingerprint = source.fingerprint()
     if meta is not None:
         check_same_data(meta["data"], fingerprint, cfg)
-    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source)
-    cfg = with_vocabulary(cfg, tokenizer)
+    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
+    cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
     rows = {name: fitting_rows(source, cfg.stages[name], cfg, tokenizer) for name in cfg.run_stages}
     spans = loop.plan_stages(cfg, {name: len(split.rows) for name, split in rows.items()})
@@ -80,14 +85,16 @@ def run_stages(cfg: Config) -> dict[str, float]:
     trained = {s.name: opt.part_sizes(opt.split(abstract, s.stage.trainable)[0]) for s in spans}
     print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
     print_data(source, spans, rows)
-    write_run_files(cfg, tokenizer, model)
+    write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
     with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
         if resumed is None:
-            params = state.init_params(model, cfg, abstract)
+            params, told = state.initial_params(model, cfg, abstract, parts)
+            if parts:
+                print(told)
             if cfg.init_from:
                 params, told = state.init_from(cfg.init_from, cfg.init_parts, params)
                 print(told)
@@ -170,49 +177,21 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
             )
 
 
-@contextlib.contextmanager
-def locked(workdir: str) -> Iterator[None]:
-    """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
-
-    Raises:
-      UserError: it cannot be written to, or another process is training in it.
-    """
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115 - held open for the whole run
-    except OSError as error:
-        raise UserError(f"config.workdir={workdir!r} cannot be written to: {error.strerror}") from error
-    with file:
-        try:
-            if jax.process_index() == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"config.workdir={workdir!r} is in use by another run; choose another or wait") from error
-        yield
+def as_saved(cfg: Config, saved: dict) -> Config:
+    """The config of a resumed run, with the sizes that its pretrained parts gave it at the start."""
+    old = config_lib.check(saved)
+    data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
+    return dataclasses.replace(
+        cfg, vision=old.vision, fusion=old.fusion, shortcuts=old.shortcuts, llm=old.llm, data=data
+    )
 
 
-def read_results(path: str, step: int) -> dict:
-    """What results.json said of the same step before; {} if nothing."""
-    try:
-        with open(path) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("step") == step else {}
-
-
-def make_tokenizer(cfg: Config, source: sources.Source) -> tokenizer_lib.Tokenizer:
-    if cfg.tokenizer.path:
-        return tokenizer_lib.load(cfg.tokenizer.path)
-    return tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
-
-
-def with_vocabulary(cfg: Config, tokenizer: tokenizer_lib.Tokenizer) -> Config:
-    """The config with vocab_size filled in. Raises UserError if the tokenizer has more ids than the LLM."""
-    size = cfg.llm.vocab_size or -(-tokenizer.size // 64) * 64
-    if tokenizer.size > size:
-        raise UserError(f"the tokenizer has {tokenizer.size} ids, but config.llm.vocab_size={size}")
-    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=size))
+def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
+    """The LLM's, config.tokenizer's, or for an LLM that starts from nothing one trained on the rows."""
+    tokenizer = weights.source_tokenizer(cfg, parts)
+    if tokenizer is None and "llm" in parts:
+        raise UserError(f"{parts['llm'].path} holds no tokenizer; give config.tokenizer.path, a folder that has the LLM's")
+    return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
 
 
 def fitting_rows(source: sources.Source, stage: StageConfig, cfg: Config, tokenizer) -> sources.Split:
@@ -257,42 +236,6 @@ def print_data(source: sources.Source, spans: list[loop.StageSpan], rows: dict[s
         print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} rows, {s.stage.rows} "
               f"({len(rows[s.name].rows):,} rows), lr {s.stage.lr:g}")  # fmt: skip
     print(flush=True)
-
-
-def write_run_files(cfg: Config, tokenizer: tokenizer_lib.Tokenizer, model: SparseCut) -> None:
-    """Resolved config, tokenizer and the picture of the plan."""
-    with open(os.path.join(cfg.workdir, "config.json"), "w") as file:
-        file.write(config_lib.to_json(cfg) + "\n")
-    tokenizer.save(os.path.join(cfg.workdir, "tokenizer"))
-    plots.save_plan(os.path.join(cfg.workdir, "shortcuts.png"), model.plan)
-
-
-def write_json(path: str, values: dict) -> None:
-    """Whole or not at all."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
-
-
-def print_written(workdir: str, seconds: float) -> None:
-    what = {
-        "results.json": "these figures",
-        "metrics.jsonl": "loss, norms and speed by step",
-        "loss.png": "the loss curve",
-        "shortcuts.png": "the plan as a picture",
-        "config.json": "every setting",
-        "tokenizer": "for transformers' AutoTokenizer",
-        "tensorboard": "the same for TensorBoard",
-        "checkpoints": "latest and best",
-    }
-    print(f"\nwritten to {workdir} in {seconds:.0f} s:")
-    for name, told in what.items():
-        if os.path.exists(os.path.join(workdir, name)):
-            print(f"  {name:<14} {told}")
-    print(
-        f'\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt="what color is the shape?"'
-    )
 
 
 if __name__ == "__main__":

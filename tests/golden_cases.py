@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
-from safetensors.numpy import load_file
 
-from sparsecut_jax import config
+from sparsecut_jax import config, sharding
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
-from sparsecut_jax.weights.hf import assemble
+from sparsecut_jax.weights import load, sources
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("a_cross_mlp_llama", "e_plain_llava_llama")
@@ -33,30 +32,40 @@ class Case:
     batch: Batch
     io: dict[str, np.ndarray]
     spec: dict[str, Any]
-    unused: list[str]  # tensors of the files that the model has no use for
+    report: load.Report
 
 
 def load_case(name: str) -> Case:
-    spec = json.loads((FOLDER / name / "config.json").read_text())
-    with np.load(FOLDER / name / "io.npz") as file:
-        io = dict(file)
-    raw = config.default()
-    raw.vision.update(image_size=28, patch_size=7, width=64, layers=6, heads=4, mlp_dim=128)
-    raw.llm.update(vocab_size=300, width=96, layers=8, heads=6, kv_heads=2, head_dim=16, mlp_dim=128)
+    spec, raw = spec_of(name), config.default()
     raw.fusion.name = FUSIONS[spec["mm_projector_type"]]
     raw.shortcuts.density = "explicit" if spec["vit_levels"] else "none"
     raw.shortcuts.vit_levels = tuple(spec["vit_levels"])
     raw.shortcuts.llm_layers = tuple(spec["llm_layers"])
+    raw.init.update(sources_of(name))
     cfg = config.check(raw)
+    found = sources.open_sources(cfg.init)
+    cfg = sources.resolve(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
-    batch = make_batch(io)
-    template = nn.meta.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), batch)))["params"]
-    files = [f"{spec[part]}/model.safetensors" for part in ("vision_weights", "llm_weights")]
-    tensors = {}
-    for file in (*files, spec["adapter_weights"]):
-        tensors |= load_file(FOLDER / name / file)
-    params, unused = assemble(tensors, template, cfg)
-    return Case(model, params, batch, io, spec, unused)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+    params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)
+    io = numbers_of(name)
+    return Case(model, params, make_batch(io), io, spec, report)
+
+
+def spec_of(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / name / "config.json").read_text())
+
+
+def numbers_of(name: str) -> dict[str, np.ndarray]:
+    with np.load(FOLDER / name / "io.npz") as file:
+        return dict(file)
+
+
+def sources_of(name: str) -> dict[str, str]:
+    """{"vision": folder, "llm": folder, "fusion": file} of a case."""
+    spec = spec_of(name)
+    keys = {"vision": "vision_weights", "llm": "llm_weights", "fusion": "adapter_weights"}
+    return {part: str((FOLDER / name / spec[key]).resolve()) for part, key in keys.items()}
 
 
 def make_batch(io: dict[str, np.ndarray]) -> Batch:

@@ -149,7 +149,7 @@ def test_what_may_change_on_resume():
     from sparsecut_jax.config import check, default, to_json
 
     raw = default()
-    old = json.loads(to_json(check(raw)))
+    old = {"stage": "align", "asked": json.loads(to_json(check(raw)))}
     raw.mesh.data, raw.log_every, raw.data.threads = 4, 3, 1
     check_resumable(old, check(raw), "runs/x")
     raw.stages.align.lr = 0.5

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -49,6 +50,12 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def with_special(self, name: str) -> tuple[Tokenizer, int]:
+        """The same tokenizer with one more special token, and its id; itself if it has it."""
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_special_tokens([name])
+        return dataclasses.replace(self, backend=backend), backend.token_to_id(name)
+
     def to_json(self) -> str:
         special = {"pad": self.pad, "bos": self.bos, "eos": self.eos}
         return json.dumps({"special": special, "tokenizer": json.loads(self.backend.to_str())})
@@ -67,6 +74,20 @@ class Tokenizer:
             config["bos_token"] = name(self.bos)
         with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
             json.dump(config, file, indent=2)
+
+
+def with_vocabulary(cfg: Config, tokenizer: Tokenizer) -> Config:
+    """The config with vocab_size filled in. Raises UserError if the tokenizer has more ids than the LLM."""
+    padded = -(-tokenizer.size // 64) * 64
+    size = cfg.llm.vocab_size or padded
+    if tokenizer.size > size:
+        if not cfg.init.grow_vocab:
+            raise UserError(
+                f"the tokenizer has {tokenizer.size} ids, but config.llm.vocab_size={size}; "
+                "config.init.grow_vocab=True adds rows to a pretrained LLM"
+            )
+        size = padded
+    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=size))
 
 
 def from_json(text: str) -> Tokenizer:

@@ -33,7 +33,7 @@ class Run:
     mesh: Mesh
     model: SparseCut
     params: Any
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     pictures: Images
 
     @property
@@ -44,13 +44,17 @@ class Run:
         return load_source(self.config.data)
 
 
-def load_run(workdir: str, which: str = "latest") -> Run:
+def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
     """Loads the parameters of a checkpoint ("latest", "best" or a step) onto the devices of this machine.
 
     The mesh is the run's if it fits the devices, else all devices side by side (data parallel).
-    Raises UserError if there is no such checkpoint.
+
+    Raises:
+      UserError: there is no such checkpoint, or no tokenizer although `text` is wanted.
     """
     checkpoints, step, cfg, tokenizer = open_run(workdir, which)
+    if text and tokenizer is None:
+        raise UserError(f"{workdir} has no tokenizer; convert the weights again with --tokenizer=DIR")
     try:
         mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     except UserError:

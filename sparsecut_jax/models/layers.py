@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparsecut_jax.settings import RopeConfig
 from sparsecut_jax.sharding import constrain
 
 normal = nn.initializers.normal
@@ -132,11 +133,34 @@ class MultiHeadAttention(nn.Module):
         return jnp.einsum("BTQH,QHC->BTC", out, kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
-def rotary_table(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32[B, T, 1, head_dim / 2], of int32 positions[B, T] (RoFormer, arXiv 2104.09864)."""
+def rotary_table(
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    rope: RopeConfig = RopeConfig(),
+    reach: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32[B, T, 1, head_dim / 2], of int32 positions[B, T] (RoFormer, arXiv 2104.09864).
+
+    reach: int32[], positions of the longest text; longrope takes its long factors above `rope.original_length`.
+
+    Stretched as Hugging Face's ROPE_INIT_FUNCTIONS do: linear (arXiv 2306.15595), llama3 (Llama 3.1), longrope
+    (arXiv 2402.13753).
+    """
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.kind == "linear":
+        frequency /= rope.factor
+    elif rope.kind == "llama3":
+        # By how often a frequency turned in the original length: seldom -> divided, often -> kept, between -> blended.
+        turns = rope.original_length * frequency / (2 * jnp.pi)
+        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        kept = jnp.clip(kept, 0, 1)
+        frequency *= kept + (1 - kept) / rope.factor
+    elif rope.kind == "longrope":
+        short, long = jnp.array(rope.short_factor, jnp.float32), jnp.array(rope.long_factor, jnp.float32)
+        frequency /= jnp.where(reach > rope.original_length, long, short)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:

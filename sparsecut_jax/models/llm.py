@@ -1,7 +1,7 @@
 """Llama-style decoder whose layers take shortcuts from a bank of image features.
 
 Source: Llama (arXiv 2302.13971), Hugging Face `LlamaForCausalLM`; grouped-query attention (arXiv
-2305.13245). Layers are scanned: parameters carry a leading layer axis, and an int per layer and source
+2305.13245). Mistral, Qwen2, Qwen3 and Phi-3 are the same decoder with other settings. Layers are scanned: parameters carry a leading layer axis, and an int per layer and source
 says which row of the bank enters there. That costs one masked add a layer and compiles one layer only.
 """
 
@@ -24,6 +24,7 @@ from sparsecut_jax.models.layers import (
     rotary_table,
     rotate,
     weight,
+    zeros,
 )
 from sparsecut_jax.models.shortcuts import Plan, inject
 from sparsecut_jax.settings import LLMConfig
@@ -34,10 +35,12 @@ INTERMEDIATES = ("hidden", "shortcut_ratio")
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of generation: k, v [L, B, S, G, H]; `length`, int32[], positions filled so far."""
+    """Keys and values of generation: k, v [L, B, S, G, H]; positions, int32[B, S], the rotary position of each;
+    `length`, int32[], how many are filled so far."""
 
     k: jax.Array
     v: jax.Array
+    positions: jax.Array
     length: jax.Array
 
 
@@ -47,12 +50,14 @@ class Context:
 
     table: rotary cos and sin of the T positions.
     mask: bool[B, T, S], S the positions of the cache, or T without one.
+    distance: int32[B, T, S], how far back each of them lies; None where no layer has a window.
     bank: [R, B, M, N, D] or None; image_start: int32[B, M].
     start: int32[], where in the cache the T positions go.
     """
 
     table: tuple[jax.Array, jax.Array]
     mask: jax.Array
+    distance: jax.Array | None = None
     bank: jax.Array | None = None
     image_start: jax.Array | None = None
     start: jax.Array | None = None
@@ -68,15 +73,18 @@ class Attention(nn.Module):
         cfg = self.config
 
         def project(name: str, heads: int) -> jax.Array:
-            kernel = weight(
-                self, name, (cfg.width, heads, cfg.head_dim), ("embed", "heads", "head_dim"), fan_in(cfg.width)
-            )
+            shape = (cfg.width, heads, cfg.head_dim)
+            kernel = weight(self, name, shape, ("embed", "heads", "head_dim"), fan_in(cfg.width))
             y = jnp.einsum("BTD,DQH->BTQH", x, kernel.astype(x.dtype))
+            if cfg.qkv_bias:
+                y += weight(self, f"{name}_bias", shape[1:], ("heads", "head_dim"), zeros).astype(x.dtype)
             return constrain(y, "batch", "length", "act_heads", None)
 
-        q = rotate(project("q", cfg.heads), context.table)
-        k = rotate(project("k", cfg.kv_heads), context.table)
-        v = project("v", cfg.kv_heads)
+        q, k, v = project("q", cfg.heads), project("k", cfg.kv_heads), project("v", cfg.kv_heads)
+        if cfg.qk_norm:
+            q = RMSNorm(cfg.norm_eps, name="q_norm")(q)
+            k = RMSNorm(cfg.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, context.table), rotate(k, context.table)
         if cache is not None:
             at = (index, 0, context.start, 0, 0)
             cache = cache.replace(
@@ -84,7 +92,10 @@ class Attention(nn.Module):
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
             )
             k, v = cache.k[index], cache.v[index]
-        out = attention(q, k, v, context.mask)
+        mask = context.mask
+        if cfg.sliding_window:
+            mask &= (context.distance < cfg.sliding_window) | (index < cfg.sliding_from)
+        out = attention(q, k, v, mask)
         shape, inputs = (cfg.heads, cfg.head_dim, cfg.width), cfg.heads * cfg.head_dim
         kernel = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in(inputs))
         return jnp.einsum("BTQH,QHD->BTD", out, kernel.astype(x.dtype)), cache
@@ -193,9 +204,16 @@ class Decoder(nn.Module):
           {name: [L, ...]} of the intermediates that were asked for.
         """
         cfg = self.config
+        keys = positions
+        if cache is not None:
+            keys = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
+            cache = cache.replace(positions=keys)
+        # In generation the room in the cache counts, so that all keys of a text are rotated alike.
+        reach = positions.max() + 1 if cache is None else keys.shape[1]
         context = Context(
-            table=rotary_table(positions, cfg.head_dim, cfg.rope_theta),
+            table=rotary_table(positions, cfg.head_dim, cfg.rope_theta, cfg.rope, reach),
             mask=mask,
+            distance=positions[:, :, None] - keys[:, None, :] if cfg.sliding_window else None,
             bank=bank,
             image_start=image_start,
             start=None if cache is None else cache.length,
@@ -216,4 +234,5 @@ class Decoder(nn.Module):
 def empty_cache(cfg: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """Room for `length` positions of `batch` rows."""
     shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    positions = jnp.zeros((batch, length), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))

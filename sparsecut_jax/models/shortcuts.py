@@ -122,7 +122,11 @@ def write_slots(hidden: jax.Array, values: jax.Array, image_start: jax.Array, ad
       hidden: [B, T, D].
       values: [B, M, N, D].
       image_start: int32[B, M], first position of each run, -1 for an empty slot.
+
+    Rows too short for an image, as a short question without one is, stay as they are.
     """
+    if hidden.shape[1] < values.shape[2]:
+        return hidden
     for m in range(values.shape[1]):
         hidden = jax.vmap(_write_slot, in_axes=(0, 0, 0, None))(
             hidden, values[:, m].astype(hidden.dtype), image_start[:, m], add
@@ -159,6 +163,8 @@ def inject(hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: ja
       (0 where nothing was added).
     """
     ratios = []
+    if hidden.shape[1] < bank.shape[-2]:  # no room for an image, so there is none
+        return hidden, jnp.zeros(route.shape[0])
     for a in range(route.shape[0]):
         on = route[a] >= 0
         source = jnp.where(on, bank[jnp.maximum(route[a], 0)], 0)

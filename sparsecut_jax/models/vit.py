@@ -1,6 +1,7 @@
-"""CLIP-style vision tower that hands out the output of any of its blocks.
+"""Vision transformer that hands out the output of any of its blocks.
 
-Source: CLIP (arXiv 2103.00020), Hugging Face `CLIPVisionModel`. Level i is the output of block i,
+Source: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343; no class token, no norm in front) and DINOv2
+(arXiv 2304.07193; LayerScale), as Hugging Face's models of these names compute them. Level i is the output of block i,
 0-based (HF `hidden_states[i + 1]`), class token dropped, without post-layernorm. Blocks above the
 highest level that is asked for do not exist: neither parameters nor work.
 """
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, weight
+from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, ones, weight
 from sparsecut_jax.settings import VisionConfig
 from sparsecut_jax.sharding import constrain
 
@@ -29,13 +30,20 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[jax.Array, jax.Array], row: jax.Array):
         cfg, (x, bank) = self.config, carry
         y = LayerNorm(cfg.norm_eps, name="norm1")(x)
-        x += MultiHeadAttention(cfg.heads, name="attention")(y)
+        y = MultiHeadAttention(cfg.heads, name="attention")(y)
+        x += self.scaled("scale1", y)
         y = LayerNorm(cfg.norm_eps, name="norm2")(x)
         y = constrain(Linear(cfg.mlp_dim, ("embed", "mlp"), name="fc1")(y), "batch", "length", "act_mlp")
-        y = ACTIVATIONS[cfg.activation](y)
-        x = constrain(x + Linear(cfg.width, ("mlp", "embed"), name="fc2")(y), "batch", "length", "act_embed")
+        y = Linear(cfg.width, ("mlp", "embed"), name="fc2")(ACTIVATIONS[cfg.activation](y))
+        x = constrain(x + self.scaled("scale2", y), "batch", "length", "act_embed")
         bank = jax.lax.dynamic_update_index_in_dim(bank, x, row, 0)
         return (x, bank), None
+
+    def scaled(self, name: str, y: jax.Array) -> jax.Array:
+        """LayerScale (arXiv 2103.17239) where the tower has it."""
+        if not self.config.layer_scale:
+            return y
+        return y * weight(self, name, (self.config.width,), ("norm",), ones).astype(y.dtype)
 
 
 class VisionTower(nn.Module):

@@ -25,6 +25,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import TrainState, UserError
 
 METRIC = "holdout_loss"
+CONVERTED = "converted"  # the "stage" of parameters that convert from-hf has put together
 META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a checkpoint says beside its arrays
 
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
@@ -101,6 +102,11 @@ class Checkpoints:
             step, args=items, metrics=None if holdout_loss is None else {METRIC: holdout_loss}, force=True
         )
 
+    def save_params(self, params: Any, meta: dict[str, Any]) -> None:
+        """Parameters that no training has made, as step 0."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave({"params": params}), meta=ocp.args.JsonSave(meta))
+        self.manager.save(0, args=items, force=True)
+
     def meta(self, step: int) -> dict[str, Any]:
         try:
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -174,8 +180,10 @@ class Checkpoints:
         )
 
 
-def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Config, Tokenizer]:
+def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Config, Tokenizer | None]:
     """A finished or running run, to read from: its checkpoints, a step, its config and its tokenizer.
+
+    The tokenizer is None only for converted weights that came without one.
 
     which: "latest", "best" or a step.
 
@@ -197,7 +205,8 @@ def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Con
             )
         step = int(which)
     meta = checkpoints.meta(step)
-    return checkpoints, step, config_lib.check(meta["config"]), tokenizer_lib.from_json(meta["tokenizer"])
+    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta["tokenizer"] else None
+    return checkpoints, step, config_lib.check(meta["config"]), tokenizer
 
 
 def check_same_data(saved: str, now: str, cfg: Config) -> None:
@@ -209,10 +218,15 @@ def check_same_data(saved: str, now: str, cfg: Config) -> None:
         )
 
 
-def check_resumable(saved: dict[str, Any], cfg: Config, workdir: str) -> None:
+def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
     """Raises UserError naming the first setting that differs from the run's and would change its results."""
+    if meta["stage"] == CONVERTED:
+        raise UserError(
+            f"{workdir} holds converted weights, not a run; give another --config.workdir, and "
+            f"--config.init_from={workdir} to start from them"
+        )
     new = _flat(json.loads(config_lib.to_json(cfg)))
-    old = _flat(saved)
+    old = _flat(meta["asked"])
     for key in sorted(set(new) | set(old)):
         if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
             continue

@@ -31,8 +31,8 @@ def join(*parts: Params) -> Params:
 
 
 def decayed(path: str) -> bool:
-    """Weight decay is for matrices: not for norms, biases and class tokens."""
-    return not re.search(r"(norm\w*/|bias$|_bias$|class_embedding$)", path)
+    """Weight decay is for matrices: not for norms, LayerScale, biases and class tokens."""
+    return not re.search(r"(norm\w*/|bias$|_bias$|class_embedding$|scale[12]$)", path)
 
 
 def schedule(stage: StageConfig, steps: int) -> optax.Schedule:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ def heading(mesh: Mesh, plan: Plan, params: Any, trainable: dict[str, int], dtyp
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process"
         + ("es" if jax.process_count() > 1 else ""),
-        f"mesh       {axes}, computing in {np.dtype(dtype).name}",
+        f"mesh       {axes}, computing in {jnp.dtype(dtype).name}",
         "",
         table(
             ["part", "parameters", *(f"trained in {stage}" for stage in trainable)],

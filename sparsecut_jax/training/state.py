@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -20,6 +22,11 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training import checkpoint
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import Batch, TrainState, UserError
+from sparsecut_jax.weights import load
+from sparsecut_jax.weights.sources import Source
+
+flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 def example_batch(cfg: Config) -> Batch:
@@ -43,6 +50,7 @@ def abstract_params(model: SparseCut, cfg: Config, mesh: Mesh) -> Any:
     batch = example_batch(cfg)
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
     shardings = sharding.param_shardings(boxed, mesh)
+    dtype = jnp.bfloat16 if cfg.param_dtype == "bfloat16" else jnp.float32
 
     def leaf(path, array, placed):
         try:
@@ -53,17 +61,34 @@ def abstract_params(model: SparseCut, cfg: Config, mesh: Mesh) -> Any:
                 f"mesh({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) cannot split parameter {name} of shape "
                 f"{array.shape} as {placed.spec}; choose mesh sizes that divide its axes"
             ) from None
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=placed)
 
     return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed), shardings)
 
 
-def init_params(model: SparseCut, cfg: Config, abstract: Any) -> Any:
-    """Fresh parameters, born in their shardings; the same values on every mesh."""
+def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[str] = ()) -> Any:
+    """Fresh parameters, born in their shardings; the same values on every mesh. Those in `skip` are left out."""
     batch = example_batch(cfg)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = lambda key: nn.meta.unbox(model.init(key, batch)["params"])
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed))
+    wanted = {path: leaf for path, leaf in flatten(abstract).items() if path not in skip}
+
+    def init(key):
+        made = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
+        return {path: made[path].astype(leaf.dtype) for path, leaf in wanted.items()}
+
+    shardings = {path: leaf.sharding for path, leaf in wanted.items()}
+    return unflatten(jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed)) if wanted else {})
+
+
+def initial_params(model: SparseCut, cfg: Config, abstract: Any, sources: dict[str, Source]) -> tuple[Any, load.Report]:
+    """Parameters from their pretrained sources, the rest fresh, and what came from where.
+
+    Raises:
+      UserError: tensors that are missing, left over or of another shape; see `weights.load.match`.
+    """
+    fillings, report = load.match(abstract, cfg, sources)
+    loaded = load.read(fillings, cfg)
+    fresh = flatten(init_params(model, cfg, abstract, skip=loaded))
+    return unflatten({**fresh, **loaded}), report
 
 
 def abstract_state(
@@ -102,18 +127,19 @@ def init_from(workdir: str, patterns: tuple[str, ...], params: Any) -> tuple[Any
     """
     run, step, _, _ = checkpoint.open_run(workdir)
     saved = {k.removeprefix("params/"): v for k, v in run.shapes(step).items() if k.startswith("params/")}
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(params)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in saved):
             raise UserError(f"config.init_parts has {pattern!r}, which matches no parameter of {workdir}")
     wanted = {path for path in saved if any(re.fullmatch(p, path) for p in patterns)}
     taken = {path: leaf for path, leaf in flat.items() if path in wanted}
-    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in taken.items()}
-    loaded = run.restore_params(step, traverse_util.unflatten_dict(target, sep="/"))
+    dtype = lambda path: jnp.dtype(saved[path].partition("[")[0])
+    target = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
+    loaded = flatten(run.restore_params(step, unflatten(target)))
     run.close()
-    flat = {**flat, **traverse_util.flatten_dict(loaded, sep="/")}
+    flat |= {path: leaf.astype(flat[path].dtype) for path, leaf in loaded.items()}
     fresh, unused = sorted(set(flat) - set(taken)), sorted(set(saved) - set(taken))
     report = [f"init_from {workdir} step {step}: {len(taken)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"]
     report += [f"  fresh:  {path} {list(flat[path].shape)}" for path in fresh]
     report += [f"  unused: {path} {saved[path]}" for path in unused]
-    return traverse_util.unflatten_dict(flat, sep="/"), "\n".join(report)
+    return unflatten(flat), "\n".join(report)

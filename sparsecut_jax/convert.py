@@ -1,0 +1,149 @@
+"""Brings pretrained weights in, and trained models out, in the formats that others read.
+
+    python -m sparsecut_jax.convert from-hf --vision=DIR --llm=DIR --config=configs/base.py --out=runs/joined
+    python -m sparsecut_jax.convert from-hf --model=llava-hf/llava-1.5-7b-hf --out=runs/llava
+    python -m sparsecut_jax.convert to-hf --workdir=runs/base --out=exported --verify
+
+from-hf joins a vision tower, an LLM and, where --fusion names one, a projector into a workdir that evaluate, generate
+and --config.init_from read. to-hf writes the model of a workdir as safetensors with config.json, tokenizer and image
+processor: as `llava` where a LLaVA can say it (one view, no shortcuts), else as `sparsecut`, which --model reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+
+from sparsecut_jax import cli, sharding
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import report, state
+from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
+from sparsecut_jax.training.workdir import write_run_files
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import export, load
+from sparsecut_jax.weights import sources as weights
+
+FLAGS = flags.FLAGS
+
+
+def from_hf(cfg: Config, out: str) -> load.Report:
+    """Joins the parts that config.init names and writes them to `out` as a workdir of step 0.
+
+    Parameters keep the files' dtype (bfloat16 where all are), unless config.param_dtype says otherwise.
+
+    Raises:
+      UserError: nothing to convert, or weights that cannot be read or do not fit; nothing is written then.
+    """
+    sources = weights.open_sources(cfg.init)
+    if not sources:
+        raise UserError("nothing to convert: give --model, or --vision and --llm (a part that is not given is fresh)")
+    asked, cfg = cfg, weights.resolve(cfg, sources)
+    tokenizer = weights.source_tokenizer(cfg, sources)
+    if tokenizer is not None:
+        cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
+    elif not cfg.llm.vocab_size:
+        raise UserError("the LLM is fresh, and nothing says its vocabulary; give --tokenizer=DIR or --llm=DIR")
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    model = build_model(cfg)
+    if cfg.param_dtype == "auto":
+        fillings, _ = load.match(state.abstract_params(model, cfg, mesh), cfg, sources)
+        cfg = dataclasses.replace(cfg, param_dtype=load.files_dtype(fillings))
+    abstract = state.abstract_params(model, cfg, mesh)
+    with new_folder(out) as folder:
+        params, told = state.initial_params(model, cfg, abstract, sources)
+        checkpoints = Checkpoints(folder)
+        meta = {
+            "stage": CONVERTED,
+            "asked": json.loads(config_lib.to_json(asked)),
+            "config": json.loads(config_lib.to_json(cfg)),
+            "tokenizer": tokenizer and tokenizer.to_json(),
+            "data": "",
+            "seconds": 0.0,
+        }
+        checkpoints.save_params(params, meta)
+        checkpoints.close()
+        write_run_files(folder, cfg, tokenizer, model.plan)
+    print(report.heading(mesh, model.plan, abstract, {}, cfg.param_dtype))
+    print(f"\n{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
+    print(f"written to {out} as {cfg.param_dtype}; shortcuts.png shows its plan")
+    return told
+
+
+def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, verify: bool) -> None:
+    """Writes the model of a run to `out`; see weights/export.py. Nothing is written where something is wrong."""
+    run = load_run(workdir, which, text=False)
+    with jax.set_mesh(run.mesh), new_folder(out) as folder:
+        told = export.write(run, folder, kind, drop_shortcuts)
+        if verify:
+            told += "\n" + export.verify(run, folder, drop_shortcuts)
+    print(told)
+    print(f"written to {out}:")
+    for name in sorted(os.listdir(out)):
+        print(f"  {os.path.getsize(os.path.join(out, name)):>14,} {name}")
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """A folder to write into that takes the name `path` at the end of the block; it vanishes where that fails.
+
+    Raises:
+      UserError: there is something at `path` already.
+    """
+    if not path:
+        raise UserError("--out is missing; for example --out=runs/joined")
+    path = os.path.abspath(path)
+    if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
+        raise UserError(f"--out={path} is there already; choose another name, or remove it")
+    partial = f"{path}.partial-{os.getpid()}"
+    os.makedirs(partial)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main() -> None:
+    if COMMAND == "from-hf":
+        cfg = cli.typed_config(required=False)
+        given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
+        tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
+        init = dataclasses.replace(cfg.init, **given)
+        from_hf(config_lib.check(dataclasses.asdict(dataclasses.replace(cfg, init=init, tokenizer=tokenizer))), FLAGS.out)
+    elif COMMAND == "to-hf":
+        if not FLAGS.workdir:
+            raise UserError("--workdir is missing; for example --workdir=runs/base")
+        to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, getattr(FLAGS, "as"), FLAGS.drop_shortcuts, FLAGS.verify)
+    else:
+        raise UserError(f"{COMMAND or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
+
+
+if __name__ == "__main__":
+    # The word behind the command, and dashes in flags' names, as people type them.
+    COMMAND = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    sys.argv[1:] = [a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]]
+    cli.define_config()
+    flags.DEFINE_string("model", "", "from-hf: a whole model, a folder or hub id in llava-hf layout or from to-hf.")
+    flags.DEFINE_string("vision", "", "from-hf: the vision tower, a folder, hub id, .safetensors or .onnx file.")
+    flags.DEFINE_string("llm", "", "from-hf: the LLM, a folder, hub id, .safetensors or .gguf file.")
+    flags.DEFINE_string("fusion", "", "from-hf: the projector of LLaVA or SparseCut, a .safetensors file.")
+    flags.DEFINE_string("tokenizer", "", "from-hf: folder of the tokenizer; left out: the LLM's.")
+    flags.DEFINE_string("out", "", "Folder to write; must not be there yet.")
+    flags.DEFINE_string("workdir", "", "to-hf: workdir of a run, or from from-hf.")
+    flags.DEFINE_string("checkpoint", "latest", "to-hf: latest, best or a step.")
+    flags.DEFINE_enum("as", "auto", export.KINDS, "to-hf: what to write.")
+    flags.DEFINE_boolean("drop_shortcuts", False, "to-hf: write a llava although shortcuts are lost, another model.")
+    flags.DEFINE_boolean("verify", False, "to-hf: load what was written, and compare parameters and logits.")
+    cli.run(main, __doc__)

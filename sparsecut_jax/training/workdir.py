@@ -1,0 +1,86 @@
+"""The folder of a run: who may write to it, and the files in it beside checkpoints and metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+
+import jax
+
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import plots
+from sparsecut_jax.types import UserError
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
+
+    Raises:
+      UserError: it cannot be written to, or another process is training in it.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115 - held open for the whole run
+    except OSError as error:
+        raise UserError(f"config.workdir={workdir!r} cannot be written to: {error.strerror}") from error
+    with file:
+        try:
+            if jax.process_index() == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"config.workdir={workdir!r} is in use by another run; choose another or wait") from error
+        yield
+
+
+def read_results(path: str, step: int) -> dict:
+    """What results.json said of the same step before; {} if nothing."""
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("step") == step else {}
+
+
+def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
+    """Resolved config, tokenizer and the picture of the plan."""
+    with open(os.path.join(workdir, "config.json"), "w") as file:
+        file.write(config_lib.to_json(cfg) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(os.path.join(workdir, "tokenizer"))
+    plots.save_plan(os.path.join(workdir, "shortcuts.png"), plan)
+
+
+def write_json(path: str, values: dict) -> None:
+    """Whole or not at all."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def print_written(workdir: str, seconds: float) -> None:
+    what = {
+        "results.json": "these figures",
+        "metrics.jsonl": "loss, norms and speed by step",
+        "loss.png": "the loss curve",
+        "shortcuts.png": "the plan as a picture",
+        "config.json": "every setting",
+        "tokenizer": "for transformers' AutoTokenizer",
+        "tensorboard": "the same for TensorBoard",
+        "checkpoints": "latest and best",
+    }
+    print(f"\nwritten to {workdir} in {seconds:.0f} s:")
+    for name, told in what.items():
+        if os.path.exists(os.path.join(workdir, name)):
+            print(f"  {name:<14} {told}")
+    print(
+        f'\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt="what color is the shape?"'
+    )

@@ -1,0 +1,299 @@
+"""A trained model as a folder that others read: safetensors shards, config.json, tokenizer and image processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import defaultdict
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
+
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.inference.run import Run
+from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.settings import Config, InitConfig, ShortcutConfig
+from sparsecut_jax.training import state
+from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.weights import load, sources
+from sparsecut_jax.weights.architecture import llm_config_json, vision_config_json
+from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
+from sparsecut_jax.weights.resize import grow_rows
+from sparsecut_jax.weights.tensors import INDEX, read_json
+
+KINDS = ("auto", "sparsecut", "llava", "llm", "vision")
+IMAGE_TOKEN = "<image>"
+SHARD_SIZE = "5GB"
+
+
+def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
+    """Writes the model into `folder` and returns what it was written as.
+
+    kind: "sparsecut" for all of it, which `convert from-hf --model` reads; "llava" for transformers'
+    LlavaForConditionalGeneration; "llm" or "vision" for that part alone; "auto" for llava where it says the same.
+
+    Raises:
+      UserError: the format cannot say what the model is.
+    """
+    plan = run.model.plan
+    if kind == "auto":
+        kind = "sparsecut" if _not_llava(run.config, plan) else "llava"
+    if kind == "llava":
+        reason = _not_llava(run.config, dataclasses.replace(plan, pairs=()) if drop_shortcuts else plan)
+        if reason:
+            raise UserError(f"this model cannot be written as llava: {reason}")
+    cfg, params = _portable(run, drop_shortcuts and kind == "llava")
+    tokenizer, image_id = run.tokenizer, None
+    if kind == "llava":
+        tokenizer, image_id = _with_image_token(run.tokenizer, cfg.llm.vocab_size)
+        cfg, params = _with_room(cfg, params, image_id)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    _write_tensors(_tensors(flat, cfg, kind), folder, cfg)
+    special = _special_ids(tokenizer)
+    text, vision = llm_config_json(cfg.llm, special), vision_config_json(cfg.vision, cfg.vision.layers)
+    dtype = str(flat["llm/embedding"].dtype)
+    if kind == "llm":
+        config = {**text, "dtype": dtype}
+    elif kind == "vision":
+        config = {**vision, "dtype": dtype}
+    else:
+        config = _whole_config(cfg, text, vision, image_id) | {"dtype": dtype}
+    _write_json(folder, "config.json", config)
+    if kind != "vision" and tokenizer is not None:
+        tokenizer.save(folder)
+    if kind != "llm":
+        _write_json(folder, "preprocessor_config.json", _image_processor(cfg))
+    if kind == "llava":
+        processor = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": cfg.vision.patch_size,
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            "num_additional_image_tokens": int(cfg.vision.class_token),
+            "image_token": IMAGE_TOKEN,
+        }
+        _write_json(folder, "processor_config.json", processor)
+    lost = f"; {len(plan.pairs)} shortcuts are left out: it is another model" if plan.pairs and kind == "llava" else ""
+    return f"{run.workdir}, step {run.step}, as {config['model_type']} in {dtype}{lost}"
+
+
+def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
+    """Loads what `write` wrote and compares parameters bit by bit, and logits on a built-in batch.
+
+    Raises:
+      UserError: they differ.
+    """
+    config = read_json(os.path.join(folder, "config.json"))
+    whole = "text_config" in config
+    part = "model" if whole else "llm" if "vocab_size" in config else "vision"
+    cfg, expected = _portable(run, drop_shortcuts and config["model_type"] == "llava")
+    before = build_model(cfg)
+    init = InitConfig(**{part: folder})
+    dtype = "bfloat16" if config["dtype"] == "bfloat16" else "float32"
+    found = sources.open_sources(init)
+    cfg = sources.resolve(dataclasses.replace(cfg, init=init, param_dtype=dtype), found)
+    after = build_model(cfg)
+    fillings, _ = load.match(state.abstract_params(after, cfg, run.mesh), cfg, found)
+    loaded = load.read(fillings, cfg)
+    old = traverse_util.flatten_dict(expected, sep="/")
+    for path, leaf in loaded.items():
+        was, now = np.asarray(old[path]), np.asarray(leaf)
+        if path in ("llm/embedding", "llm/head"):  # rows for the image token may have come behind
+            now = now[: was.shape[0], : was.shape[1]]
+        if was.dtype != now.dtype or was.tobytes() != now.tobytes():
+            raise UserError(f"--verify: {path} is not what was written")
+    batch = _example(cfg, run.config.llm.vocab_size)
+    run_model = lambda model, flat: jax.jit(model.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, batch)
+    was = np.asarray(run_model(before, old)[0])
+    now = np.asarray(run_model(after, {**old, **loaded})[0])[..., : was.shape[-1]]
+    off = float(np.abs(was - now).max())
+    if not off <= 1e-5 * max(1.0, float(np.abs(was).max())):
+        raise UserError(f"--verify: logits of what was written differ by {off:g} from the model's")
+    return f"verified   {len(loaded)} arrays bit by bit, logits on a built-in batch differ by at most {off:g}"
+
+
+def _not_llava(cfg: Config, plan: Plan) -> str:
+    """Why transformers' LLaVA cannot be this model; "" if it can."""
+    if FUSIONS[cfg.fusion.name].views > 1:
+        return f"its fusion {cfg.fusion.name!r} reads hi-res views, which LLaVA has not; write it --as=sparsecut"
+    if plan.pairs:
+        return (
+            f"it has {len(plan.pairs)} shortcuts, and without them it would silently be another model; write it "
+            "--as=sparsecut, or give --drop-shortcuts"
+        )
+    if not cfg.fusion.shared:
+        return "its fusion has weights for every level (config.fusion.shared=False)"
+    if cfg.vision.family not in ("clip", "siglip"):
+        return f"a {cfg.vision.family} tower is not what LLaVA reads"
+    return ""
+
+
+def _portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
+    """The model with the tower it really has: its depth, the plan as pairs; and without shortcuts if asked."""
+    cfg, plan, params = run.config, run.model.plan, run.params
+    depth = params["vision"]["blocks"]["norm1"]["scale"].shape[0]
+    pairs = () if drop_shortcuts else plan.pairs
+    if drop_shortcuts:
+        depth = plan.main_level + 1
+        blocks = jax.tree.map(lambda leaf: leaf[:depth], params["vision"]["blocks"])
+        params = {**params, "vision": {**params["vision"], "blocks": blocks}}
+    shortcuts = ShortcutConfig(
+        density="explicit" if pairs else "none",
+        vit_levels=tuple(level for level, _ in pairs),
+        llm_layers=tuple(layer for _, layer in pairs),
+        position=plan.position,
+    )
+    vision = dataclasses.replace(cfg.vision, layers=depth, select_layer=plan.main_level - depth)
+    return dataclasses.replace(cfg, vision=vision, shortcuts=shortcuts), params
+
+
+def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[tuple[Rule, jax.Array]]]:
+    """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
+    found: dict[str, list[tuple[Rule, jax.Array]]] = defaultdict(list)
+    inner = "" if cfg.vision.family == "dinov2" else "vision_model."
+    prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": ""}
+    if kind in ("llm", "vision"):
+        flat = {path: leaf for path, leaf in flat.items() if path.startswith(kind)}
+        prefix = {"vision": inner, "llm": ""}
+    for path, leaf in flat.items():
+        part = path.split("/", 1)[0]
+        rule = next((r for r in rules_of(part, cfg) if r.path == path), None)
+        if rule is None:
+            raise UserError(f"a {getattr(cfg, part).family} model has no tensor for {path}")
+        stacked = "{" in rule.name
+        for i in range(leaf.shape[0] if stacked else 1):
+            name = prefix[part] + rule.name.format(i=i, k=i)
+            found[name].append((rule, leaf[i] if stacked else leaf))
+    if "vision" in prefix:
+        # Readers expect a norm that comes after the blocks and that nobody here uses: it is written as the identity.
+        name = "layernorm" if cfg.vision.family == "dinov2" else "post_layernorm"
+        like = flat.get("vision/blocks/norm1/scale")
+        if like is not None:
+            found[f"{prefix['vision']}{name}.weight"] = [(Rule("", ""), jax.numpy.ones_like(like[0]))]
+            found[f"{prefix['vision']}{name}.bias"] = [(Rule("", ""), jax.numpy.zeros_like(like[0]))]
+    return {name: sorted(parts, key=lambda item: item[0].part) for name, parts in found.items()}
+
+
+def _write_tensors(tensors: dict[str, list[tuple[Rule, jax.Array]]], folder: str, cfg: Config) -> None:
+    """One shard in memory at a time."""
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda parts: sum(leaf.nbytes for _, leaf in parts),
+        get_storage_id=lambda parts: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        values = {}
+        for name in names:
+            rows = [to_theirs(np.asarray(leaf), rule, cfg) for rule, leaf in tensors[name]]
+            values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
+        save_file(values, os.path.join(folder, file), {"format": "pt"})
+    if shards.is_sharded:
+        _write_json(folder, INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
+def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -> dict[str, Any]:
+    """config.json of the whole model: LLaVA's keys, and for ours the fusion and the plan."""
+    config = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": vision,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": cfg.vision.select_layer,
+        "vision_feature_select_strategy": "default" if cfg.vision.class_token else "full",
+        "image_seq_length": cfg.tokens_per_image,
+        "tie_word_embeddings": cfg.llm.tie_embeddings,
+    }
+    if image_id is not None:
+        return config | {"image_token_index": image_id}
+    plan = cfg.shortcuts
+    return config | {
+        "model_type": "sparsecut",
+        "architectures": ["SparseCutForConditionalGeneration"],
+        "image_fit": cfg.data.image_fit,
+        "fusion": {"name": cfg.fusion.name, "shared": cfg.fusion.shared},
+        "shortcuts": {
+            "vit_levels": list(plan.vit_levels),
+            "llm_layers": list(plan.llm_layers),
+            "position": plan.position,
+        },
+    }
+
+
+def _image_processor(cfg: Config) -> dict[str, Any]:
+    """preprocessor_config.json that makes an image square as config.data.image_fit does."""
+    size, fit = cfg.vision.image_size, cfg.data.image_fit
+    return {
+        "image_processor_type": "LlavaImageProcessor" if fit == "pad" else "CLIPImageProcessor",
+        "do_pad": fit == "pad",
+        "do_resize": True,
+        "size": {"height": size, "width": size} if fit == "squash" else {"shortest_edge": size},
+        "do_center_crop": fit == "crop",
+        "crop_size": {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(cfg.vision.mean),
+        "image_std": list(cfg.vision.std),
+    }
+
+
+def _with_image_token(tokenizer: Tokenizer | None, vocab_size: int) -> tuple[Tokenizer | None, int]:
+    """LLaVA marks images by an id of their own; here they have none. Returns a tokenizer that has it, and the id."""
+    if tokenizer is None:
+        return None, vocab_size
+    return tokenizer.with_special(IMAGE_TOKEN)
+
+
+def _with_room(cfg: Config, params: dict[str, Any], image_id: int) -> tuple[Config, dict[str, Any]]:
+    """Rows for the image token where there are none left; what stands in them is overwritten by the image."""
+    if image_id < cfg.llm.vocab_size:
+        return cfg, params
+    size = -(-(image_id + 1) // 64) * 64
+    llm = dict(params["llm"])
+    llm["embedding"] = grow_rows(np.asarray(llm["embedding"]), size)
+    if "head" in llm:
+        llm["head"] = grow_rows(np.asarray(llm["head"]).T, size).T
+    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=size)), {**params, "llm": llm}
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    if tokenizer is None:  # said outright: a family's own defaults may lie outside of a small vocabulary
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    bos = tokenizer.bos if tokenizer.bos >= 0 else None
+    return {"bos_token_id": bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+
+
+def _example(cfg: Config, words: int) -> Batch:
+    """Two rows of drawn ids: an image in front of one, none in the other."""
+    n, size = cfg.tokens_per_image, cfg.vision.image_size
+    rng = np.random.default_rng(0)
+    t = n + 16
+    tokens = rng.integers(0, words, (2, t), np.int32)
+    zeros = np.zeros_like(tokens)
+    return Batch(
+        tokens=tokens,
+        loss_mask=zeros.astype(np.uint8),
+        segments=zeros + 1,
+        branches=zeros,
+        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (2, t)).copy(),
+        views=rng.integers(0, 256, (2, 1, FUSIONS[cfg.fusion.name].views, size, size, 3), np.uint8),
+        image_start=np.array([[1], [-1]], np.int32),
+    )
+
+
+def _write_json(folder: str, name: str, values: dict[str, Any]) -> None:
+    with open(os.path.join(folder, name), "w") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,328 @@
+"""GGUF, llama.cpp's file format: an LLM of the Llama family with its tokenizer, quantised or not.
+
+The `gguf` package reads headers and dequantises. What this file adds are the Hugging Face names, the order of rows
+that llama.cpp changed, a config.json, and a tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFReader
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from sparsecut_jax.data.tokenizer import Tokenizer, _wrap
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights.tensors import Tensor
+
+UNQUANTISED = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+CHUNK = 256  # rows dequantised at a time, which bounds the memory that a big embedding needs besides its result
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# What llama.cpp would compute otherwise than a plain Llama, if the file gives it and it is not 0.
+FOREIGN = ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale", "residual_scale")
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # token types
+# The expression that GPT-4's tokenizer introduced, with the number of digits that stay together left open.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the data: metadata, and (name, type, shape, offset, bytes) of every tensor."""
+
+    file: str
+    fields: dict[str, Any]
+    tensors: tuple[tuple[str, Any, tuple[int, ...], int, int], ...]
+
+    def get(self, key: str, kind: type, default: Any = ...) -> Any:
+        """A value of the metadata. Raises UserError if it is of another kind, or missing without a `default`."""
+        if key not in self.fields and default is not ...:
+            return default
+        value = self.fields.get(key)
+        if type(value) is not kind:
+            got = "nothing" if value is None else type(value).__name__
+            raise UserError(f"{self.file}: metadata {key}: expected {kind.__name__}, got {got}")
+        return value
+
+
+def open_gguf(path: str) -> dict[str, Tensor]:
+    """The LLM's tensors by their Hugging Face names, in torch's layout (out, in), dequantised when read.
+
+    A quantised tensor reads as float32. One that a plain Llama does not have keeps the name it has in the file.
+
+    Raises:
+      UserError: no GGUF, a truncated one, no plain Llama, or a quantisation the gguf package cannot undo.
+    """
+    header, config = _header(path), gguf_config(path)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    found = {}
+    for name, kind, shape, offset, size in header.tensors:
+        if len(shape) not in (1, 2) or 0 in shape or len(shape) == 1 and kind.name not in UNQUANTISED:
+            raise UserError(f"{path}: tensor {name} of type {kind.name} has shape {shape}; expected a matrix")
+        _check_dequantises(path, name, kind)
+        part = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        layer, stem = part.groups() if part else (None, None)
+        hf, rows = name, np.arange(shape[0])
+        if layer is None and stem in NAMES:
+            hf = f"{NAMES[stem]}.weight"
+        elif layer is not None and stem in LAYER_NAMES:
+            hf = f"model.layers.{layer}.{LAYER_NAMES[stem]}.weight"
+            if stem in heads:
+                if shape[0] != heads[stem] * config["head_dim"]:
+                    expected = f"{heads[stem]} heads of {config['head_dim']}"
+                    raise UserError(f"{path}: tensor {name} has {shape[0]} rows; expected {expected}")
+                rows = _interleaved(shape[0], heads[stem])
+        read = functools.partial(_read, path, kind, shape, offset, size // shape[0], rows)
+        found[hf] = Tensor(path, name, shape, kind.name if kind.name in UNQUANTISED else "F32", read)
+    return found
+
+
+def gguf_config(path: str) -> dict[str, Any]:
+    """What config.json would say of this LLM, with model_type "llama".
+
+    Raises:
+      UserError: no GGUF, another architecture, or something that a plain Llama does not have.
+    """
+    header = _header(path)
+    architecture = header.get("general.architecture", str)
+    if architecture != "llama":
+        raise UserError(f"{path}: expected the architecture llama, got {architecture!r}")
+    get = lambda key, *args: header.get(f"llama.{key}", *args)
+    for key in FOREIGN:
+        if header.fields.get(f"llama.{key}"):
+            raise UserError(f"{path}: llama.{key} is {header.fields[f'llama.{key}']!r}, which is not supported")
+    shapes = {name: shape for name, _, shape, _, _ in header.tensors}
+    if "rope_freqs.weight" in shapes:
+        raise UserError(
+            f"{path}: tensor rope_freqs.weight holds rotary frequencies that were scaled when the file was written "
+            "(as Llama 3.1 does), which is not supported: take the safetensors of this model"
+        )
+    if "token_embd.weight" not in shapes:
+        raise UserError(f"{path} has no tensor token_embd.weight")
+    heads, width = get("attention.head_count", int), get("embedding_length", int)
+    if heads < 1:
+        raise UserError(f"{path}: llama.attention.head_count is {heads}; expected at least 1")
+    head_dim = get("attention.key_length", int, width // heads)
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"{path}: heads are {head_dim} wide; expected an even number, as rotary embeddings need pairs")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if get(key, int, head_dim) != head_dim:
+            raise UserError(f"{path}: llama.{key} is {get(key, int)}; expected the width of a head, {head_dim}")
+    return {
+        "model_type": "llama",
+        "vocab_size": shapes["token_embd.weight"][0],  # llama.vocab_size is not always there, and not always right
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length", int),
+        "num_hidden_layers": get("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon", float)),
+        "rope_parameters": _rope(header),
+        "max_position_embeddings": get("context_length", int),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "bos_token_id": header.get("tokenizer.ggml.bos_token_id", int, None),
+        "eos_token_id": header.get("tokenizer.ggml.eos_token_id", int, None),
+        "pad_token_id": header.get("tokenizer.ggml.padding_token_id", int, None),
+    }
+
+
+def gguf_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer that the metadata describe. Its bos is -1 where no text starts with one.
+
+    transformers could build one too, but reads the file with torch, and splits as GPT-2 does where it does not know
+    `tokenizer.ggml.pre`: SmolLM's digits would stay together.
+
+    Raises:
+      UserError: no GGUF, or a kind of tokenizer that is not known here.
+    """
+    header = _header(path)
+    get = lambda key, *args: header.get(f"tokenizer.ggml.{key}", *args)
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
+    model = get("model", str)
+    if model not in kinds:
+        raise UserError(f"{path}: tokenizer.ggml.model is {model!r}; expected one of {', '.join(kinds)}")
+    tokens = get("tokens", list)
+    types = get("token_type", list, [1] * len(tokens))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if not len(vocab) == len(tokens) == len(types):
+        raise UserError(f"{path}: expected as many token_type as different tokens, got {len(types)} and {len(vocab)}")
+    try:
+        backend = kinds[model](header, vocab, types)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(f"{path}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
+    kept = [
+        (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    backend.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED) for token, kind in kept])
+    eos = get("eos_token_id", int)
+    # Where the file does not say whether texts start with a bos, llama.cpp puts it for these two.
+    starts = get("add_bos_token", bool, model == "llama" or get("pre", str, "") == "llama-bpe")
+    ids = {"pad": get("padding_token_id", int, eos), "bos": get("bos_token_id", int, -1) if starts else -1, "eos": eos}
+    for name, i in ids.items():
+        if not -1 <= i < len(tokens) or i == -1 and name != "bos":
+            raise UserError(f"{path}: the {name} token has id {i}; expected one of the {len(tokens)} tokens")
+    return _wrap(backend, **ids)
+
+
+def _header(path: str) -> Header:
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not there")
+    stat = os.stat(path)
+    return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # a vocabulary takes seconds, and tensors, config and tokenizer each want it
+def _parse(path: str, changed: int, size: int) -> Header:
+    """Everything is copied out of the reader: a view that outlives it would keep the whole file mapped."""
+    try:
+        reader = GGUFReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the order of another machine")
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        tensors = tuple(
+            (t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
+            for t in reader.tensors
+        )
+    except Exception as error:  # what gguf raises depends on where the file ends
+        raise UserError(f"{path} is no whole GGUF file: {error}") from error
+    return Header(path, fields, tensors)
+
+
+def _interleaved(rows: int, heads: int) -> np.ndarray:
+    """int[rows]: where in the file the rows of Hugging Face's q or k are.
+
+    Rotary embeddings turn pairs of a head's elements. Hugging Face pairs element i with i + H/2, llama.cpp 2i with
+    2i + 1, and so it stores the rows of both halves alternately.
+    """
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+
+
+def _check_dequantises(path: str, name: str, kind: Any) -> None:
+    try:
+        if kind.name not in UNQUANTISED:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+        raise UserError(f"{path}: tensor {name} has type {kind.name}, which the gguf package cannot read") from error
+
+
+def _read(
+    path: str, kind: Any, shape: tuple[int, ...], offset: int, stride: int, order: np.ndarray, index: tuple[slice, ...]
+) -> np.ndarray:
+    """tensor[index]. Only its rows are read: blocks of quantised numbers run along the last axis.
+
+    Args:
+      offset, stride: bytes before the first row, and of each row. The elements of a vector are rows of one.
+      order: int[rows]; where in the file each row is.
+    """
+    dtype = UNQUANTISED.get(kind.name)
+    rows, columns = order[index[0]], index[1] if len(shape) == 2 else slice(None)
+    result = np.empty((len(rows), len(range(*columns.indices((*shape, 1)[1])))), dtype or np.float32)
+    with open(path, "rb") as file:
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            first = part.min()
+            file.seek(offset + first * stride)
+            raw = np.fromfile(file, np.uint8, (part.max() + 1 - first) * stride).reshape(-1, stride)
+            values = raw.view(dtype) if dtype else dequantize(raw, kind)
+            result[start : start + CHUNK] = values[part - first][:, columns]
+    return result if len(shape) == 2 else result[:, 0]
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal number that is the same in float32, in which the file holds it: 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _rope(header: Header) -> dict[str, Any]:
+    """`rope_parameters` of config.json."""
+    theta = {"rope_theta": _decimal(header.get("llama.rope.freq_base", float, 10000.0))}
+    kind = header.get("llama.rope.scaling.type", str, "linear")
+    old = header.get("llama.rope.scale_linear", float, 1.0)  # its name in early files
+    factor = _decimal(header.get("llama.rope.scaling.factor", float, old))
+    if kind not in ("none", "linear"):
+        raise UserError(f"{header.file}: llama.rope.scaling.type is {kind!r}; expected none or linear")
+    if kind == "none" or factor in (0, 1):
+        return {"rope_type": "default", **theta}
+    return {"rope_type": "linear", "factor": factor, **theta}
+
+
+def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
+    """BPE over bytes, each written as one printable character."""
+    by_words = lambda digits: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS.replace("DIGITS", digits)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # llama.cpp writes "default" or nothing where it does not know how a text is to be split: no guess is made here.
+    splits = {
+        "gpt-2": as_gpt2,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2]),
+        "llama-bpe": by_words("{1,3}"),
+        "qwen2": by_words(""),
+    }
+    pre = header.get("tokenizer.ggml.pre", str)
+    if pre not in splits:
+        raise UserError(f"{header.file}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(splits)}")
+    merges = [tuple(merge.split(" ")) for merge in header.get("tokenizer.ggml.merges", list)]
+    backend = Backend(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = splits[pre]
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
+    """BPE of sentencepiece: "▁" for a space, bytes for unknown characters.
+
+    It has scores instead of merges: of the neighbours that make up a token, those with the best one merge first.
+    Pairs for the same token come in the order of their ids, as in Hugging Face's conversion of Llama's tokenizer.
+    """
+    scores = header.get("tokenizer.ggml.scores", list)
+    if len(scores) != len(vocab):
+        raise UserError(f"{header.file}: expected tokenizer.ggml.scores of {len(vocab)} tokens, got {len(scores)}")
+    # Text must never merge into one of these.
+    pieces = {token: i for token, i in vocab.items() if types[i] not in (UNKNOWN, CONTROL, BYTE)}
+    ranked = []
+    for token, i in pieces.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in pieces and right in pieces:
+                ranked.append((-scores[i], i, pieces[left], pieces[right], left, right))
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
+    unknown = next((token for token, i in vocab.items() if types[i] == UNKNOWN), None)
+    backend = Backend(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefixed = header.get("tokenizer.ggml.add_space_prefix", bool, True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefixed)
+    return backend

@@ -1,0 +1,227 @@
+"""Tensors from files straight into their shardings: every device's slice is read for itself, and nothing else is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights.names import LEFT, OTHERS, Rule, rules_of, their_shape, their_slices, to_ours
+from sparsecut_jax.weights.resize import grow_rows, resize_positions
+from sparsecut_jax.weights.sources import Source
+from sparsecut_jax.weights.tensors import Tensor
+
+SHOWN = 6  # names in an error message
+
+
+@dataclasses.dataclass
+class Report:
+    """What was loaded, is fresh, and was left in the files.
+
+    Attributes:
+      loaded: {part: (path of its source, arrays, numbers)}.
+      fresh: {path: shape} of the parameters that no file had.
+      unused: {what it is: names} of tensors that the model has no use for.
+    """
+
+    loaded: dict[str, tuple[str, int, int]]
+    fresh: dict[str, tuple[int, ...]]
+    unused: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded     {part}: {arrays} arrays, {numbers:,} parameters from {path}"
+            for part, (path, arrays, numbers) in self.loaded.items()
+        ]
+        fresh = sum(math.prod(shape) for shape in self.fresh.values())
+        lines.append(f"fresh      {len(self.fresh)} arrays, {fresh:,} parameters")
+        lines += [f"             {path} {list(shape)}" for path, shape in self.fresh.items()]
+        lines.append(f"unused     {sum(map(len, self.unused.values()))} tensors")
+        lines += [
+            f"             {what}: {len(names)}, {names[0]}{' ...' if len(names) > 1 else ''}"
+            for what, names in self.unused.items()
+        ]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """How one parameter is read: its rule, and the tensor of every layer (one for what is not stacked)."""
+
+    leaf: jax.ShapeDtypeStruct
+    rule: Rule
+    tensors: list[Tensor]
+    stacked: bool
+
+    def shape(self) -> tuple[int, ...]:
+        """Of one layer."""
+        return self.leaf.shape[1:] if self.stacked else self.leaf.shape
+
+
+def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[str, Filling], Report]:
+    """Which tensors fill which parameters, from the headers alone.
+
+    Args:
+      abstract: the parameter tree as ShapeDtypeStructs.
+
+    Raises:
+      UserError: tensors that are missing, left over, or of another shape, with their names and shapes.
+    """
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    fillings: dict[str, Filling] = {}
+    used: set[tuple[str, str]] = set()
+    problems = []
+    for path, leaf in wanted.items():
+        part = path.split("/", 1)[0]
+        if part not in sources:
+            continue
+        found = sources[part].tensors[part]
+        rule = next((r for r in rules_of(part, cfg, list(found)) if r.path == path), None)
+        stacked = re.search("/(blocks|layers)/", path) is not None or (part == "fusion" and not cfg.fusion.shared)
+        names = [rule.name.format(i=i, k=i) for i in range(leaf.shape[0] if stacked else 1)] if rule else []
+        missing = [name for name in names if name not in found]
+        if (not names or len(missing) == len(names)) and any(re.fullmatch(p, path) for p in cfg.init.fresh):
+            continue
+        if missing or not names:
+            what = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else "".join(missing) or "any tensor"
+            problems.append(f"{sources[part].path}: {what} is missing, for {path} {list(leaf.shape)}")
+            continue
+        filling = Filling(leaf, rule, [found[name] for name in names], stacked)
+        problems += _wrong_shapes(path, filling, cfg)
+        for tensor in filling.tensors:
+            tensor.check()
+        fillings[path] = filling
+        used |= {(part, name) for name in names}
+    unused, extra = _left_over(sources, used, cfg, abstract)
+    problems += [f"{t.file}: tensor {t.name} {list(t.shape)} has no place in the model" for t in extra]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise UserError("; ".join(problems[:SHOWN]) + more)
+    loaded = {}
+    for part, source in sources.items():
+        leaves = [f.leaf for path, f in fillings.items() if path.startswith(f"{part}/")]
+        loaded[part] = (source.path, len(leaves), sum(math.prod(leaf.shape) for leaf in leaves))
+    fresh = {path: tuple(leaf.shape) for path, leaf in wanted.items() if path not in fillings}
+    return fillings, Report(loaded, fresh, unused)
+
+
+def read(fillings: dict[str, Filling], cfg: Config) -> dict[str, jax.Array]:
+    """{path: parameter}, each in the dtype and sharding of its leaf.
+
+    Raises:
+      UserError: a file that ends early, or a value that is not finite.
+    """
+    bar = tqdm(fillings.items(), desc="reading weights", unit="array", leave=False, disable=None)
+    return {path: _place(filling, cfg) for path, filling in bar}
+
+
+def files_dtype(fillings: dict[str, Filling]) -> str:
+    """ "bfloat16" if every tensor is, else "float32"."""
+    dtypes = {tensor.dtype for filling in fillings.values() for tensor in filling.tensors}
+    return "bfloat16" if dtypes == {"BF16"} else "float32"
+
+
+def _place(filling: Filling, cfg: Config) -> jax.Array:
+    leaf, placed, last, value = filling.leaf, [], None, None
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Devices that hold the same slice come one after the other, so that it is read once.
+    where = sharding.addressable_devices_indices_map(leaf.shape)
+    for device, index in sorted(where.items(), key=lambda item: str(item[1])):
+        if index != last:
+            value, last = _slice(filling, index, cfg), index
+        placed.append(jax.device_put(value, device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, placed)
+
+
+def _slice(filling: Filling, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
+    index = tuple(slice(*s.indices(n)) for s, n in zip(index, filling.leaf.shape, strict=True))
+    out = _aligned([s.stop - s.start for s in index], filling.leaf.dtype)
+    if not filling.stacked:
+        out[...] = _one(filling, filling.tensors[0], index, cfg)
+    else:
+        for row, layer in enumerate(range(index[0].start, index[0].stop)):
+            out[row] = _one(filling, filling.tensors[layer], index[1:], cfg)
+    return out
+
+
+def _one(filling: Filling, tensor: Tensor, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
+    rule, shape = filling.rule, filling.shape()
+    if tensor.shape != their_shape(shape, rule, cfg):  # `match` let only those pass that can be resized
+        whole = to_ours(tensor.read(), rule, cfg)
+        if rule.path == "vision/position_embedding":
+            side = cfg.vision.image_size // cfg.vision.patch_size
+            return resize_positions(whole, side, cfg.vision.class_token)[index]
+        rows = whole if rule.path == "llm/embedding" else whole.T
+        rows = grow_rows(rows, cfg.llm.vocab_size)
+        return (rows if rule.path == "llm/embedding" else rows.T)[index]
+    theirs, keep = their_slices(index, shape, rule, cfg)
+    return to_ours(tensor.read(theirs), rule, cfg)[keep]
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device takes over as it is: JAX copies what does not begin at a multiple of 64 bytes."""
+    dtype = jnp.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
+    """A sentence for the first tensor whose shape is neither right nor to be resized."""
+    expected = their_shape(filling.shape(), filling.rule, cfg)
+    for tensor in filling.tensors:
+        got, hint = tensor.shape, ""
+        if got == expected:
+            continue
+        same = len(got) == len(expected) and got[-1] == expected[-1]
+        if path == "vision/position_embedding" and same:
+            tokens = got[-2] - int(cfg.vision.class_token)
+            if cfg.init.image_size and math.isqrt(tokens) ** 2 == tokens:
+                continue
+            hint = "; another picture size is config.init.image_size"
+        if path in ("llm/embedding", "llm/head") and same and got[0] < expected[0]:
+            if cfg.init.grow_vocab:
+                continue
+            hint = "; config.init.grow_vocab=True adds rows"
+        return [f"{tensor.file}: tensor {tensor.name} has shape {list(got)}, expected {list(expected)} for {path}{hint}"]
+    return []
+
+
+def _left_over(
+    sources: dict[str, Source], used: set[tuple[str, str]], cfg: Config, abstract: Any
+) -> tuple[dict[str, list[str]], list[Tensor]]:
+    """({what it is: names} of tensors that may be left, those that may not)."""
+    unused: dict[str, list[str]] = defaultdict(list)
+    extra = []
+    depth = abstract["vision"]["blocks"]["norm1"]["scale"].shape[0]
+    for source in {id(s): s for s in sources.values()}.values():
+        parts = {part for part, s in sources.items() if s is source}
+        for part, tensors in source.tensors.items():
+            known = OTHERS if part is None else LEFT[part]
+            for name, tensor in tensors.items():
+                if (part, name) in used and part in parts:
+                    continue
+                what = next((text for pattern, text in known if re.fullmatch(pattern, name)), "")
+                block = re.match(r"encoder\.layers?\.(\d+)\.", name)
+                if part is not None and part not in parts:
+                    what = f"{part}, which is not taken from here"
+                elif part == "vision" and block and depth <= int(block[1]) < cfg.vision.layers:
+                    what = f"blocks above {depth - 1}, the highest that is needed"
+                elif name == "lm_head.weight" and cfg.llm.tie_embeddings:
+                    what = "head that is tied to the embedding"
+                if what:
+                    unused[what].append(tensor.name)
+                else:
+                    extra.append(tensor)
+    return dict(unused), extra

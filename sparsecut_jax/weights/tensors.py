@@ -1,0 +1,157 @@
+"""Tensors in files, by their Hugging Face names, read slice by slice. Nothing is read before it is asked for.
+
+A checkpoint is a dict {name: Tensor}. `open_safetensors` makes it of a folder or a file; gguf.py and onnx.py make
+the same of their formats. Pickles are refused: loading one runs whatever its author put there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sparsecut_jax.types import UserError
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is still in its file.
+
+    Attributes:
+      file, name: where it stands, for messages.
+      dtype: a name as safetensors writes it, "F32", "BF16", ...
+      slices: reads `tensor[index]`, one slice per axis; use `read`, which checks what comes.
+    """
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    slices: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor or a part of it, in its own dtype.
+
+        Raises:
+          UserError: it holds no floating-point numbers, or one of them is NaN or infinite.
+        """
+        self.check()
+        index = tuple(slice(None) for _ in self.shape) if index is None else index
+        value = self.slices(index)
+        if not np.isfinite(value).all():
+            raise UserError(f"{self.file}: tensor {self.name} has values that are NaN or infinite")
+        return value
+
+    def check(self) -> None:
+        """Raises UserError if this is no tensor of floating-point numbers."""
+        if self.dtype not in FLOATS:
+            raise UserError(
+                f"{self.file}: tensor {self.name} has dtype {self.dtype}; expected one of {', '.join(FLOATS)} "
+                "(quantised weights are read from GGUF only)"
+            )
+
+
+def open_safetensors(path: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of a folder with one or with several and their index.
+
+    Raises:
+      UserError: there is none, it is a pickle, it is truncated, or its header or index says what is not so.
+    """
+    if not os.path.isdir(path):
+        return _open_file(path)
+    index = os.path.join(path, INDEX)
+    files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
+    if os.path.exists(index):
+        return _open_shards(path, index)
+    if not files:
+        pickles = sorted(f for f in os.listdir(path) if f.endswith(PICKLES))
+        if pickles:
+            refuse_pickle(os.path.join(path, pickles[0]))
+        raise UserError(f"{path} holds no .safetensors file")
+    if "model.safetensors" in files:
+        return _open_file(os.path.join(path, "model.safetensors"))
+    if len(files) > 1:
+        raise UserError(
+            f"{path} holds {len(files)} .safetensors files, but no {INDEX} that says how they belong together"
+        )
+    return _open_file(os.path.join(path, files[0]))
+
+
+def refuse_pickle(file: str) -> None:
+    """Raises UserError that tells how to convert `file`."""
+    raise UserError(
+        f"{file} is a pickle, which can run any code when it is loaded, and is refused; where you trust it, convert it "
+        "with torch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+    )
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file. Raises UserError if there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _open_shards(folder: str, index: str) -> dict[str, Tensor]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{index}: expected a 'weight_map' of tensor names to files")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(where.values())):
+        if os.path.basename(file) != file or file in ("", ".", ".."):
+            raise UserError(f"{index} names the file {file!r}; expected a file of its own folder")
+        for name, tensor in _open_file(os.path.join(folder, file)).items():
+            if name in found:
+                raise UserError(f"{tensor.file}: tensor {name} is also in {found[name].file}")
+            found[name] = tensor
+    for name, file in where.items():
+        if name not in found or os.path.basename(found[name].file) != file:
+            raise UserError(f"{index} says that tensor {name} is in {file}, where it is not")
+    return found
+
+
+def _open_file(file: str) -> dict[str, Tensor]:
+    if not os.path.isfile(file):
+        raise UserError(f"{file} is not there")
+    with open(file, "rb") as opened:
+        start = opened.read(4)
+    if file.endswith(PICKLES) or start[:2] == b"PK" or start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        refuse_pickle(file)
+    try:
+        with safe_open(file, "np") as opened:
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+            return {
+                name: Tensor(file, name, tuple(view.get_shape()), view.get_dtype(), _reader(file, name))
+                for name, view in views.items()
+            }
+    except SafetensorError as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def _reader(file: str, name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """The file is opened anew for every tensor: it is mapped into memory, and its pages would count until closed."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        try:
+            with safe_open(file, "np") as opened:
+                return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file} is no whole safetensors file: {error}") from error
+
+    return read

@@ -1,0 +1,75 @@
+"""The fixtures of tests/parity (PyTorch's numbers; make_fixtures.py there wrote them), read through the loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsecut_jax import config, sharding
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import state
+from sparsecut_jax.types import Batch
+from sparsecut_jax.weights import load, sources
+
+FOLDER = Path(__file__).parent / "parity"
+INTERMEDIATES = ("hidden",)
+
+
+@dataclasses.dataclass
+class Loaded:
+    cfg: Config
+    model: SparseCut
+    params: dict[str, Any]
+    report: load.Report
+
+
+def numbers(name: str) -> dict[str, np.ndarray]:
+    with np.load(FOLDER / name / "io.npz") as file:
+        return dict(file)
+
+
+def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Loaded:
+    """Parameters from the sources `init` names, the other parts fresh and tiny; `settings`: dotted keys."""
+    raw = config.default()
+    raw.vision.update(image_size=28, patch_size=7, width=32, layers=4, heads=2, mlp_dim=48, select_layer=-1)
+    raw.llm.update(vocab_size=96, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+    raw.shortcuts.count = 2
+    raw.init.update({key: str(value) if isinstance(value, Path) else value for key, value in init.items()})
+    for key, value in (settings or {}).items():
+        *path, last = key.split(".")
+        group = raw
+        for part in path:
+            group = group[part]
+        group[last] = value
+    cfg = config.check(raw)
+    found = sources.open_sources(cfg.init)
+    cfg = sources.resolve(cfg, found)
+    mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=_one())
+    model = build_model(cfg, intermediates=INTERMEDIATES)
+    params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)
+    return Loaded(cfg, model, params, report)
+
+
+def text_batch(ids: np.ndarray, cfg: Config) -> Batch:
+    """int32[B, T] as rows without an image."""
+    zeros = np.zeros_like(ids)
+    size = cfg.vision.image_size
+    return Batch(
+        tokens=ids,
+        loss_mask=zeros.astype(np.uint8),
+        segments=zeros + 1,
+        branches=zeros,
+        positions=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape).copy(),
+        views=np.zeros((len(ids), 1, 5, size, size, 3), np.uint8),
+        image_start=np.full((len(ids), 1), -1, np.int32),
+    )
+
+
+def _one() -> list:
+    import jax
+
+    return jax.devices()[:1]

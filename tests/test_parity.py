@@ -1,0 +1,66 @@
+"""Every family against PyTorch's numbers: hidden states of every block, logits and greedy ids.
+
+The weights are tiny and random, with biases that are not zero and norms that are not one.
+"""
+
+import jax
+import numpy as np
+import pytest
+from parity_cases import FOLDER, join, numbers, text_batch
+
+from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.models.vit import VisionTower
+
+TOWERS = ("clip", "clip_vision", "siglip", "siglip2", "dinov2")
+LLMS = ("llama2", "llama2_linear", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3_longrope", "smollm2")
+
+
+def close(got, expected, atol=3e-5):
+    np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=atol)
+
+
+def blocks(loaded, pixels: np.ndarray) -> np.ndarray:
+    """Outputs of all blocks for float32[B, 3, S, S] normalised pixels: [L, B, N, C]."""
+    tower = VisionTower(loaded.cfg.vision, tuple(range(loaded.cfg.vision.layers)))
+    return jax.jit(tower.apply)({"params": loaded.params["vision"]}, pixels.transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_tower(name):
+    loaded, io = join(vision=FOLDER / name), numbers(name)
+    first = int(loaded.cfg.vision.class_token)
+    assert len(io["hidden_states"]) == loaded.cfg.vision.layers + 1
+    close(blocks(loaded, io["pixel_values"]), io["hidden_states"][1:, :, first:])
+
+
+@pytest.mark.parametrize("name", ("clip", "siglip", "dinov2"))
+def test_tower_at_another_picture_size(name):
+    io = numbers(name)
+    size = io["pixel_values_resized"].shape[-1]
+    loaded = join(vision=FOLDER / name, image_size=size)
+    assert loaded.cfg.vision.image_size == size != io["pixel_values"].shape[-1]
+    first = int(loaded.cfg.vision.class_token)
+    close(blocks(loaded, io["pixel_values_resized"]), io["hidden_states_resized"][1:, :, first:])
+
+
+def check_llm(loaded, io: dict, end: str = "") -> None:
+    ids, expected = io[f"input_ids{end}"], io[f"hidden_states{end}"]
+    batch = text_batch(ids, loaded.cfg)
+    logits, seen = jax.jit(loaded.model.apply)({"params": loaded.params}, batch)
+    close(logits, io[f"logits{end}"])
+    layers = loaded.cfg.llm.layers
+    assert seen["hidden"].shape[0] == layers == len(expected) - 1
+    close(seen["hidden"], expected[:-1])
+    length, new = int(io[f"greedy_prompt_length{end}"]), io[f"greedy_ids{end}"].shape[1]
+    encoded = encode_images(loaded.model, loaded.params, batch.views)
+    lengths = np.full(len(ids), length, np.int32)
+    got, _ = generate(loaded.model, loaded.params, ids[:, :length], lengths, batch.image_start, encoded, new)
+    np.testing.assert_array_equal(got, io[f"greedy_ids{end}"])
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_llm(name):
+    loaded, io = join(llm=FOLDER / name), numbers(name)
+    check_llm(loaded, io)
+    if name == "phi3_longrope":
+        check_llm(loaded, io, "_long")
