@@ -33,7 +33,7 @@ from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import export, load
-from sparsecut_jax.weights import sources as weights
+from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
 
@@ -121,7 +121,9 @@ def main() -> None:
         given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
         tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
         init = dataclasses.replace(cfg.init, **given)
-        from_hf(config_lib.check(dataclasses.asdict(dataclasses.replace(cfg, init=init, tokenizer=tokenizer))), FLAGS.out)
+        from_hf(
+            config_lib.check(dataclasses.asdict(dataclasses.replace(cfg, init=init, tokenizer=tokenizer))), FLAGS.out
+        )
     elif COMMAND == "to-hf":
         if not FLAGS.workdir:
             raise UserError("--workdir is missing; for example --workdir=runs/base")
@@ -133,7 +135,9 @@ def main() -> None:
 if __name__ == "__main__":
     # The word behind the command, and dashes in flags' names, as people type them.
     COMMAND = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    sys.argv[1:] = [a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]]
+    sys.argv[1:] = [
+        a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]
+    ]
     cli.define_config()
     flags.DEFINE_string("model", "", "from-hf: a whole model, a folder or hub id in llava-hf layout or from to-hf.")
     flags.DEFINE_string("vision", "", "from-hf: the vision tower, a folder, hub id, .safetensors or .onnx file.")

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from sparsecut_jax import cli, sharding
+from sparsecut_jax.config import nearest
 from sparsecut_jax.data import images
 from sparsecut_jax.data.conversation import TEMPLATES, encode_prompt
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
@@ -24,9 +25,15 @@ FLAGS = flags.FLAGS
 
 
 def answer(
-    run: Run, prompt: str, paths: list[str], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    run: Run,
+    prompt: str,
+    paths: list[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    template: str = "",
 ) -> str:
-    """The model's answer to a prompt about the images at `paths`.
+    """The model's answer to a prompt about the images at `paths`, asked in the run's template or another one.
 
     Raises:
       UserError: a file that is no image, or more images than the model has slots.
@@ -35,7 +42,9 @@ def answer(
     slots = cfg.data.max_images
     if len(paths) > slots:
         raise UserError(f"{len(paths)} images given, but the run was trained with config.data.max_images={slots}")
-    example = encode_prompt(prompt, len(paths), run.tokenizer, TEMPLATES[run.template], cfg.tokens_per_image)
+    example = encode_prompt(
+        prompt, len(paths), run.tokenizer, TEMPLATES[template or run.template], cfg.tokens_per_image
+    )
     rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
     views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
     for m, path in enumerate(paths):
@@ -70,8 +79,15 @@ def main() -> None:
         raise UserError(f"--temperature={FLAGS.temperature}: expected 0 or more")
     if not 0 <= FLAGS.seed < 2**32:
         raise UserError(f"--seed={FLAGS.seed}: expected 0 to below 2^32")
+    if FLAGS.template and FLAGS.template not in TEMPLATES:
+        near = nearest(FLAGS.template, TEMPLATES)
+        raise UserError(f"--template={FLAGS.template!r} is not known{near}; known: {', '.join(TEMPLATES)}")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
-    print(answer(run, FLAGS.prompt, FLAGS.image, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed))
+    print(
+        answer(
+            run, FLAGS.prompt, FLAGS.image, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -81,5 +97,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompt", "", "The question; <image> in it says where an image goes (default: in front).")
     flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens.")
     flags.DEFINE_float("temperature", 0.0, "0: the likeliest answer; above: sampled.")
+    flags.DEFINE_string("template", "", "How the prompt is written; left out: as the run was trained.")
     flags.DEFINE_integer("seed", 0, "Of the sampling.")
     cli.run(main, __doc__)

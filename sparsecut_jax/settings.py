@@ -150,7 +150,9 @@ class StageConfig:
     """One stage of training: its rows, what is trained, and the optimizer's settings."""
 
     rows: Literal["captions", "conversations"] = "conversations"
-    template: Literal["plain", "vicuna_v1", "qa"] = "vicuna_v1"  # data/conversation.py writes them out
+    template: Literal["plain", "vicuna_v1", "chatml", "smollm2", "qa"] = (
+        "vicuna_v1"  # data/conversation.py writes them out
+    )
     seq_len: int = 2048  # T; an image takes N of these positions
     epochs: float = 1.0
     max_steps: int = 0  # 0: as many as the epochs take

@@ -35,7 +35,7 @@ from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import sources as weights
+from sparsecut_jax.weights import pretrained as weights
 
 
 def train(cfg: Config) -> dict[str, float]:
@@ -190,7 +190,9 @@ def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights
     """The LLM's, config.tokenizer's, or for an LLM that starts from nothing one trained on the rows."""
     tokenizer = weights.source_tokenizer(cfg, parts)
     if tokenizer is None and "llm" in parts:
-        raise UserError(f"{parts['llm'].path} holds no tokenizer; give config.tokenizer.path, a folder that has the LLM's")
+        raise UserError(
+            f"{parts['llm'].path} holds no tokenizer; give config.tokenizer.path, a folder that has the LLM's"
+        )
     return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
 
 

@@ -15,7 +15,7 @@ from sparsecut_jax import config, sharding
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
-from sparsecut_jax.weights import load, sources
+from sparsecut_jax.weights import load, pretrained
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("a_cross_mlp_llama", "e_plain_llava_llama")
@@ -43,8 +43,8 @@ def load_case(name: str) -> Case:
     raw.shortcuts.llm_layers = tuple(spec["llm_layers"])
     raw.init.update(sources_of(name))
     cfg = config.check(raw)
-    found = sources.open_sources(cfg.init)
-    cfg = sources.resolve(cfg, found)
+    found = pretrained.open_sources(cfg.init)
+    cfg = pretrained.resolve(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)

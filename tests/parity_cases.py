@@ -13,7 +13,7 @@ from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
-from sparsecut_jax.weights import load, sources
+from sparsecut_jax.weights import load, pretrained
 
 FOLDER = Path(__file__).parent / "parity"
 INTERMEDIATES = ("hidden",)
@@ -46,8 +46,8 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
             group = group[part]
         group[last] = value
     cfg = config.check(raw)
-    found = sources.open_sources(cfg.init)
-    cfg = sources.resolve(cfg, found)
+    found = pretrained.open_sources(cfg.init)
+    cfg = pretrained.resolve(cfg, found)
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=_one())
     model = build_model(cfg, intermediates=INTERMEDIATES)
     params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)

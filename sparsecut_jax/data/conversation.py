@@ -21,11 +21,12 @@ HUMAN, GPT = "human", "gpt"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are written.
+    """How turns are written. A special token's name in these texts is that token; in anybody's words it is text.
 
     Attributes:
       system: text at the very start.
       user, answer: text before a question and before its answer.
+      between: text between an answer and the next question of a conversation.
       space: text between `answer` and the answer, predicted with it.
       end: text that ends an answer; None for the tokenizer's end token. Predicted too.
       question: False leaves out what the human says and keeps the image alone.
@@ -34,11 +35,13 @@ class Template:
     system: str = ""
     user: str = ""
     answer: str = ""
+    between: str = ""
     space: str = " "
     end: str | None = None
     question: bool = True
 
 
+CHATML = Template(user="<|im_start|>user\n", answer="<|im_end|>\n<|im_start|>assistant\n", between="\n", space="")
 TEMPLATES = {
     # LLaVA's stage 1: the image, then its caption.
     "plain": Template(space="", end="\n", question=False),
@@ -47,6 +50,12 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
         user="USER: ",
         answer=" ASSISTANT:",
+    ),
+    # Turns as Qwen and SmolLM2 have them, without a system turn; a model's own template may put one in front.
+    "chatml": CHATML,
+    "smollm2": dataclasses.replace(
+        CHATML,
+        system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
     ),
     # The shortest one: for models trained from nothing.
     "qa": Template(),
@@ -136,13 +145,14 @@ def encode_row(
     pairs = list(zip(row["conversations"][::2], row["conversations"][1::2], strict=True))
     name = f"row {row.get('id', '?')!r}"
     independent = bool(row.get("independent")) and template.question
-    shared = template.user + IMAGE * len(images_of(row)) if images_of(row) else ""
+    shared = IMAGE * len(images_of(row))
     if not template.question:
         pairs = pairs[:1]
     writer.special(tokenizer.bos)
     writer.text(template.system)
     if independent:
-        writer.prompt(shared)
+        if shared:
+            writer.prompt(template.user, shared)
         if order is not None:
             pairs = [pairs[i] for i in order]
     kept = 0
@@ -150,10 +160,10 @@ def encode_row(
         before = writer.mark()
         if independent:
             writer.new_branch()
-            writer.prompt(("" if shared else template.user) + human["value"].replace(IMAGE, ""))
+            writer.prompt("" if shared else template.user, human["value"].replace(IMAGE, ""))
         else:
             value = human["value"] if template.question else IMAGE * human["value"].count(IMAGE)
-            writer.prompt(template.user + value)
+            writer.prompt((template.between if kept else "") + template.user, value)
         writer.text(template.answer)
         writer.answer(template.space + gpt["value"], template.end)
         if len(writer.tokens) <= seq_len:
@@ -182,7 +192,7 @@ def encode_prompt(prompt: str, images: int, tokenizer: Tokenizer, template: Temp
     writer = _Writer(tokenizer, image_tokens)
     writer.special(tokenizer.bos)
     writer.text(template.system)
-    writer.prompt(template.user + prompt if template.question else IMAGE * images)
+    writer.prompt(template.user, prompt if template.question else IMAGE * images)
     writer.text(template.answer)
     return writer.example()
 
@@ -213,15 +223,22 @@ class _Writer:
             self._add([token], supervised)
 
     def text(self, text: str) -> None:
-        self._add(self.tokenizer.encode(text), False)
+        """Text of the template."""
+        self.prompt(text, "")
 
-    def prompt(self, text: str) -> None:
-        """Text with `<image>` in it."""
-        for i, piece in enumerate(text.split(IMAGE)):
+    def prompt(self, before: str, text: str) -> None:
+        """The template's text `before`, then what somebody says, with `<image>` in it.
+
+        What stands behind the template's last special token is tokenised together with the words that follow.
+        """
+        *whole, rest = self.tokenizer.split_special(before)
+        for piece in whole:
+            self._add([piece] if isinstance(piece, int) else self.tokenizer.encode(piece), False)
+        for i, piece in enumerate((rest + text).split(IMAGE)):
             if i > 0:
                 self.image_start.append(len(self.tokens))
                 self._add([self.tokenizer.pad] * self.image_tokens, False)
-            self.text(piece)
+            self._add(self.tokenizer.encode(piece), False)
 
     def answer(self, text: str, end: str | None) -> None:
         self._add(self.tokenizer.encode(text), True)

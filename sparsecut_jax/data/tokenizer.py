@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer as Backend
@@ -41,6 +42,15 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as broken JSON may hold, becomes "?"
         return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+
+    @functools.lru_cache(maxsize=100)
+    def split_special(self, text: str) -> tuple[str | int, ...]:
+        """A template's text, cut at the names of special tokens: their ids between pieces of text; the last is text."""
+        named = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        if not named:
+            return (text,)
+        cut = re.split("(" + "|".join(map(re.escape, sorted(named, key=len, reverse=True))) + ")", text)
+        return tuple(named.get(piece, piece) for piece in cut)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)

