@@ -92,6 +92,7 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
         missing = [name for name in names if name not in found]
         if (not names or len(missing) == len(names)) and any(re.fullmatch(p, path) for p in cfg.init.fresh):
             continue
+        used |= {(part, name) for name in names}
         if missing or not names:
             what = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else "".join(missing) or "any tensor"
             problems.append(f"{sources[part].path}: {what} is missing, for {path} {list(leaf.shape)}")
@@ -101,7 +102,6 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
         for tensor in filling.tensors:
             tensor.check()
         fillings[path] = filling
-        used |= {(part, name) for name in names}
     unused, extra = _left_over(sources, used, cfg, abstract)
     problems += [f"{t.file}: tensor {t.name} {list(t.shape)} has no place in the model" for t in extra]
     if problems:
