@@ -83,11 +83,12 @@ def from_hf(cfg: Config, out: str) -> load.Report:
 
 def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, verify: bool) -> None:
     """Writes the model of a run to `out`; see weights/export.py. Nothing is written where something is wrong."""
-    run = load_run(workdir, which, text=False)
-    with jax.set_mesh(run.mesh), new_folder(out) as folder:
-        told = export.write(run, folder, kind, drop_shortcuts)
-        if verify:
-            told += "\n" + export.verify(run, folder, drop_shortcuts)
+    with new_folder(out) as folder:
+        run = load_run(workdir, which, text=False)
+        with jax.set_mesh(run.mesh):
+            told = export.write(run, folder, kind, drop_shortcuts)
+            if verify:
+                told += "\n" + export.verify(run, folder, drop_shortcuts)
     print(told)
     print(f"written to {out}:")
     for name in sorted(os.listdir(out)):

@@ -1,0 +1,138 @@
+"""The real commands: golden cases in from their files, out again, and back; and what they refuse."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from golden_cases import FUSIONS, make_batch, numbers_of, sources_of, spec_of
+from parity_cases import FOLDER
+
+from runs import command, finish
+from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.training.losses import cross_entropy
+
+RUN = ("--config=configs/base.py", "--config.shortcuts.density=explicit")
+
+
+def from_hf(name: str, out: Path):
+    """Starts the command for a golden case."""
+    spec = spec_of(name)
+    parts = [f"--{part}={path}" for part, path in sources_of(name).items()]
+    plan = ["--config.shortcuts.density=none"]
+    if spec["vit_levels"]:
+        plan = ["--config.shortcuts.density=explicit"]
+        plan += [f"--config.shortcuts.{key}={tuple(spec[key])}" for key in ("vit_levels", "llm_layers")]
+    fusion = f"--config.fusion.name={FUSIONS[spec['mm_projector_type']]}"
+    return command("convert", "from-hf", *parts, "--config=configs/base.py", fusion, *plan, f"--out={out}")
+
+
+def done(process) -> str:
+    code, out, err = finish(process)
+    assert (code, err) == (0, ""), err
+    return out
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Both golden cases: in, out with --verify, and in again; the folders and what the commands said."""
+    folder = tmp_path_factory.mktemp("convert")
+    cases = {"a": "a_cross_mlp_llama", "e": "e_plain_llava_llama"}
+    said = {}
+    for step in ("run", "hf", "again"):
+        started = {}
+        for key, name in cases.items():
+            if step == "run":
+                started[key] = from_hf(name, folder / f"{key}.run")
+            elif step == "hf":
+                started[key] = command(
+                    "convert", "to-hf", f"--workdir={folder}/{key}.run", f"--out={folder}/{key}.hf", "--verify"
+                )
+            else:
+                started[key] = command(
+                    "convert", "from-hf", f"--model={folder}/{key}.hf", f"--out={folder}/{key}.again"
+                )
+        said |= {f"{key}.{step}": done(process) for key, process in started.items()}
+    return folder, said
+
+
+@pytest.mark.parametrize("key, name", [("a", "a_cross_mlp_llama"), ("e", "e_plain_llava_llama")])
+@pytest.mark.parametrize("step", ["run", "again"])
+def test_golden_cases_through_the_command(converted, key, name, step):
+    """Logits, loss and greedy ids of the reference; `again` went out and came back."""
+    run, io = load_run(str(converted[0] / f"{key}.{step}"), text=False), numbers_of(name)
+    batch = make_batch(io)
+    logits, _ = jax.jit(run.model.apply)({"params": run.params}, batch)
+    real = io["expanded_mask"] == 1
+    off = np.abs(logits - (io["logits"] if step == "run" else _padded(io["logits"], logits)))[real][..., :300]
+    assert off.max() < 3e-5
+    total, count = cross_entropy(logits[..., :300], batch)
+    assert abs(float(total / count) - float(io["loss"])) < 5e-6
+    length = batch.segments.sum(1).astype(np.int32)
+    encoded = encode_images(run.model, run.params, batch.views)
+    ids, _ = generate(run.model, run.params, batch.tokens, length, batch.image_start, encoded, 12)
+    np.testing.assert_array_equal(ids, io["greedy_ids"])
+
+
+def _padded(logits, like):
+    return np.pad(logits, ((0, 0), (0, 0), (0, like.shape[-1] - logits.shape[-1])))
+
+
+def test_what_comes_back_is_bit_equal(converted):
+    folder, _ = converted
+    for key in "ae":
+        first, again = (load_run(str(folder / f"{key}.{step}"), text=False).params for step in ("run", "again"))
+        first, again = (traverse_util.flatten_dict(tree, sep="/") for tree in (first, again))
+        assert set(first) == set(again)
+        for path, leaf in first.items():
+            now = np.asarray(again[path])
+            if key == "e" and path in ("llm/embedding", "llm/head"):  # llava has rows for its image token
+                now = now[: leaf.shape[0], : leaf.shape[1]]
+            assert now.tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_what_is_written(converted):
+    folder, said = converted
+    assert {"checkpoints", "config.json", "shortcuts.png"} <= set(os.listdir(folder / "a.run"))
+    assert set(os.listdir(folder / "a.hf")) == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert not [name for name in os.listdir(folder) if "partial" in name]
+    config = json.loads((folder / "a.hf/config.json").read_text())
+    assert (config["model_type"], config["vision_feature_layer"]) == ("sparsecut", -1)  # the tower's top block is gone
+    assert config["fusion"] == {"name": "channel", "shared": True}
+    assert config["shortcuts"] == {"vit_levels": [0, 2, 4], "llm_layers": [0, 3, 6], "position": "pre"}
+    assert config["vision_config"]["num_hidden_layers"] == 5
+    llava = json.loads((folder / "e.hf/config.json").read_text())
+    assert (llava["model_type"], llava["image_token_index"], llava["text_config"]["vocab_size"]) == ("llava", 300, 320)
+    assert "fresh      0 arrays, 0 parameters" in said["a.run"]
+    assert "blocks above 4, the highest that is needed: 16" in said["a.run"]
+    assert "verified   37 arrays bit by bit, logits on a built-in batch differ by at most 0" in said["a.hf"]
+    assert "as llava in float32" in said["e.hf"]
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (("from-hf",), "nothing to convert: give --model, or --vision and --llm"),
+        (("from-hf", f"--llm={FOLDER}/llama2"), "--out is missing"),
+        (("from-hf", f"--llm={FOLDER}/llama2", "--fusion=nowhere.safetensors", "--out={}/x"), "config.init.fusion='nowhere.safetensors' is not there"),
+        (("to-hf", "--workdir={}", "--out={}/x"), "holds no checkpoint"),
+        (("sideways",), "'sideways': expected from-hf or to-hf; --help shows both"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path, args, expected):
+    code, out, err = finish(command("convert", *(arg.replace("{}", str(tmp_path)) for arg in args)))
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert expected in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_shortcuts_are_not_dropped_silently(converted, tmp_path):
+    workdir = f"--workdir={converted[0]}/a.run"
+    refused = finish(command("convert", "to-hf", workdir, f"--out={tmp_path}/x", "--as=llava", "--drop-shortcuts"))
+    assert refused[0] == 2 and "reads hi-res views, which LLaVA has not" in refused[2]
+    assert os.listdir(tmp_path) == []
