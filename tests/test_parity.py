@@ -9,6 +9,7 @@ import pytest
 from parity_cases import FOLDER, join, numbers, text_batch
 
 from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.vit import VisionTower
 
 TOWERS = ("clip", "clip_vision", "siglip", "siglip2", "dinov2")
@@ -43,6 +44,15 @@ def test_tower_at_another_picture_size(name):
     close(blocks(loaded, io["pixel_values_resized"]), io["hidden_states_resized"][1:, :, first:])
 
 
+def test_pixels_beside_whole_patches_are_cut_off():
+    """As the convolution of SigLIP so400m does with 384 pixels and patches of 14."""
+    io = numbers("siglip")
+    loaded = join(vision=FOLDER / "siglip", image_size=30)
+    assert loaded.cfg.tokens_per_image == 16
+    pixels = np.pad(io["pixel_values"], ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=3.0)
+    close(blocks(loaded, pixels), io["hidden_states"][1:])
+
+
 def check_llm(loaded, io: dict, end: str = "") -> None:
     ids, expected = io[f"input_ids{end}"], io[f"hidden_states{end}"]
     batch = text_batch(ids, loaded.cfg)
@@ -56,6 +66,17 @@ def check_llm(loaded, io: dict, end: str = "") -> None:
     lengths = np.full(len(ids), length, np.int32)
     got, _ = generate(loaded.model, loaded.params, ids[:, :length], lengths, batch.image_start, encoded, new)
     np.testing.assert_array_equal(got, io[f"greedy_ids{end}"])
+
+
+def test_official_cross_attention():
+    """SparseCut's fusion against PyTorch's MultiheadAttention, LayerNorm and GELU."""
+    file, io = FOLDER / "official_cross_attention/mm_projector.safetensors", numbers("official_cross_attention")
+    settings = {"fusion.name": "cross_attention", "vision.width": 128, "vision.heads": 2}
+    loaded = join(fusion=file, settings=settings)
+    assert set(loaded.report.loaded) == {"fusion"}
+    levels = np.concatenate([io["low"][:, None], io["crops"]], 1)[None]
+    fused, _ = Fusion(loaded.cfg.fusion, 32).apply({"params": loaded.params["fusion"]}, levels)
+    close(fused[0], io["out"])
 
 
 @pytest.mark.parametrize("name", LLMS)

@@ -65,7 +65,9 @@ class VisionTower(nn.Module):
         count, side = images.shape[0], cfg.image_size // cfg.patch_size
 
         # A convolution with stride = kernel size is a matrix product over patches.
-        x = images.reshape(count, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        # What is left beside whole patches is cut off: SigLIP so400m sees 378 of its 384 pixels.
+        x = images[:, : side * patch, : side * patch].reshape(count, side, patch, side, patch, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(count, side * side, patch * patch * 3)
         x = Linear(width, ("patch", "embed"), use_bias=cfg.patch_bias, name="patch_embedding")(x)
         if cfg.class_token:
