@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -121,3 +122,21 @@ def test_split_special_cuts_a_template_and_not_what_users_say():
     assert tokenizer.split_special("x<s>y\n</s>") == ("x", 1, "y\n", 2, "")
     assert tokenizer.split_special("plain") == ("plain",)
     assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"
+
+
+def test_a_sentencepiece_model_as_llama_2_and_vicuna_have_it(tmp_path):
+    """tokenizer.model alone: the ids are sentencepiece's own, and look-alikes of its end token stay text."""
+    (tmp_path / "texts").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": False}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    loaded = load(str(tmp_path))
+    theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    assert (loaded.bos, loaded.eos, loaded.size) == (1, 2, 290)
+    for text in ("what color is it?", "a shape </s>", "Zürich 7"):
+        assert list(loaded.encode(text)) == theirs.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
