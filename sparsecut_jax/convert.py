@@ -116,8 +116,8 @@ def new_folder(path: str) -> Iterator[str]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main() -> None:
-    if COMMAND == "from-hf":
+def main(command: str) -> None:
+    if command == "from-hf":
         cfg = cli.typed_config(required=False)
         given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
         tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
@@ -125,17 +125,17 @@ def main() -> None:
         from_hf(
             config_lib.check(dataclasses.asdict(dataclasses.replace(cfg, init=init, tokenizer=tokenizer))), FLAGS.out
         )
-    elif COMMAND == "to-hf":
+    elif command == "to-hf":
         if not FLAGS.workdir:
             raise UserError("--workdir is missing; for example --workdir=runs/base")
         to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, getattr(FLAGS, "as"), FLAGS.drop_shortcuts, FLAGS.verify)
     else:
-        raise UserError(f"{COMMAND or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
+        raise UserError(f"{command or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
 
 
 if __name__ == "__main__":
     # The word behind the command, and dashes in flags' names, as people type them.
-    COMMAND = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     sys.argv[1:] = [
         a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]
     ]
@@ -151,4 +151,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("as", "auto", export.KINDS, "to-hf: what to write.")
     flags.DEFINE_boolean("drop_shortcuts", False, "to-hf: write a llava although shortcuts are lost, another model.")
     flags.DEFINE_boolean("verify", False, "to-hf: load what was written, and compare parameters and logits.")
-    cli.run(main, __doc__)
+    cli.run(lambda: main(command), __doc__)

@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType as Kind
 from tokenizers import pre_tokenizers
 
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.gguf import gguf_config, gguf_tokenizer, open_gguf
+from sparsecut_jax.weights.gguf import gguf_config, open_gguf
+from sparsecut_jax.weights.gguf_tokenizer import gguf_tokenizer
 
 D, F, W, LAYERS, Q, G, H = 64, 96, 600, 2, 4, 2, 16  # W is more than the rows that are dequantised at a time
 META = {

@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.cli import Exit
+from sparsecut_jax.convert import to_hf
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.train import locked, train
@@ -206,6 +207,27 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
     for name in new:
         same = np.array_equal(new[name], old[name])
         assert same == ("llm" not in name), name
+
+
+def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys):
+    """What to_hf wrote decides sizes, plan and tokenizer of another run, whose config says otherwise."""
+    exported = tmp_path / "exported"
+    to_hf(str(unbroken), "latest", str(exported), "auto", drop_shortcuts=False, verify=False)
+    changes = {
+        "init.model": str(exported), "run_stages": ("instruct",), "stages.instruct.max_steps": 1, "llm.width": 64,
+        "stages.instruct.trainable": ("fusion/.*",), "eval.test": False, "shortcuts.count": 1,
+    }  # fmt: skip
+    again = lambda: train(config_lib.check(runs.small(pictures, tmp_path / "run", set=changes)))
+    again()
+    out = capsys.readouterr().out
+    assert "loaded     llm: 12 arrays" in out and "fresh      0 arrays" in out
+    new, old = parameters(tmp_path / "run"), parameters(unbroken)
+    assert set(new) == set(old)
+    for name in new:
+        assert np.array_equal(new[name], old[name]) == ("fusion" not in name), name
+    shutil.rmtree(exported)
+    assert again()["step"] == 1
+    assert "resuming" in capsys.readouterr().out
 
 
 BAD = [

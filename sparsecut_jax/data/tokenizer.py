@@ -103,7 +103,7 @@ def with_vocabulary(cfg: Config, tokenizer: Tokenizer) -> Config:
 def from_json(text: str) -> Tokenizer:
     """Reads what `Tokenizer.to_json` wrote."""
     data = json.loads(text)
-    return _wrap(Backend.from_str(json.dumps(data["tokenizer"])), **data["special"])
+    return wrap(Backend.from_str(json.dumps(data["tokenizer"])), **data["special"])
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -121,7 +121,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _wrap(backend, pad=0, bos=1, eos=2)
+    return wrap(backend, pad=0, bos=1, eos=2)
 
 
 def load(path: str) -> Tokenizer:
@@ -141,10 +141,11 @@ def load(path: str) -> Tokenizer:
         raise UserError(f"tokenizer.path={path!r} has no end-of-text token, so an answer could never end")
     pad = outer.pad_token_id if outer.pad_token_id is not None else outer.eos_token_id
     bos = outer.bos_token_id if outer.bos_token_id is not None else -1
-    return _wrap(outer.backend_tokenizer, pad, bos, outer.eos_token_id)
+    return wrap(outer.backend_tokenizer, pad, bos, outer.eos_token_id)
 
 
-def _wrap(backend: Backend, pad: int, bos: int, eos: int) -> Tokenizer:
+def wrap(backend: Backend, pad: int, bos: int, eos: int) -> Tokenizer:
+    """A `tokenizers` object as this program uses it; bos -1 for a tokenizer without one."""
     backend.encode_special_tokens = True  # "</s>" in a user's text stays four characters
     backend.no_padding()
     backend.no_truncation()

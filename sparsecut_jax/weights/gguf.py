@@ -1,7 +1,7 @@
-"""GGUF, llama.cpp's file format: an LLM of the Llama family with its tokenizer, quantised or not.
+"""GGUF, llama.cpp's file format: an LLM of the Llama family, quantised or not.
 
 The `gguf` package reads headers and dequantises. What this file adds are the Hugging Face names, the order of rows
-that llama.cpp changed, a config.json, and a tokenizer.
+that llama.cpp changed, and a config.json; gguf_tokenizer.py reads the tokenizer from the same header.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 
-from sparsecut_jax.data.tokenizer import Tokenizer, _wrap
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.tensors import Tensor
 
@@ -39,13 +36,6 @@ LAYER_NAMES = {
 }
 # What llama.cpp would compute otherwise than a plain Llama, if the file gives it and it is not 0.
 FOREIGN = ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale", "residual_scale")
-
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # token types
-# The expression that GPT-4's tokenizer introduced, with the number of digits that stay together left open.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ def open_gguf(path: str) -> dict[str, Tensor]:
     Raises:
       UserError: no GGUF, a truncated one, no plain Llama, or a quantisation the gguf package cannot undo.
     """
-    header, config = _header(path), gguf_config(path)
+    header, config = read_header(path), gguf_config(path)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     found = {}
     for name, kind, shape, offset, size in header.tensors:
@@ -105,7 +95,7 @@ def gguf_config(path: str) -> dict[str, Any]:
     Raises:
       UserError: no GGUF, another architecture, or something that a plain Llama does not have.
     """
-    header = _header(path)
+    header = read_header(path)
     architecture = header.get("general.architecture", str)
     if architecture != "llama":
         raise UserError(f"{path}: expected the architecture llama, got {architecture!r}")
@@ -150,47 +140,8 @@ def gguf_config(path: str) -> dict[str, Any]:
     }
 
 
-def gguf_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer that the metadata describe. Its bos is -1 where no text starts with one.
-
-    transformers could build one too, but reads the file with torch, and splits as GPT-2 does where it does not know
-    `tokenizer.ggml.pre`: SmolLM's digits would stay together.
-
-    Raises:
-      UserError: no GGUF, or a kind of tokenizer that is not known here.
-    """
-    header = _header(path)
-    get = lambda key, *args: header.get(f"tokenizer.ggml.{key}", *args)
-    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
-    model = get("model", str)
-    if model not in kinds:
-        raise UserError(f"{path}: tokenizer.ggml.model is {model!r}; expected one of {', '.join(kinds)}")
-    tokens = get("tokens", list)
-    types = get("token_type", list, [1] * len(tokens))
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if not len(vocab) == len(tokens) == len(types):
-        raise UserError(f"{path}: expected as many token_type as different tokens, got {len(types)} and {len(vocab)}")
-    try:
-        backend = kinds[model](header, vocab, types)
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise UserError(f"{path}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
-    kept = [
-        (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-    backend.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED) for token, kind in kept])
-    eos = get("eos_token_id", int)
-    # Where the file does not say whether texts start with a bos, llama.cpp puts it for these two.
-    starts = get("add_bos_token", bool, model == "llama" or get("pre", str, "") == "llama-bpe")
-    ids = {"pad": get("padding_token_id", int, eos), "bos": get("bos_token_id", int, -1) if starts else -1, "eos": eos}
-    for name, i in ids.items():
-        if not -1 <= i < len(tokens) or i == -1 and name != "bos":
-            raise UserError(f"{path}: the {name} token has id {i}; expected one of the {len(tokens)} tokens")
-    return _wrap(backend, **ids)
-
-
-def _header(path: str) -> Header:
+def read_header(path: str) -> Header:
+    """Raises UserError if `path` is no whole GGUF file."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is not there")
     stat = os.stat(path)
@@ -270,59 +221,3 @@ def _rope(header: Header) -> dict[str, Any]:
     if kind == "none" or factor in (0, 1):
         return {"rope_type": "default", **theta}
     return {"rope_type": "linear", "factor": factor, **theta}
-
-
-def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
-    """BPE over bytes, each written as one printable character."""
-    by_words = lambda digits: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS.replace("DIGITS", digits)), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # llama.cpp writes "default" or nothing where it does not know how a text is to be split: no guess is made here.
-    splits = {
-        "gpt-2": as_gpt2,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2]),
-        "llama-bpe": by_words("{1,3}"),
-        "qwen2": by_words(""),
-    }
-    pre = header.get("tokenizer.ggml.pre", str)
-    if pre not in splits:
-        raise UserError(f"{header.file}: tokenizer.ggml.pre is {pre!r}; expected one of {', '.join(splits)}")
-    merges = [tuple(merge.split(" ")) for merge in header.get("tokenizer.ggml.merges", list)]
-    backend = Backend(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = splits[pre]
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
-    """BPE of sentencepiece: "▁" for a space, bytes for unknown characters.
-
-    It has scores instead of merges: of the neighbours that make up a token, those with the best one merge first.
-    Pairs for the same token come in the order of their ids, as in Hugging Face's conversion of Llama's tokenizer.
-    """
-    scores = header.get("tokenizer.ggml.scores", list)
-    if len(scores) != len(vocab):
-        raise UserError(f"{header.file}: expected tokenizer.ggml.scores of {len(vocab)} tokens, got {len(scores)}")
-    # Text must never merge into one of these.
-    pieces = {token: i for token, i in vocab.items() if types[i] not in (UNKNOWN, CONTROL, BYTE)}
-    ranked = []
-    for token, i in pieces.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in pieces and right in pieces:
-                ranked.append((-scores[i], i, pieces[left], pieces[right], left, right))
-    merges = [(left, right) for *_, left, right in sorted(ranked)]
-    unknown = next((token for token, i in vocab.items() if types[i] == UNKNOWN), None)
-    backend = Backend(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = header.get("tokenizer.ggml.add_space_prefix", bool, True)
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefixed)
-    return backend

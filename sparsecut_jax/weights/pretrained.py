@@ -14,6 +14,7 @@ from sparsecut_jax.settings import Config, InitConfig
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import gguf, onnx
 from sparsecut_jax.weights.architecture import llm_settings, refuse_remote_code, vision_settings
+from sparsecut_jax.weights.gguf_tokenizer import gguf_tokenizer
 from sparsecut_jax.weights.names import canonical
 from sparsecut_jax.weights.tensors import Tensor, open_safetensors, read_json
 
@@ -140,7 +141,7 @@ def source_tokenizer(cfg: Config, sources: dict[str, Source]) -> Tokenizer | Non
         return None
     source = sources["llm"]
     if source.path.endswith(".gguf"):
-        return gguf.gguf_tokenizer(source.path)
+        return gguf_tokenizer(source.path)
     if any(os.path.exists(os.path.join(source.folder, name)) for name in TOKENIZER_FILES):
         return tokenizer_lib.load(source.folder)
     return None
