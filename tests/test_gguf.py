@@ -5,10 +5,13 @@ import random
 from itertools import pairwise
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from parity_cases import FOLDER, join, numbers, text_batch
+from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
 from sparsecut_jax.types import UserError
@@ -437,3 +440,26 @@ def test_sentencepiece_merges_as_its_definition_says(tmp_path):
             i = -max(pairs)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         assert pieces(tokenizer, text) == parts
+
+
+def test_a_gguf_computes_what_pytorch_does(tmp_path):
+    """The smollm2 fixture as llama.cpp would store it, through the loader."""
+    expected = load_file(FOLDER / "smollm2/model.safetensors")
+    stored = {
+        "token_embd.weight": expected["model.embed_tokens.weight"],
+        "output_norm.weight": expected["model.norm.weight"],
+    }
+    for layer in range(3):
+        for name, (hf, *_) in MATRICES.items():
+            value = expected[f"model.layers.{layer}.{hf}.weight"]
+            heads = {"blk.{}.attn_q": 4, "blk.{}.attn_k": 2}.get(name)
+            stored[f"{name.format(layer)}.weight"] = as_stored(value, heads) if heads else value
+    meta = META | {
+        "llama.embedding_length": 32, "llama.block_count": 3, "llama.feed_forward_length": 48,
+        "llama.rope.freq_base": 1e5, "llama.rope.dimension_count": 8,
+    }  # fmt: skip
+    path = write(tmp_path / "model.gguf", meta, {name: (value, Kind.F32) for name, value in stored.items()})
+    loaded, io = join(llm=path), numbers("smollm2")
+    assert loaded.cfg.llm.tie_embeddings
+    logits, _ = jax.jit(loaded.model.apply)({"params": loaded.params}, text_batch(io["input_ids"], loaded.cfg))
+    np.testing.assert_allclose(logits, io["logits"], rtol=0, atol=3e-5)
