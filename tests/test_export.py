@@ -14,7 +14,7 @@ from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import export
+from sparsecut_jax.weights import export, verify
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -124,7 +124,7 @@ def test_a_llava_goes_out_as_llava(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["image_token_index"], config["vision_feature_layer"]) == (96, -1)
     assert json.loads((tmp_path / "processor_config.json").read_text())["patch_size"] == 7
-    assert "verified   37 arrays bit by bit" in export.verify(run, str(tmp_path), drop_shortcuts=False)
+    assert "verified   37 arrays bit by bit" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
 def test_every_fusion_and_plan_survives(tmp_path):
@@ -140,7 +140,7 @@ def test_every_fusion_and_plan_survives(tmp_path):
     again = join(model=tmp_path)
     assert build_model(again.cfg).plan.pairs == run.model.plan.pairs
     assert again.cfg.shortcuts.position == "post"
-    assert "differ by at most 0" in export.verify(run, str(tmp_path), drop_shortcuts=False)
+    assert "differ by at most 0" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
 def test_shortcuts_are_dropped_only_on_request(tmp_path):
@@ -149,7 +149,7 @@ def test_shortcuts_are_dropped_only_on_request(tmp_path):
         export.write(run, str(tmp_path), "llava", drop_shortcuts=False)
     told = export.write(run, str(tmp_path), "llava", drop_shortcuts=True)
     assert told.endswith("as llava in float32; 3 shortcuts are left out: it is another model")
-    assert "verified   37 arrays bit by bit" in export.verify(run, str(tmp_path), drop_shortcuts=True)
+    assert "verified   37 arrays bit by bit" in verify.verify(run, str(tmp_path), drop_shortcuts=True)
 
 
 def test_bfloat16_goes_out_as_bfloat16(tmp_path):
@@ -171,7 +171,7 @@ def test_large_models_are_cut_into_shards(tmp_path, monkeypatch):
     assert len(files) > 1 and files[0] == f"model-00001-of-0000{len(files)}.safetensors"
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in fixture_tensors("smollm2").values())
     same_bytes(fixture_tensors(tmp_path), fixture_tensors("smollm2"))
-    assert "differ by at most 0" in export.verify(run, str(tmp_path), drop_shortcuts=False)
+    assert "differ by at most 0" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
 def test_verify_notices_a_changed_file(tmp_path):
@@ -181,7 +181,7 @@ def test_verify_notices_a_changed_file(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.0001)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="--verify: llm/norm/scale is not what was written"):
-        export.verify(run, str(tmp_path), drop_shortcuts=False)
+        verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
 def test_what_no_family_can_say():

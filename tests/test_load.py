@@ -100,7 +100,6 @@ from sparsecut_jax.weights import load
 read = []
 original = load._one
 load._one = lambda *args: read.append(value := original(*args)) or value
-state.init_params = lambda *args, **kwargs: {}  # what is fresh is of no interest here
 loaded = join(sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}), llm=FOLDER / "llama2")
 leaf = loaded.params["llm"]["embedding"]
 shards = sorted((s.index[1].start or 0, s.data.shape[1]) for s in leaf.addressable_shards)
@@ -211,10 +210,13 @@ def test_only_what_the_config_names_may_be_fresh(tmp_path):
 def test_fresh_parts_are_those_of_a_run_without_sources(llama):
     """The same seed gives the fusion its values, whether the LLM is loaded or not."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
-    model = build_model(llama.cfg)
-    params = state.init_params(model, llama.cfg, state.abstract_params(model, llama.cfg, mesh))
-    for path, leaf in flat(llama.params["fusion"]).items():
-        np.testing.assert_array_equal(leaf, flat(params["fusion"])[path])
+    model, cfg = build_model(llama.cfg), llama.cfg
+    abstract = state.abstract_params(model, cfg, mesh)
+    params, _ = state.initial_params(model, cfg, abstract, pretrained.open_sources(cfg.init))
+    alone = state.init_params(model, cfg, abstract)
+    for path, leaf in flat(params).items():
+        same = np.array_equal(leaf, flat(llama.params if path.startswith("llm/") else alone)[path])
+        assert same, path
 
 
 def test_vocabulary_grows_only_where_asked(tmp_path):

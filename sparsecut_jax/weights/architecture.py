@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from typing import Any
 
 from sparsecut_jax.settings import LLMConfig, RopeConfig, VisionConfig
@@ -39,14 +41,16 @@ def vision_settings(config: dict[str, Any], file: str, processor: dict[str, Any]
     kind = config.get("model_type")
     nested = config.get("vision_config")
     if isinstance(nested, dict):
-        kind = nested.get("model_type", kind if kind in TOWER_TYPES else "clip_vision_model")
+        outer = kind if isinstance(kind, str) and kind in TOWER_TYPES else "clip_vision_model"
+        kind = nested.get("model_type", outer)
         config = nested
     family = _known(kind, TOWER_TYPES, file, "vision tower")
     hf = _hf_config({"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}.get(family, family), config, file)  # fmt: skip
     mean, std = PIXELS.get(family, (VisionConfig.mean, VisionConfig.std))
     if family == "siglip2":
-        image_size = round(hf.num_patches**0.5) * hf.patch_size
-        _need(math.isqrt(hf.num_patches) ** 2 == hf.num_patches, file, f"num_patches={hf.num_patches} is no square")
+        side = math.isqrt(max(0, hf.num_patches))
+        _need(side**2 == hf.num_patches, file, f"num_patches={hf.num_patches} is no square")
+        image_size = side * hf.patch_size
     else:
         image_size = hf.image_size
     _need(
@@ -70,8 +74,8 @@ def vision_settings(config: dict[str, Any], file: str, processor: dict[str, Any]
         "patch_bias": family != "clip",
         "pre_norm": family == "clip",
         "layer_scale": family == "dinov2",
-        "mean": tuple(map(float, processor.get("image_mean") or mean)),
-        "std": tuple(map(float, processor.get("image_std") or std)),
+        "mean": _colours(processor, "image_mean", mean, file),
+        "std": _colours(processor, "image_std", std, file),
     }
 
 
@@ -89,7 +93,8 @@ def llm_settings(config: dict[str, Any], file: str) -> dict[str, Any]:
     hf = _hf_config(family, config, file)
     for name in ("attention_bias", "mlp_bias"):
         _need(not getattr(hf, name, False), file, f"{name}=true is not supported")
-    windowed = family in ("mistral", "phi3") or getattr(hf, "use_sliding_window", False)
+    _need(hf.num_attention_heads >= 1, file, f"num_attention_heads={hf.num_attention_heads}; expected at least 1")
+    windowed = family in ("mistral", "phi3") or family in ("qwen2", "qwen3") and hf.use_sliding_window
     window = (hf.sliding_window or 0) if windowed else 0
     first = hf.max_window_layers if window and family in ("qwen2", "qwen3") else 0
     types = getattr(hf, "layer_types", None)
@@ -108,7 +113,7 @@ def llm_settings(config: dict[str, Any], file: str) -> dict[str, Any]:
         "mlp_dim": hf.intermediate_size,
         "activation": _known(hf.hidden_act, ACTIVATIONS, file, "activation"),
         "norm_eps": hf.rms_norm_eps,
-        "rope_theta": float(hf.rope_parameters["rope_theta"]),
+        "rope_theta": _positive(hf.rope_parameters, "rope_theta", file),
         "rope": _rope_settings(hf, file),
         "max_positions": hf.max_position_embeddings,
         "qkv_bias": family == "qwen2",
@@ -131,26 +136,26 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
     partial = rope.get("partial_rotary_factor", 1.0)
     _need(partial == 1.0, file, f"partial_rotary_factor={partial} is not supported; expected 1.0")
     values: dict[str, Any] = dataclasses.asdict(RopeConfig(kind=kind))
-    try:
-        if kind in ("linear", "llama3"):
-            values["factor"] = float(rope["factor"])
-        if kind == "llama3":
-            values["low_freq_factor"] = float(rope["low_freq_factor"])
-            values["high_freq_factor"] = float(rope["high_freq_factor"])
-            values["original_length"] = int(rope["original_max_position_embeddings"])
-        if kind == "longrope":
-            original = int(rope.get("original_max_position_embeddings") or hf.max_position_embeddings)
-            half = (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) // 2
-            for name in ("short_factor", "long_factor"):
-                values[name] = tuple(map(float, rope[name]))
-                _need(len(values[name]) == half, file, f"{name} has {len(values[name])} numbers; expected {half}")
-            # How much longer texts may be than the original ones (arXiv 2402.13753, and HF's `longrope`).
-            stretch = float(rope.get("factor") or hf.max_position_embeddings / original)
-            default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-            values["original_length"] = original
-            values["attention_factor"] = float(rope.get("attention_factor") or default)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: rope scaling {kind!r} cannot be read: {error!r}") from error
+    if kind in ("linear", "llama3"):
+        values["factor"] = _positive(rope, "factor", file)
+    if kind == "llama3":
+        low, high = (_positive(rope, f"{name}_freq_factor", file) for name in ("low", "high"))
+        _need(low < high, file, f"low_freq_factor={low} must be below high_freq_factor={high}")
+        values |= {"low_freq_factor": low, "high_freq_factor": high}
+        values["original_length"] = int(_positive(rope, "original_max_position_embeddings", file))
+    if kind == "longrope":
+        original = int(_positive(rope, "original_max_position_embeddings", file))
+        _need(original > 1, file, f"original_max_position_embeddings={original}; expected more than 1")
+        half = (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) // 2
+        for name in ("short_factor", "long_factor"):
+            found = rope.get(name)
+            _need(isinstance(found, list) and len(found) == half, file, f"{name}={found!r}; expected {half} numbers")
+            values[name] = tuple(_positive({name: value}, name, file) for value in found)
+        # How much longer texts may be than the original ones (arXiv 2402.13753, and HF's `longrope`).
+        stretch = _positive(rope, "factor", file, hf.max_position_embeddings / original)
+        default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+        values["original_length"] = original
+        values["attention_factor"] = _positive(rope, "attention_factor", file, default)
     return values
 
 
@@ -185,10 +190,11 @@ def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
     if family in ("siglip", "siglip2"):
         config["vision_use_head"] = False
     if family == "dinov2":
-        ratio = cfg.mlp_dim / cfg.width
-        config |= {"mlp_ratio": int(ratio) if ratio == int(ratio) else ratio, "qkv_bias": True, "use_swiglu_ffn": False}
-        if int(cfg.width * config["mlp_ratio"]) != cfg.mlp_dim:
-            raise UserError(f"config.vision.mlp_dim={cfg.mlp_dim} is no ratio of config.vision.width={cfg.width}")
+        if cfg.mlp_dim % cfg.width:
+            raise UserError(
+                f"a dinov2 tower has mlp_dim = width times a whole number; here {cfg.mlp_dim} and {cfg.width}"
+            )
+        config |= {"mlp_ratio": cfg.mlp_dim // cfg.width, "qkv_bias": True, "use_swiglu_ffn": False}
         config["use_mask_token"] = False
     else:
         config["intermediate_size"] = cfg.mlp_dim
@@ -252,9 +258,13 @@ def llm_config_json(cfg: LLMConfig, special: dict[str, int | None]) -> dict[str,
 
 
 def refuse_remote_code(config: dict[str, Any], file: str) -> None:
-    """Raises UserError if the architecture is code of the checkpoint's own."""
-    if "auto_map" in config:
-        raise UserError(f"{file}: 'auto_map' asks for code that comes with the checkpoint, which is never run here")
+    """Raises UserError if the architecture, or that of a part, is code of the checkpoint's own."""
+    parts = (config, config.get("text_config"), config.get("vision_config"))
+    if any(isinstance(part, dict) and "auto_map" in part for part in parts):
+        raise UserError(
+            f"{file}: 'auto_map' asks for code that comes with the checkpoint, which is never run here; where model_type "
+            "says all there is to know, remove that key"
+        )
 
 
 def _hf_config(model_type: str, config: dict[str, Any], file: str) -> Any:
@@ -272,6 +282,23 @@ def _known(value: Any, table: dict[str, str], file: str, what: str) -> str:
     if not isinstance(value, str) or value not in table:
         raise UserError(f"{file}: {what} {value!r} is not supported; supported are {', '.join(table)}")
     return table[value]
+
+
+def _positive(values: dict[str, Any], name: str, file: str, default: float | None = None) -> float:
+    """A number above 0, or the `default` where there is none."""
+    value = default if values.get(name) is None else values[name]
+    ok = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    _need(ok, file, f"{name}={value!r}; expected a positive number")
+    return float(value)
+
+
+def _colours(processor: dict[str, Any], name: str, default: tuple[float, ...], file: str) -> tuple[float, ...]:
+    """Three numbers of preprocessor_config.json, which is beside `file`."""
+    found = processor.get(name) or default
+    numbers = found if isinstance(found, (list, tuple)) else ()
+    ok = len(numbers) == 3 and all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers)
+    _need(ok, os.path.join(os.path.dirname(file), "preprocessor_config.json"), f"{name}={found!r}; expected 3 numbers")
+    return tuple(map(float, found))
 
 
 def _their_activation(name: str) -> str:

@@ -18,19 +18,35 @@ from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.shortcuts import Plan
-from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.settings import Config, InitConfig, ShortcutConfig
-from sparsecut_jax.training import state
-from sparsecut_jax.types import Batch, UserError
-from sparsecut_jax.weights import load, pretrained
+from sparsecut_jax.settings import Config, ShortcutConfig
+from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import llm_config_json, vision_config_json
 from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
 from sparsecut_jax.weights.resize import grow_rows
-from sparsecut_jax.weights.tensors import INDEX, read_json
+from sparsecut_jax.weights.tensors import INDEX
 
 KINDS = ("auto", "sparsecut", "llava", "llm", "vision")
 IMAGE_TOKEN = "<image>"
 SHARD_SIZE = "5GB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A parameter, or one layer of a stack, as part of a tensor. It is fetched from the devices when it is written."""
+
+    rule: Rule
+    leaf: jax.Array | np.ndarray
+    layer: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
+
+    def fetch(self, cfg: Config) -> np.ndarray:
+        leaf = self.leaf
+        if self.layer is not None:  # as an operand: one compilation for all layers
+            leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(self.layer), keepdims=False)
+        return to_theirs(np.asarray(leaf), self.rule, cfg)
 
 
 def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
@@ -49,7 +65,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
         reason = _not_llava(run.config, dataclasses.replace(plan, pairs=()) if drop_shortcuts else plan)
         if reason:
             raise UserError(f"this model cannot be written as llava: {reason}")
-    cfg, params = _portable(run, drop_shortcuts and kind == "llava")
+    cfg, params = portable(run, drop_shortcuts and kind == "llava")
     tokenizer, image_id = run.tokenizer, None
     if kind == "llava":
         tokenizer, image_id = _with_image_token(run.tokenizer, cfg.llm.vocab_size)
@@ -83,41 +99,6 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     return f"{run.workdir}, step {run.step}, as {config['model_type']} in {dtype}{lost}"
 
 
-def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
-    """Loads what `write` wrote and compares parameters bit by bit, and logits on a built-in batch.
-
-    Raises:
-      UserError: they differ.
-    """
-    config = read_json(os.path.join(folder, "config.json"))
-    whole = "text_config" in config
-    part = "model" if whole else "llm" if "vocab_size" in config else "vision"
-    cfg, expected = _portable(run, drop_shortcuts and config["model_type"] == "llava")
-    before = build_model(cfg)
-    init = InitConfig(**{part: folder})
-    dtype = "bfloat16" if config["dtype"] == "bfloat16" else "float32"
-    found = pretrained.open_sources(init)
-    cfg = pretrained.resolve(dataclasses.replace(cfg, init=init, param_dtype=dtype), found)
-    after = build_model(cfg)
-    fillings, _ = load.match(state.abstract_params(after, cfg, run.mesh), cfg, found)
-    loaded = load.read(fillings, cfg)
-    old = traverse_util.flatten_dict(expected, sep="/")
-    for path, leaf in loaded.items():
-        was, now = np.asarray(old[path]), np.asarray(leaf)
-        if path in ("llm/embedding", "llm/head"):  # rows for the image token may have come behind
-            now = now[: was.shape[0], : was.shape[1]]
-        if was.dtype != now.dtype or was.tobytes() != now.tobytes():
-            raise UserError(f"--verify: {path} is not what was written")
-    batch = _example(cfg, run.config.llm.vocab_size)
-    run_model = lambda model, flat: jax.jit(model.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, batch)
-    was = np.asarray(run_model(before, old)[0])
-    now = np.asarray(run_model(after, {**old, **loaded})[0])[..., : was.shape[-1]]
-    off = float(np.abs(was - now).max())
-    if not off <= 1e-5 * max(1.0, float(np.abs(was).max())):
-        raise UserError(f"--verify: logits of what was written differ by {off:g} from the model's")
-    return f"verified   {len(loaded)} arrays bit by bit, logits on a built-in batch differ by at most {off:g}"
-
-
 def _not_llava(cfg: Config, plan: Plan) -> str:
     """Why transformers' LLaVA cannot be this model; "" if it can."""
     if FUSIONS[cfg.fusion.name].views > 1:
@@ -134,7 +115,7 @@ def _not_llava(cfg: Config, plan: Plan) -> str:
     return ""
 
 
-def _portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
+def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
     """The model with the tower it really has: its depth, the plan as pairs; and without shortcuts if asked."""
     cfg, plan, params = run.config, run.model.plan, run.params
     depth = params["vision"]["blocks"]["norm1"]["scale"].shape[0]
@@ -153,9 +134,9 @@ def _portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
     return dataclasses.replace(cfg, vision=vision, shortcuts=shortcuts), params
 
 
-def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[tuple[Rule, jax.Array]]]:
+def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[Piece]]:
     """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
-    found: dict[str, list[tuple[Rule, jax.Array]]] = defaultdict(list)
+    found: dict[str, list[Piece]] = defaultdict(list)
     inner = "" if cfg.vision.family == "dinov2" else "vision_model."
     prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": ""}
     if kind in ("llm", "vision"):
@@ -169,30 +150,29 @@ def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, li
         stacked = "{" in rule.name
         for i in range(leaf.shape[0] if stacked else 1):
             name = prefix[part] + rule.name.format(i=i, k=i)
-            found[name].append((rule, leaf[i] if stacked else leaf))
-    if "vision" in prefix:
+            found[name].append(Piece(rule, leaf, i if stacked else None))
+    like = flat.get("vision/blocks/norm1/scale")
+    if like is not None:
         # Readers expect a norm that comes after the blocks and that nobody here uses: it is written as the identity.
-        name = "layernorm" if cfg.vision.family == "dinov2" else "post_layernorm"
-        like = flat.get("vision/blocks/norm1/scale")
-        if like is not None:
-            found[f"{prefix['vision']}{name}.weight"] = [(Rule("", ""), jax.numpy.ones_like(like[0]))]
-            found[f"{prefix['vision']}{name}.bias"] = [(Rule("", ""), jax.numpy.zeros_like(like[0]))]
-    return {name: sorted(parts, key=lambda item: item[0].part) for name, parts in found.items()}
+        name = prefix["vision"] + ("layernorm" if cfg.vision.family == "dinov2" else "post_layernorm")
+        found[f"{name}.weight"] = [Piece(Rule("", ""), np.ones(like.shape[1:], like.dtype))]
+        found[f"{name}.bias"] = [Piece(Rule("", ""), np.zeros(like.shape[1:], like.dtype))]
+    return {name: sorted(pieces, key=lambda piece: piece.rule.part) for name, pieces in found.items()}
 
 
-def _write_tensors(tensors: dict[str, list[tuple[Rule, jax.Array]]], folder: str, cfg: Config) -> None:
+def _write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config) -> None:
     """One shard in memory at a time."""
     shards = split_state_dict_into_shards_factory(
         tensors,
-        get_storage_size=lambda parts: sum(leaf.nbytes for _, leaf in parts),
-        get_storage_id=lambda parts: None,
+        get_storage_size=lambda pieces: sum(piece.nbytes for piece in pieces),
+        get_storage_id=lambda pieces: None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
     for file, names in shards.filename_to_tensors.items():
         values = {}
         for name in names:
-            rows = [to_theirs(np.asarray(leaf), rule, cfg) for rule, leaf in tensors[name]]
+            rows = [piece.fetch(cfg) for piece in tensors[name]]
             values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
         save_file(values, os.path.join(folder, file), {"format": "pt"})
     if shards.is_sharded:
@@ -273,24 +253,6 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     bos = tokenizer.bos if tokenizer.bos >= 0 else None
     return {"bos_token_id": bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-
-
-def _example(cfg: Config, words: int) -> Batch:
-    """Two rows of drawn ids: an image in front of one, none in the other."""
-    n, size = cfg.tokens_per_image, cfg.vision.image_size
-    rng = np.random.default_rng(0)
-    t = n + 16
-    tokens = rng.integers(0, words, (2, t), np.int32)
-    zeros = np.zeros_like(tokens)
-    return Batch(
-        tokens=tokens,
-        loss_mask=zeros.astype(np.uint8),
-        segments=zeros + 1,
-        branches=zeros,
-        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (2, t)).copy(),
-        views=rng.integers(0, 256, (2, 1, FUSIONS[cfg.fusion.name].views, size, size, 3), np.uint8),
-        image_start=np.array([[1], [-1]], np.int32),
-    )
 
 
 def _write_json(folder: str, name: str, values: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def open_onnx(path: str) -> dict[str, Tensor]:
     Raises:
       UserError: no ONNX, or no tower of this shape in it.
     """
-    return tower_tensors(path, *_load(path))
+    return _parsed(path, tower_tensors)
 
 
 def onnx_config(path: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def onnx_config(path: str) -> dict[str, Any]:
     Raises:
       UserError: no ONNX, or no tower of this shape in it.
     """
-    return tower_config(path, *_load(path))
+    return _parsed(path, tower_config)
 
 
 def tower_tensors(path: str, graph: Any, to_array: ToArray) -> dict[str, Tensor]:
@@ -102,6 +102,14 @@ def tower_config(path: str, graph: Any, to_array: ToArray) -> dict[str, Any]:
     }
 
 
+def _parsed(path: str, parse: Callable[[str, Any, ToArray], dict]) -> dict:
+    """`parse` of the graph in the file. Raises UserError where nodes or tensors of it are damaged."""
+    try:
+        return parse(path, *_load(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the graph of the tower cannot be read: {error!r}") from error
+
+
 def _load(path: str) -> tuple[Any, ToArray]:
     """(graph, function that makes an array of one of its tensors)."""
     if not os.path.isfile(path):
@@ -111,8 +119,15 @@ def _load(path: str) -> tuple[Any, ToArray]:
         from onnx import numpy_helper
     except ImportError as error:
         raise UserError(f"{path} needs the package onnx: pip install onnx") from error
+
+    def to_array(tensor: Any) -> np.ndarray:
+        try:
+            return numpy_helper.to_array(tensor)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: tensor {tensor.name} cannot be read: {error}") from error
+
     try:
-        return onnx.load(path).graph, numpy_helper.to_array
+        return onnx.load(path).graph, to_array
     except Exception as error:  # of protobuf, or of onnx where tensors lie in files of their own
         raise UserError(f"{path} is no whole ONNX file: {error}") from error
 

@@ -42,7 +42,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+        return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
 
 
 def open_sources(init: InitConfig) -> dict[str, Source]:
@@ -81,7 +81,7 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
         raw["llm"] |= llm_settings(sources["llm"].config, sources["llm"].file)
     if "fusion" in sources and "mm_projector_type" in sources["fusion"].config:
         kind = sources["fusion"].config["mm_projector_type"]
-        if kind not in OFFICIAL_FUSIONS:
+        if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
             known = ", ".join(OFFICIAL_FUSIONS)
             raise UserError(
                 f"{sources['fusion'].file}: mm_projector_type {kind!r} is not supported; supported are {known}"
@@ -89,20 +89,28 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
         raw["fusion"]["name"] = OFFICIAL_FUSIONS[kind]
     if whole:
         source = sources["llm"]
-        layers = raw["vision"]["layers"]
-        for group, values in whole_settings(source.config, source.file, layers).items():
+        for group, values in whole_settings(source.config, source.file, raw["vision"]["class_token"]).items():
             raw[group] |= values
     return config_lib.check(raw)
 
 
-def whole_settings(config: dict[str, Any], file: str, depth: int) -> dict[str, dict[str, Any]]:
-    """Fusion and shortcuts of a whole model: LLaVA's are `mlp` and none, ours stand in its config.json."""
+def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:
+    """Fusion and shortcuts of a whole model: LLaVA's are `mlp` and none, ours stand in its config.json.
+
+    class_token: whether the tower has one; it is never shown to the LLM, and no other token is left out.
+    """
     kind, select = config.get("model_type"), config.get("vision_feature_layer", -2)
     if kind == "llava" and isinstance(config.get("text_config"), dict):
         if type(select) is not int:
             raise UserError(f"{file}: vision_feature_layer={select!r} is not supported; expected one layer")
         if config.get("projector_hidden_act", "gelu") != "gelu":
             raise UserError(f"{file}: projector_hidden_act={config['projector_hidden_act']!r}; expected 'gelu'")
+        strategy = config.get("vision_feature_select_strategy", "default")
+        expected = "default" if class_token else "full"  # all tokens but the class token
+        if strategy != expected:
+            raise UserError(
+                f"{file}: vision_feature_select_strategy={strategy!r} is not supported here; expected {expected!r}"
+            )
         none = {"density": "none", "vit_levels": (), "llm_layers": (), "feature_order_reverse": False}
         return {
             "fusion": {"name": "mlp", "shared": True},
