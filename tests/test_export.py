@@ -1,7 +1,9 @@
 """Models written out: names and bytes as the Hugging Face files had them that they came from."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,8 +27,6 @@ def as_run(loaded, tokenizer=None) -> Run:
 
 
 def _devices():
-    import jax
-
     return jax.devices()[:1]
 
 
@@ -89,8 +89,6 @@ def newer(name: str) -> str:
 @pytest.mark.parametrize("prefix", [lambda name: name, newer], ids=["old", "new"])
 def test_a_whole_llava(tmp_path, prefix):
     """Old and new names of llava-hf checkpoints give PyTorch's logits and greedy ids."""
-    import jax
-
     from sparsecut_jax.inference.decoding import encode_images, generate
 
     loaded, io = join(model=llava_tensors(tmp_path, prefix)), numbers("llava")
@@ -160,6 +158,17 @@ def test_bfloat16_goes_out_as_bfloat16(tmp_path):
     expected = fixture_tensors("phi3")["model.layers.1.self_attn.qkv_proj.weight"].astype(jnp.bfloat16)
     assert got["model.layers.1.self_attn.qkv_proj.weight"].tobytes() == expected.tobytes()
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_sharded_model_is_written_and_verified(tmp_path):
+    """From eight devices the same bytes."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    loaded = join(mesh, llm=FOLDER / "phi3")
+    run = dataclasses.replace(as_run(loaded), mesh=mesh)
+    with jax.set_mesh(mesh):
+        export.write(run, str(tmp_path), "llm", drop_shortcuts=False)
+        assert "verified   12 arrays bit by bit" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
+    same_bytes(load_file(tmp_path / "model.safetensors"), fixture_tensors("phi3"))
 
 
 def test_large_models_are_cut_into_shards(tmp_path, monkeypatch):

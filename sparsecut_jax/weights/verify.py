@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from sparsecut_jax import sharding
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.sparsecut import build_model
@@ -45,7 +46,8 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
             now = now[: was.shape[0], : was.shape[1]]
         if was.dtype != now.dtype or was.tobytes() != now.tobytes():
             raise UserError(f"--verify: {path} is not what was written")
-    batch = _example(cfg, run.config.llm.vocab_size)
+    batch = _example(cfg, run.config.llm.vocab_size, max(2, sharding.data_parallel(run.mesh)))
+    batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
     run_model = lambda model, flat: jax.jit(model.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, batch)
     was = np.asarray(run_model(before, old)[0])
     now = np.asarray(run_model(after, {**old, **loaded})[0])[..., : was.shape[-1]]
@@ -55,19 +57,19 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     return f"verified   {len(loaded)} arrays bit by bit, logits on a built-in batch differ by at most {off:g}"
 
 
-def _example(cfg: Config, words: int) -> Batch:
-    """Two rows of drawn ids: an image in front of one, none in the other."""
+def _example(cfg: Config, words: int, rows: int) -> Batch:
+    """Rows of drawn ids: an image in front of every second one, none in the others."""
     n, size = cfg.tokens_per_image, cfg.vision.image_size
     rng = np.random.default_rng(0)
     t = n + 16
-    tokens = rng.integers(0, words, (2, t), np.int32)
+    tokens = rng.integers(0, words, (rows, t), np.int32)
     zeros = np.zeros_like(tokens)
     return Batch(
         tokens=tokens,
         loss_mask=zeros.astype(np.uint8),
         segments=zeros + 1,
         branches=zeros,
-        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (2, t)).copy(),
-        views=rng.integers(0, 256, (2, 1, FUSIONS[cfg.fusion.name].views, size, size, 3), np.uint8),
-        image_start=np.array([[1], [-1]], np.int32),
+        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (rows, t)).copy(),
+        views=rng.integers(0, 256, (rows, 1, FUSIONS[cfg.fusion.name].views, size, size, 3), np.uint8),
+        image_start=np.where(np.arange(rows) % 2, -1, 1).astype(np.int32)[:, None],
     )
