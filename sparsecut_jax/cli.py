@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -41,8 +42,11 @@ def define_config() -> None:
     )
 
 
-def run(command: Callable[[], None], doc: str) -> None:
-    """Parses the flags, runs the command, and turns its errors into a sentence and an exit code."""
+def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
+    """Parses the flags, runs the command, and turns its errors into a sentence and an exit code.
+
+    resumes: the same command, given again, goes on where it was interrupted.
+    """
     wants_help = any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:])
     debug = "--debug" in sys.argv
     _quiet(debug)
@@ -59,7 +63,7 @@ def run(command: Callable[[], None], doc: str) -> None:
     except Exit as error:
         _fail(error.code, str(error), debug)
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last checkpoint" if "config" in flags.FLAGS else ""
+        again = "; the same command goes on from the last checkpoint" if resumes else ""
         _fail(130, f"interrupted{again}", debug)
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,5 +188,7 @@ def _fail(code: int, sentence: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
+    # Names in files may hold line ends and escape codes: they are shown, not obeyed.
+    sentence = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], sentence)
     print(f"{'error: ' if code == 2 else ''}{sentence}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -155,6 +155,10 @@ def _check_values(cfg: Config) -> None:
         for name in names:
             value = getattr(getattr(cfg, group), name)
             need(value >= 1, f"config.{group}.{name}={value}: expected at least 1")
+            need(
+                group not in ("vision", "llm") or value <= 2**24,
+                f"config.{group}.{name}={value}: expected at most 2^24",
+            )
     for key, value in {
         "llm.vocab_size": m.vocab_size,
         "llm.sliding_window": m.sliding_window,

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -63,7 +64,6 @@ def from_hf(cfg: Config, out: str) -> load.Report:
     abstract = state.abstract_params(model, cfg, mesh)
     with new_folder(out) as folder:
         params, told = state.initial_params(model, cfg, abstract, sources)
-        checkpoints = Checkpoints(folder)
         meta = {
             "stage": CONVERTED,
             "asked": json.loads(config_lib.to_json(asked)),
@@ -72,8 +72,8 @@ def from_hf(cfg: Config, out: str) -> load.Report:
             "data": "",
             "seconds": 0.0,
         }
-        checkpoints.save_params(params, meta)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            checkpoints.save_params(params, meta)
         write_run_files(folder, cfg, tokenizer, model.plan)
     print(report.heading(mesh, model.plan, abstract, {}, cfg.param_dtype))
     print(f"\n{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
@@ -139,6 +139,7 @@ if __name__ == "__main__":
     sys.argv[1:] = [
         a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half-written goes
     cli.define_config()
     flags.DEFINE_string("model", "", "from-hf: a whole model, a folder or hub id in llava-hf layout or from to-hf.")
     flags.DEFINE_string("vision", "", "from-hf: the vision tower, a folder, hub id, .safetensors or .onnx file.")

@@ -85,7 +85,6 @@ def run_stages(cfg: Config) -> dict[str, float]:
     trained = {s.name: opt.part_sizes(opt.split(abstract, s.stage.trainable)[0]) for s in spans}
     print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
     print_data(source, spans, rows)
-    write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
@@ -100,6 +99,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 print(told)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
+        write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
         writer = report.MetricsWriter(cfg.workdir, step)
         names = [span.name for span in spans]
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
@@ -242,4 +242,4 @@ def print_data(source: sources.Source, spans: list[loop.StageSpan], rows: dict[s
 
 if __name__ == "__main__":
     cli.define_config()
-    cli.run(lambda: train(cli.typed_config()), __doc__)
+    cli.run(lambda: train(cli.typed_config()), __doc__, resumes=True)

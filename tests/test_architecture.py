@@ -126,10 +126,14 @@ CLIP_L = tower("clip", 336, 14, 1024, 24, 16, 4096, "quick_gelu", 1e-5, CLIP_MEA
         (CLIP_B_32, tower("clip", 224, 32, 768, 12, 12, 3072, "quick_gelu", 1e-5, CLIP_MEAN, CLIP_STD)),
         (LAION_H, tower("clip", 224, 14, 1280, 32, 16, 5120, "gelu", 1e-5, CLIP_MEAN, CLIP_STD)),
         (SIGLIP_SO400M, tower("siglip", 384, 14, 1152, 27, 16, 4304, "gelu_tanh", 1e-6, HALF, HALF)),
+        (
+            {"model_type": "siglip", "vision_config": {"image_size": 448}},  # whose parts say no type of their own
+            tower("siglip", 448, 16, 768, 12, 12, 3072, "gelu_tanh", 1e-6, HALF, HALF),
+        ),
         (SIGLIP2_NAFLEX, tower("siglip2", 256, 16, 768, 12, 12, 3072, "gelu_tanh", 1e-6, HALF, HALF)),
         (DINOV2_LARGE, tower("dinov2", 518, 14, 1024, 24, 16, 4096, "gelu", 1e-6, IMAGENET_MEAN, IMAGENET_STD)),
     ],
-    ids=["clip", "llava", "bare clip", "laion", "siglip", "siglip2", "dinov2"],
+    ids=["clip", "llava", "bare clip", "laion", "siglip", "old siglip", "siglip2", "dinov2"],
 )
 def test_towers(config, expected):
     assert vision_settings(config, "config.json", {}) == expected
@@ -593,6 +597,12 @@ def test_config_json_of_an_llm():
         "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "head_dim": 8, "max_position_embeddings": 256,
         "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4,
     }  # fmt: skip
+
+
+def test_config_json_of_an_llm_without_a_window():
+    config = llm_config_json(LLMConfig(**LLM_SIZES, family="qwen3", qk_norm=True), {})
+    keys = ("use_sliding_window", "sliding_window", "max_window_layers")
+    assert [config[key] for key in keys] == [False, None, 6]
 
 
 @pytest.mark.parametrize(

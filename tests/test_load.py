@@ -194,8 +194,36 @@ def test_a_long_list_is_cut(tmp_path):
     copy(tmp_path, "llama2", lambda tensors: {"model.norm.weight": tensors["model.norm.weight"]})
     with pytest.raises(UserError) as error:
         join(llm=tmp_path)
-    assert "model.layers.0.self_attn.v_proj.weight and 2 more is missing" in str(error.value)
+    assert "model.layers.0.self_attn.v_proj.weight and 2 more are missing" in str(error.value)
     assert str(error.value).endswith("; and 5 more")
+
+
+@pytest.mark.parametrize("dtype, value, target", [(np.float64, 1e300, "float32"), (np.float32, 3.4e38, "bfloat16")])
+def test_values_too_large_for_the_parameters_are_refused(tmp_path, dtype, value, target):
+    copy(tmp_path, "llama2", lambda t: t | {"model.norm.weight": np.full(32, value, dtype)})
+    with pytest.raises(UserError, match=f"tensor model.norm.weight has values too large for {target}"):
+        join(llm=tmp_path, settings={"param_dtype": target})
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_table_without_positions(tmp_path, rows):
+    """Nothing to interpolate: a shape that is wrong, not a crash."""
+    name = "vision_model.embeddings.position_embedding.weight"
+    copy(tmp_path, "clip_vision", lambda t: t | {name: np.ones((rows, 32), np.float32)})
+    with pytest.raises(
+        UserError, match=rf"has shape \[{rows}, 32\], expected \[17, 32\] for vision/position_embedding"
+    ):
+        join(vision=tmp_path, image_size=28)
+
+
+def test_a_head_of_its_own_does_not_vanish(tmp_path):
+    """config.json says that the head is tied: one with the embedding's values is left, another is an error."""
+    tied = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}
+    report = join(llm=copy(tmp_path, "smollm2", tied)).report
+    assert report.unused == {"head that is tied to the embedding": ["lm_head.weight"]}
+    copy(tmp_path, "smollm2", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + np.float32(0.1)})
+    with pytest.raises(UserError, match=r"tensor lm_head.weight \[96, 32\] has no place in the model"):
+        join(llm=tmp_path)
 
 
 def test_only_what_the_config_names_may_be_fresh(tmp_path):

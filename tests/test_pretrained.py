@@ -1,5 +1,6 @@
 """Where pretrained parts come from, and what their folders say of the settings. Only headers are read here."""
 
+import dataclasses
 import json
 import os
 from types import SimpleNamespace
@@ -7,12 +8,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+from golden_cases import sources_of
 from parity_cases import FOLDER
 from safetensors.numpy import save_file
 
 from sparsecut_jax import config
 from sparsecut_jax.data import tokenizer as tokenizer_lib
-from sparsecut_jax.settings import Config, InitConfig
+from sparsecut_jax.settings import Config, FusionConfig, InitConfig
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 from sparsecut_jax.weights.pretrained import open_sources, resolve, source_tokenizer, whole_settings
@@ -223,7 +225,8 @@ def test_a_folder_that_looks_like_a_hub_id_is_that_folder(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "path", ["llama", "./runs/llama", "../x/y", "/abs/llama", "a/b/c", "https://hub/a", "a b/c", "a/", "~/x"]
+    "path",
+    ["llama", "./llama", "../llama", "./runs/llama", "/abs/llama", "a/b/c", "https://hub/a", "a b/c", "a/", "~/x"],
 )
 def test_what_is_neither_here_nor_a_hub_id(tmp_path, monkeypatch, path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
@@ -454,3 +457,24 @@ def test_the_tokenizer_inside_a_gguf(tmp_path, monkeypatch, loaded):
     monkeypatch.setattr(pretrained, "gguf_tokenizer", lambda p: f"the one in {p}")
     assert tokenizer_of(llm=str(path)) == f"the one in {path}"
     assert loaded == []
+
+
+def test_the_plan_beside_an_official_projector():
+    """Of the golden case: its config.json says fusion, levels and layers, whatever the config says."""
+    cfg = config.check(config.default())
+    found = open_sources(dataclasses.replace(cfg.init, **sources_of("a_cross_mlp_llama")))
+    cfg = resolve(dataclasses.replace(cfg, fusion=FusionConfig(name="mlp")), found)
+    assert cfg.fusion.name == "channel"
+    assert (cfg.shortcuts.density, cfg.shortcuts.vit_levels, cfg.shortcuts.llm_layers) == (
+        "explicit",
+        (0, 2, 4),
+        (0, 3, 6),
+    )
+    assert cfg.vision.select_layer == -2
+
+
+def test_a_tower_of_any_resolution_keeps_its_size():
+    cfg = config.check(config.default())
+    cfg = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, vision=str(FOLDER / "siglip2"), image_size=42))
+    with pytest.raises(UserError, match="config.init.image_size is not supported for siglip2 towers"):
+        resolve(cfg, open_sources(cfg.init))

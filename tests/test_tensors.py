@@ -207,7 +207,10 @@ def test_names_with_spaces_and_accents(tmp_path):
 def test_what_holds_no_weights(tmp_path):
     assert sentence(tmp_path / "gone.safetensors") == "gone.safetensors is not there"
     (tmp_path / "empty").mkdir()
-    assert sentence(tmp_path / "empty") == "empty holds no .safetensors file"
+    assert (
+        sentence(tmp_path / "empty")
+        == "empty holds no .safetensors file; pickled weights (.bin) have to be converted first"
+    )
     (tmp_path / "link.safetensors").symlink_to("nowhere")
     assert sentence(tmp_path / "link.safetensors") == "link.safetensors is not there"
     for name in ("a", "b"):
@@ -236,6 +239,7 @@ NOT_ITS_OWN = f"{INDEX} names the file {{!r}}; expected a file of its own folder
         ({"a": ""}, NOT_ITS_OWN.format("")),
         ({"a": "model-3.safetensors"}, "model-3.safetensors is not there"),
         ({"a": TWO}, f"{INDEX} says that tensor a is in {TWO}, where it is not"),
+        ({"a": TWO, "b": ONE}, f"{INDEX} says that tensor a is in {TWO}, where it is not"),
         ({"c": ONE}, f"{INDEX} says that tensor c is in {ONE}, where it is not"),
         ({"a": 3}, f"{INDEX}: expected a 'weight_map' of tensor names to files"),
     ],

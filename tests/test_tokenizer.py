@@ -7,7 +7,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from sparsecut_jax.data.tokenizer import from_json, load, train
+from sparsecut_jax.data.tokenizer import from_json, load, train, wrap
 from sparsecut_jax.types import UserError
 
 TEXTS = ["what color is the circle?", "is there a red shape?", "yes", "no", "what color is the shape?"] * 3
@@ -122,6 +122,12 @@ def test_split_special_cuts_a_template_and_not_what_users_say():
     assert tokenizer.split_special("x<s>y\n</s>") == ("x", 1, "y\n", 2, "")
     assert tokenizer.split_special("plain") == ("plain",)
     assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"
+
+
+def test_size_is_the_rows_that_an_embedding_needs():
+    """Ids may have gaps: the largest one counts."""
+    backend = Backend(models.WordLevel({"<s>": 0, "</s>": 1, "far": 9999}, unk_token="<s>"))
+    assert wrap(backend, 0, 0, 1).size == 10_000
 
 
 def test_a_sentencepiece_model_as_llama_2_and_vicuna_have_it(tmp_path):

@@ -57,8 +57,8 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """1 + the largest id, added tokens included: the rows that an embedding needs."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def with_special(self, name: str) -> tuple[Tokenizer, int]:
         """The same tokenizer with one more special token, and its id; itself if it has it."""

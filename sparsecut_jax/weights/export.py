@@ -59,8 +59,10 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
       UserError: the format cannot say what the model is.
     """
     plan = run.model.plan
-    if kind == "auto":
+    if kind == "auto" and not drop_shortcuts:
         kind = "sparsecut" if _not_llava(run.config, plan) else "llava"
+    if kind == "auto":
+        kind = "llava"
     if kind == "llava":
         reason = _not_llava(run.config, dataclasses.replace(plan, pairs=()) if drop_shortcuts else plan)
         if reason:

@@ -69,7 +69,7 @@ class Filling:
 
 
 def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[str, Filling], Report]:
-    """Which tensors fill which parameters, from the headers alone.
+    """Which tensors fill which parameters, from the headers (and where a head is said to be tied, its values).
 
     Args:
       abstract: the parameter tree as ShapeDtypeStructs.
@@ -94,8 +94,12 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
             continue
         used |= {(part, name) for name in names}
         if missing or not names:
-            what = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else "".join(missing) or "any tensor"
-            problems.append(f"{sources[part].path}: {what} is missing, for {path} {list(leaf.shape)}")
+            what = (
+                f"{missing[0]} and {len(missing) - 1} more are"
+                if len(missing) > 1
+                else f"{(missing or ['its tensor'])[0]} is"
+            )
+            problems.append(f"{sources[part].path}: {what} missing, for {path} {list(leaf.shape)}")
             continue
         filling = Filling(leaf, rule, [found[name] for name in names], stacked)
         problems += _wrong_shapes(path, filling, cfg)
@@ -147,11 +151,19 @@ def _slice(filling: Filling, index: tuple[slice, ...], cfg: Config) -> np.ndarra
     index = tuple(slice(*s.indices(n)) for s, n in zip(index, filling.leaf.shape, strict=True))
     out = _aligned([s.stop - s.start for s in index], filling.leaf.dtype)
     if not filling.stacked:
-        out[...] = _one(filling, filling.tensors[0], index, cfg)
+        _put(out[...], _one(filling, filling.tensors[0], index, cfg), filling.tensors[0])
     else:
         for row, layer in enumerate(range(index[0].start, index[0].stop)):
-            out[row] = _one(filling, filling.tensors[layer], index[1:], cfg)
+            tensor = filling.tensors[layer]
+            _put(out[row, ...], _one(filling, tensor, index[1:], cfg), tensor)
     return out
+
+
+def _put(out: np.ndarray, value: np.ndarray, tensor: Tensor) -> None:
+    with np.errstate(over="ignore"):
+        out[...] = value
+    if out.dtype != value.dtype and not np.isfinite(out).all():
+        raise UserError(f"{tensor.file}: tensor {tensor.name} has values too large for {out.dtype}")
 
 
 def _one(filling: Filling, tensor: Tensor, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
@@ -187,7 +199,7 @@ def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
         same = len(got) == len(expected) and got[-1] == expected[-1]
         if path == "vision/position_embedding" and same:
             tokens = got[-2] - int(cfg.vision.class_token)
-            if cfg.init.image_size and math.isqrt(tokens) ** 2 == tokens:
+            if cfg.init.image_size and tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
                 continue
             hint = "; another picture size is config.init.image_size"
         if path in ("llm/embedding", "llm/head") and same and got[0] < expected[0]:
@@ -220,10 +232,20 @@ def _left_over(
                     what = f"{part}, which is not taken from here"
                 elif part == "vision" and block and depth <= int(block[1]) < cfg.vision.layers:
                     what = f"blocks above {depth - 1}, the highest that is needed"
-                elif name == "lm_head.weight" and cfg.llm.tie_embeddings:
+                elif name == "lm_head.weight" and cfg.llm.tie_embeddings and _is_tied(tensor, tensors):
                     what = "head that is tied to the embedding"
                 if what:
                     unused[what].append(tensor.name)
                 else:
                     extra.append(tensor)
     return dict(unused), extra
+
+
+def _is_tied(head: Tensor, tensors: dict[str, Tensor]) -> bool:
+    """Whether the head is the embedding, as config.json says; a head of its own must not vanish silently."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None or embedding.shape != head.shape:
+        return False
+    step = 4096
+    parts = [(slice(i, min(i + step, head.shape[0])), slice(0, head.shape[1])) for i in range(0, head.shape[0], step)]
+    return all(np.array_equal(head.read(part), embedding.read(part)) for part in parts)

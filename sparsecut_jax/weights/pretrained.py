@@ -76,22 +76,45 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
     if "vision" in sources:
         source = sources["vision"]
         raw["vision"] |= vision_settings(source.config, source.file, source.processor)
+        if init.image_size and raw["vision"]["family"] == "siglip2":
+            raise UserError(
+                f"{source.file}: config.init.image_size is not supported for siglip2 towers of any resolution"
+            )
         raw["vision"]["image_size"] = init.image_size or raw["vision"]["image_size"]
     if "llm" in sources:
         raw["llm"] |= llm_settings(sources["llm"].config, sources["llm"].file)
-    if "fusion" in sources and "mm_projector_type" in sources["fusion"].config:
-        kind = sources["fusion"].config["mm_projector_type"]
-        if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
-            known = ", ".join(OFFICIAL_FUSIONS)
-            raise UserError(
-                f"{sources['fusion'].file}: mm_projector_type {kind!r} is not supported; supported are {known}"
-            )
-        raw["fusion"]["name"] = OFFICIAL_FUSIONS[kind]
+    if "fusion" in sources and not whole:
+        for group, values in official_settings(sources["fusion"].config, sources["fusion"].file).items():
+            raw[group] |= values
     if whole:
         source = sources["llm"]
         for group, values in whole_settings(source.config, source.file, raw["vision"]["class_token"]).items():
             raw[group] |= values
     return config_lib.check(raw)
+
+
+def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
+    """What the config.json beside an official projector says of fusion, main feature and shortcuts; {} if nothing."""
+    found: dict[str, dict[str, Any]] = {}
+    if "mm_projector_type" in config:
+        kind = config["mm_projector_type"]
+        if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
+            known = ", ".join(OFFICIAL_FUSIONS)
+            raise UserError(f"{file}: mm_projector_type {kind!r} is not supported; supported are {known}")
+        found["fusion"] = {"name": OFFICIAL_FUSIONS[kind]}
+    if "mm_vision_select_layer" in config:
+        found["vision"] = {"select_layer": config["mm_vision_select_layer"]}
+    if "vit_levels" in config and "llm_layers" in config:
+        levels, layers = config["vit_levels"], config["llm_layers"]
+        if not isinstance(levels, list) or not isinstance(layers, list):
+            raise UserError(f"{file}: expected lists vit_levels and llm_layers, got {levels!r} and {layers!r}")
+        found["shortcuts"] = {
+            "density": "explicit" if levels else "none",
+            "vit_levels": levels,
+            "llm_layers": layers,
+            "feature_order_reverse": config.get("feature_order_reverse", False),
+        }
+    return found
 
 
 def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:

@@ -76,7 +76,7 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
         pickles = sorted(f for f in os.listdir(path) if f.endswith(PICKLES))
         if pickles:
             refuse_pickle(os.path.join(path, pickles[0]))
-        raise UserError(f"{path} holds no .safetensors file")
+        raise UserError(f"{path} holds no .safetensors file; pickled weights (.bin) have to be converted first")
     if "model.safetensors" in files:
         return _open_file(os.path.join(path, "model.safetensors"))
     if len(files) > 1:
