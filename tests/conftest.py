@@ -1,10 +1,17 @@
 """Eight CPU devices, whatever the machine has, and full float32 products; to be set before JAX starts.
 
-Compiling is most of what the tests do, and LLVM's optimisations are half of that: they are off.
+Compiling is most of what the tests do, and LLVM's optimisations are half of that: they are off. What one test or
+command has compiled the others find in a cache, which lives as long as the tests run.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsecut_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -16,8 +23,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+
 from tiny import Tiny
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tiny import random_params
 
 from sparsecut_jax import config, sharding
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
@@ -16,6 +15,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
+from tiny import random_params
 
 FOLDER = Path(__file__).parent / "parity"
 INTERMEDIATES = ("hidden",)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny import tiny_config
 
 from sparsecut_jax import sharding
 from sparsecut_jax.models.sparsecut import build_model
@@ -16,6 +15,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state as state_lib
 from sparsecut_jax.training.checkpoint import METRIC, Checkpoints, NotFinite, check_resumable, open_run
 from sparsecut_jax.types import UserError
+from tiny import tiny_config
 
 TRAINABLE = ("fusion/.*", "llm/.*")
 TX = opt.adamw(StageConfig())

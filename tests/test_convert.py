@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+
 from golden_cases import FUSIONS, make_batch, numbers_of, sources_of, spec_of
 from parity_cases import FOLDER
-
 from runs import command, finish
 from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.inference.run import load_run

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import CASES, N, load_case
-from tiny import IMAGE, make_batch
 
+from golden_cases import CASES, N, load_case
 from sparsecut_jax.inference.decoding import encode_images, generate, until
+from tiny import IMAGE, make_batch
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity_cases import FOLDER, join, numbers, text_batch
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_config
 
+from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax import sharding
 from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import export, verify
+from tiny import tiny_config
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
 

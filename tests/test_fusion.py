@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-import reference
-from tiny import params_of
 
+import reference
 from sparsecut_jax.models.fusion import Fusion, crops_to_cells
 from sparsecut_jax.settings import FusionConfig
+from tiny import params_of
 
 WIDTH = 10  # of the LLM
 

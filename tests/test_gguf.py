@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from parity_cases import FOLDER, join, numbers, text_batch
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
+from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.gguf import gguf_config, open_gguf
 from sparsecut_jax.weights.gguf_tokenizer import gguf_tokenizer

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from golden_cases import CASES, load_case, to_torch
 
+from golden_cases import CASES, load_case, to_torch
 from sparsecut_jax.training.losses import cross_entropy
 
 

@@ -3,9 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from tiny import params_of
 
+import reference
 from sparsecut_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -16,6 +15,7 @@ from sparsecut_jax.models.layers import (
     rotary_table,
     rotate,
 )
+from tiny import params_of
 
 
 def normal(*shape, seed=0):

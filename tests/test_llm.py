@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from tiny import N, random_params, tiny_config
 
+import reference
 from sparsecut_jax.models.llm import Decoder, empty_cache
 from sparsecut_jax.models.shortcuts import Plan
+from tiny import N, random_params, tiny_config
 
 B, M, T = 2, 2, 24
 CFG = tiny_config().llm

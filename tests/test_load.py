@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from parity_cases import FOLDER, join
 from safetensors.numpy import load_file, save_file
 
+from parity_cases import FOLDER, join
 from sparsecut_jax import sharding
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.training import state

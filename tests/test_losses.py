@@ -2,9 +2,9 @@
 
 import jax
 import numpy as np
-from tiny import make_batch
 
 from sparsecut_jax.training.losses import cross_entropy
+from tiny import make_batch
 
 
 def batch_of(tokens, mask):

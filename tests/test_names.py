@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny import tiny_config
 
 from sparsecut_jax.weights import names
 from sparsecut_jax.weights.names import Rule, canonical, part_rows, their_shape, their_slices, to_ours, to_theirs
+from tiny import tiny_config
 
 CFG = tiny_config(llm=dict(heads=4, kv_heads=2, head_dim=8, mlp_dim=48), vision=dict(width=24, heads=2))
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from parity_cases import join
 
+from parity_cases import join
 from sparsecut_jax.models.vit import VisionTower
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.onnx import onnx_config, open_onnx, tower_config, tower_tensors

@@ -6,8 +6,8 @@ The weights are tiny and random, with biases that are not zero and norms that ar
 import jax
 import numpy as np
 import pytest
-from parity_cases import FOLDER, join, numbers, text_batch
 
+from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax.inference.decoding import generate
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.sparsecut import Encoded

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
-from golden_cases import sources_of
-from parity_cases import FOLDER
 from safetensors.numpy import save_file
 
+from golden_cases import sources_of
+from parity_cases import FOLDER
 from sparsecut_jax import config
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.settings import Config, FusionConfig, InitConfig

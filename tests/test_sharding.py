@@ -10,13 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from tiny import IMAGE, make_batch, params_of, tiny_config
 
 from sparsecut_jax import sharding
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.types import TrainState, UserError
+from tiny import IMAGE, make_batch, params_of, tiny_config
 
 MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
 # T = 22: eleven is a factor of no parameter's axis, so activations cannot pass for parameters.

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from tiny import IMAGE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 
+import reference
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.sparsecut import attention_mask, build_model
+from tiny import IMAGE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 
 ROWS = [
     [1, 5, IMAGE, 7, 8, 9, 10],

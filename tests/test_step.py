@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import IMAGE, make_batch, params_of, tiny_config
 
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import StageConfig
@@ -15,6 +14,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_gradients, make_train_step
 from sparsecut_jax.types import TrainState
+from tiny import IMAGE, make_batch, params_of, tiny_config
 
 TRAINABLE = ("fusion/.*", "llm/layers/.*")
 STAGE = StageConfig(lr=1e-2, warmup=0.0, weight_decay=0.0, clip_norm=1.0)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import reference
-from tiny import N, params_of, tiny_config
 
+import reference
 from sparsecut_jax.models.vit import VisionTower
+from tiny import N, params_of, tiny_config
 
 CFG = tiny_config().vision
 IMAGES = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype(np.float32)
