@@ -20,7 +20,7 @@ from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, ShortcutConfig
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.architecture import llm_config_json, vision_config_json
+from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
 from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
 from sparsecut_jax.weights.resize import grow_rows
 from sparsecut_jax.weights.tensors import INDEX
@@ -59,10 +59,8 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
       UserError: the format cannot say what the model is.
     """
     plan = run.model.plan
-    if kind == "auto" and not drop_shortcuts:
-        kind = "sparsecut" if _not_llava(run.config, plan) else "llava"
     if kind == "auto":
-        kind = "llava"
+        kind = "llava" if drop_shortcuts or not _not_llava(run.config, plan) else "sparsecut"
     if kind == "llava":
         reason = _not_llava(run.config, dataclasses.replace(plan, pairs=()) if drop_shortcuts else plan)
         if reason:
@@ -73,16 +71,11 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
         tokenizer, image_id = _with_image_token(run.tokenizer, cfg.llm.vocab_size)
         cfg, params = _with_room(cfg, params, image_id)
     flat = traverse_util.flatten_dict(params, sep="/")
+    text = {} if kind == "vision" else llm_config_json(cfg.llm, _special_ids(tokenizer))
+    vision = {} if kind == "llm" else vision_config_json(cfg.vision, cfg.vision.layers)
+    config = text | vision if kind in ("llm", "vision") else _whole_config(cfg, text, vision, image_id)
+    config["dtype"] = str(flat["llm/embedding"].dtype)
     _write_tensors(_tensors(flat, cfg, kind), folder, cfg)
-    special = _special_ids(tokenizer)
-    text, vision = llm_config_json(cfg.llm, special), vision_config_json(cfg.vision, cfg.vision.layers)
-    dtype = str(flat["llm/embedding"].dtype)
-    if kind == "llm":
-        config = {**text, "dtype": dtype}
-    elif kind == "vision":
-        config = {**vision, "dtype": dtype}
-    else:
-        config = _whole_config(cfg, text, vision, image_id) | {"dtype": dtype}
     _write_json(folder, "config.json", config)
     if kind != "vision" and tokenizer is not None:
         tokenizer.save(folder)
@@ -98,7 +91,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
         }
         _write_json(folder, "processor_config.json", processor)
     lost = f"; {len(plan.pairs)} shortcuts are left out: it is another model" if plan.pairs and kind == "llava" else ""
-    return f"{run.workdir}, step {run.step}, as {config['model_type']} in {dtype}{lost}"
+    return f"{run.workdir}, step {run.step}, as {config['model_type']} in {config['dtype']}{lost}"
 
 
 def _not_llava(cfg: Config, plan: Plan) -> str:
