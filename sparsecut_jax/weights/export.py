@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import defaultdict
 from typing import Any
@@ -19,6 +18,7 @@ from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, ShortcutConfig
+from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
 from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
@@ -76,11 +76,11 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     config = text | vision if kind in ("llm", "vision") else _whole_config(cfg, text, vision, image_id)
     config["dtype"] = str(flat["llm/embedding"].dtype)
     _write_tensors(_tensors(flat, cfg, kind), folder, cfg)
-    _write_json(folder, "config.json", config)
+    write_json(os.path.join(folder, "config.json"), config)
     if kind != "vision" and tokenizer is not None:
         tokenizer.save(folder)
     if kind != "llm":
-        _write_json(folder, "preprocessor_config.json", _image_processor(cfg))
+        write_json(os.path.join(folder, "preprocessor_config.json"), _image_processor(cfg))
     if kind == "llava":
         processor = {
             "processor_class": "LlavaProcessor",
@@ -89,7 +89,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
             "num_additional_image_tokens": int(cfg.vision.class_token),
             "image_token": IMAGE_TOKEN,
         }
-        _write_json(folder, "processor_config.json", processor)
+        write_json(os.path.join(folder, "processor_config.json"), processor)
     lost = f"; {len(plan.pairs)} shortcuts are left out: it is another model" if plan.pairs and kind == "llava" else ""
     return f"{run.workdir}, step {run.step}, as {config['model_type']} in {config['dtype']}{lost}"
 
@@ -171,7 +171,7 @@ def _write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config) ->
             values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
         save_file(values, os.path.join(folder, file), {"format": "pt"})
     if shards.is_sharded:
-        _write_json(folder, INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+        write_json(os.path.join(folder, INDEX), {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
 def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -> dict[str, Any]:
@@ -248,9 +248,3 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     bos = tokenizer.bos if tokenizer.bos >= 0 else None
     return {"bos_token_id": bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-
-
-def _write_json(folder: str, name: str, values: dict[str, Any]) -> None:
-    with open(os.path.join(folder, name), "w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")

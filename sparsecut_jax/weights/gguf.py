@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
 
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.tensors import Tensor
+from sparsecut_jax.weights.tensors import Tensor, decimal
 
 UNQUANTISED = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
 CHUNK = 256  # rows dequantised at a time, which bounds the memory that a big embedding needs besides its result
@@ -130,7 +130,7 @@ def gguf_config(path: str) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": decimal(get("attention.layer_norm_rms_epsilon", float)),
         "rope_parameters": _rope(header),
         "max_position_embeddings": get("context_length", int),
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -205,17 +205,12 @@ def _read(
     return result if len(shape) == 2 else result[:, 0]
 
 
-def _decimal(value: float) -> float:
-    """The shortest decimal number that is the same in float32, in which the file holds it: 1e-05."""
-    return float(str(np.float32(value)))
-
-
 def _rope(header: Header) -> dict[str, Any]:
     """`rope_parameters` of config.json."""
-    theta = {"rope_theta": _decimal(header.get("llama.rope.freq_base", float, 10000.0))}
+    theta = {"rope_theta": decimal(header.get("llama.rope.freq_base", float, 10000.0))}
     kind = header.get("llama.rope.scaling.type", str, "linear")
     old = header.get("llama.rope.scale_linear", float, 1.0)  # its name in early files
-    factor = _decimal(header.get("llama.rope.scaling.factor", float, old))
+    factor = decimal(header.get("llama.rope.scaling.factor", float, old))
     if kind not in ("none", "linear"):
         raise UserError(f"{header.file}: llama.rope.scaling.type is {kind!r}; expected none or linear")
     if kind == "none" or factor in (0, 1):

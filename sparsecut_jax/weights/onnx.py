@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.tensors import Tensor
+from sparsecut_jax.weights.tensors import Tensor, decimal
 
 DTYPES = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}  # TensorProto.DataType
 PROJECTION = "embeddings.patch_embeddings.projection.weight"
@@ -189,14 +189,9 @@ def _epsilon(path: str, graph: Any, constants: dict[str, np.ndarray], scope: str
     """The number that a LayerNormalization adds to the variance, or the Add that stands for one before opset 17."""
     for node in graph.node:
         if node.op_type == "LayerNormalization" and node.name.startswith(scope):
-            return _decimal(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
+            return decimal(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
         if node.op_type == "Add" and node.name.startswith(scope):
             for name in node.input:
                 if name in constants:
-                    return _decimal(constants[name].item())
+                    return decimal(constants[name].item())
     raise UserError(f"{path}: no node below {scope} adds an epsilon to the variance")
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal number that is the same in float32: 1e-06."""
-    return float(str(np.float32(value)))

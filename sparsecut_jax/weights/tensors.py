@@ -108,6 +108,11 @@ def read_json(path: str) -> dict:
     return found
 
 
+def decimal(value: float) -> float:
+    """The shortest decimal number that is the same in float32, in which the file holds it: 1e-05."""
+    return float(str(np.float32(value)))
+
+
 def _open_shards(folder: str, index: str) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
