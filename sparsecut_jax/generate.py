@@ -83,11 +83,8 @@ def main() -> None:
         near = nearest(FLAGS.template, TEMPLATES)
         raise UserError(f"--template={FLAGS.template!r} is not known{near}; known: {', '.join(TEMPLATES)}")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
-    print(
-        answer(
-            run, FLAGS.prompt, FLAGS.image, FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template
-        )
-    )  # fmt: skip
+    how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
+    print(answer(run, FLAGS.prompt, FLAGS.image, *how))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import math
 import pytest
 
 from sparsecut_jax.settings import RopeConfig
-from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import (
     llm_settings,
     refuse_remote_code,
     vision_settings,
 )
+from tiny import refusal
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -155,14 +155,6 @@ def test_the_image_processor_says_how_pixels_are_normalised():
 )  # fmt: skip
 def test_activations(spelt, activation):
     assert vision_settings(CLIP_B_32 | {"hidden_act": spelt}, "F", {})["activation"] == activation
-
-
-def refusal(read, *inputs) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*inputs)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 TOWERS = "clip, clip_vision_model, siglip, siglip_vision_model, siglip2, siglip2_vision_model, dinov2"

@@ -5,18 +5,9 @@ import dataclasses
 import pytest
 
 from sparsecut_jax.settings import LLMConfig, RopeConfig, VisionConfig
-from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import llm_settings, vision_settings
 from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
-
-
-def refusal(read, *inputs) -> str:
-    with pytest.raises(UserError) as caught:
-        read(*inputs)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
+from tiny import refusal
 
 SIZES = dict(image_size=60, patch_size=5, width=48, layers=7, heads=3, mlp_dim=96, norm_eps=3e-6)
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import traverse_util
 
 from sparsecut_jax import config
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, UserError
 
 IMAGE = -200  # in a row of word ids: an image goes here, N positions long
 N = 9
@@ -107,3 +108,12 @@ class Tiny:
 
     def __call__(self, batch: Batch) -> np.ndarray:
         return np.asarray(self.apply(self.params, batch)[0])
+
+
+def refusal(read, *inputs) -> str:
+    """The one sentence with which `read` refuses its inputs."""
+    with pytest.raises(UserError) as caught:
+        read(*inputs)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
