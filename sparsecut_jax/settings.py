@@ -40,6 +40,7 @@ class FusionConfig:
 
     name: Literal["channel", "cross_attention", "mlp"] = "channel"
     shared: bool = True  # one set of weights for the main feature and all levels
+    grid: tuple[int, ...] = (2, 2)  # rows and columns of hi-res crops (V = 1 + rows * columns); `mlp` reads none
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,52 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows, in a mixture (`config.data.mix`).
+
+    `path` is a JSON or JSONL file of conversations, the folder of a TFDS dataset (`data build` makes one),
+    "tfds:NAME", "easy_vqa" or "scenes".
+    """
+
+    path: str = ""
+    images: str = ""  # folder that the image paths of a JSON file start from
+    weight: float = 1.0  # how often a row is seen per epoch; of 0.5 each epoch draws another half
+    split: str = "train"  # of a TFDS dataset, as are the four below
+    data_dir: str = ""  # where "tfds:NAME" is prepared; "": TFDS's own place
+    image: str = "image"  # its feature that holds the picture; "": none
+    question: str = ""  # its feature that holds the question, or a text with <image> in it; "": <image> alone
+    answer: str = "caption"  # its feature that holds the answer
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The procedural pictures of source "scenes" (data/scenes.py)."""
+
+    size: int = 0  # side of a picture in pixels; 0: of all hi-res crops together
+    train: int = 20_000  # pictures
+    test: int = 2_000
+    seed: int = 0
+    levels: tuple[str, ...] = ("low", "high")  # which questions are asked
+    scales: tuple[str, ...] = ("coarse", "fine")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where rows come from and how they become batches."""
 
-    source: str = "easy_vqa"  # "easy_vqa" or a JSON file of LLaVA conversations
+    source: str = "easy_vqa"  # as SourceConfig.path
     images: str = ""  # folder that the image paths of a JSON file start from
+    mix: dict[str, SourceConfig] = field(default_factory=dict)  # several sources by name, in place of `source`
+    scenes: ScenesConfig = ScenesConfig()
     image_fit: Literal["pad", "squash", "crop"] = "pad"  # how an image becomes square
     max_pixels: int = 50_000_000  # larger images are refused before decoding
-    max_images: int = 1  # image slots per row (M)
+    max_images: int = 1  # images of a row, at most
+    max_bad_fraction: float = 0.001  # of the rows; the run stops when more of them are broken
     flip: bool = False  # mirror training images half of the time; not where questions speak of left and right
     shift: int = 0  # move training images by up to so many low-res pixels
     holdout: int = 200  # training rows kept for the periodic evaluation
-    threads: int = 2  # reading threads; no influence on the order
+    threads: int = 2  # reading threads, per worker process; no influence on the order
+    workers: int = 0  # processes that read beside the training one; no influence on the order
 
 
 @dataclass(frozen=True)
@@ -150,10 +185,14 @@ class StageConfig:
     """One stage of training: its rows, what is trained, and the optimizer's settings."""
 
     rows: Literal["captions", "conversations"] = "conversations"
-    template: Literal["plain", "vicuna_v1", "chatml", "smollm2", "qa"] = (
-        "vicuna_v1"  # data/conversation.py writes them out
+    sources: tuple[str, ...] = ()  # names in config.data.mix; (): all
+    template: Literal["plain", "vicuna_v1", "llama3", "chatml", "mistral", "phi3", "smollm2", "qa", "tokenizer"] = (
+        "vicuna_v1"  # data/conversation.py writes them out; "tokenizer": the tokenizer's own chat template
     )
+    batching: Literal["rows", "packed", "buckets"] = "rows"  # one row a sequence, several, or rows of a like length
     seq_len: int = 2048  # T; an image takes N of these positions
+    buckets: tuple[int, ...] = ()  # lengths shorter than seq_len for batching="buckets"; (): a quarter and a half
+    slots: int = 0  # image slots of a sequence (M); 0: data.max_images, or what packed rows need on average
     epochs: float = 1.0
     max_steps: int = 0  # 0: as many as the epochs take
     batch_size: int = 128  # rows of all devices together, per optimizer step
