@@ -24,6 +24,31 @@ class UserError(Exception):
     """Something the user can mend: printed as one sentence, exit code 2."""
 
 
+CAUSES = {
+    "format": "no row in LLaVA's format",
+    "text": "text that is no UTF-8 or JSON",
+    "roles": "turns in a wrong order or of an unknown role",
+    "no_answer": "no answer",
+    "image_count": "<image> marks that do not match the images",
+    "too_long": "images and first answer longer than seq_len",
+    "path": "an image outside of its folder",
+    "missing_image": "an image that is not there",
+    "broken_image": "an image that cannot be decoded",
+    "too_large_image": "an image of more than data.max_pixels",
+}
+
+
+class BadSample(UserError):
+    """A row that cannot be trained on; `cause` is a key of CAUSES."""
+
+    def __init__(self, cause: str, sentence: str):
+        super().__init__(sentence)
+        self.cause = cause
+
+    def __reduce__(self):  # it crosses from worker processes
+        return type(self), (self.cause, str(self))
+
+
 @flax.struct.dataclass
 class Batch:
     """One batch. Three questions about one image, sharing its encoding without seeing one another:
