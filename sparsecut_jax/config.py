@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import re
-import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -148,12 +149,13 @@ def _check_values(cfg: Config) -> None:
         "vision": ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim"),
         "llm": ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"),
         "data": ("max_pixels", "max_images", "threads"),
+        "data.scenes": ("train", "test"),
         "eval": ("batch_size", "max_new_tokens"),
         "checkpoint": ("keep",),
     }
     for group, names in sizes.items():
         for name in names:
-            value = getattr(getattr(cfg, group), name)
+            value = operator.attrgetter(f"{group}.{name}")(cfg)
             need(value >= 1, f"config.{group}.{name}={value}: expected at least 1")
             need(
                 group not in ("vision", "llm") or value <= 2**24,
@@ -165,6 +167,9 @@ def _check_values(cfg: Config) -> None:
         "llm.sliding_from": m.sliding_from,
         "data.holdout": cfg.data.holdout,
         "data.shift": cfg.data.shift,
+        "data.workers": cfg.data.workers,
+        "data.scenes.size": cfg.data.scenes.size,
+        "data.scenes.seed": cfg.data.scenes.seed,
         "checkpoint.every": cfg.checkpoint.every,
         "eval.every": cfg.eval.every,
         "seed": cfg.seed,
@@ -180,6 +185,16 @@ def _check_values(cfg: Config) -> None:
     need(v.width % v.heads == 0, f"config.vision.width={v.width} is not a multiple of config.vision.heads={v.heads}")
     need(m.heads % m.kv_heads == 0, f"config.llm.heads={m.heads} is not a multiple of config.llm.kv_heads={m.kv_heads}")
     need(m.head_dim % 2 == 0, f"config.llm.head_dim={m.head_dim}: rotary embedding needs an even width")
+    grid = cfg.fusion.grid
+    need(
+        len(grid) == 2 and all(1 <= number <= 8 for number in grid),
+        f"config.fusion.grid={grid}: expected two numbers, rows and columns of crops, from 1 to 8",
+    )
+    need(
+        grid != (1, 1),
+        "config.fusion.grid=(1, 1) is one crop of the low-res view's own size, which adds nothing; "
+        "config.fusion.name='mlp' reads the low-res view alone",
+    )
     need(
         cfg.fusion.name != "cross_attention" or v.width % max(1, v.width // 64) == 0,
         f"config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width={v.width}",
@@ -203,6 +218,7 @@ def _check_values(cfg: Config) -> None:
         )
     for name, stage in cfg.stages.items():
         _check_stage(name, stage, need)
+    _check_data(cfg, need)
     init = cfg.init
     _check_regexes("config.init.fresh", init.fresh)
     need(init.image_size >= 0, f"config.init.image_size={init.image_size}: expected 0 or more")
@@ -212,6 +228,35 @@ def _check_values(cfg: Config) -> None:
             bool(window) and int(window[1]) < int(window[2]),
             f"config.profile={cfg.profile!r}: expected START:STOP in optimizer steps, START before STOP",
         )
+
+
+def _check_data(cfg: Config, need: Callable[[bool, str], None]) -> None:
+    data = cfg.data
+    need(
+        0 <= data.max_bad_fraction <= 1,
+        f"config.data.max_bad_fraction={data.max_bad_fraction}: expected a share of the rows, 0 to 1",
+    )
+    for name, source in data.mix.items():
+        at = f"config.data.mix.{name}"
+        need(source.path != "", f"{at}.path is empty: name a file or a dataset")
+        need(source.weight > 0, f"{at}.weight={source.weight}: expected a positive number")
+    for name, known in {"levels": ("low", "high"), "scales": ("coarse", "fine")}.items():
+        value = getattr(data.scenes, name)
+        need(
+            len(value) > 0 and set(value) <= set(known),
+            f"config.data.scenes.{name}={value}: expected some of {', '.join(known)}",
+        )
+    for name, stage in cfg.stages.items():
+        need(
+            stage.slots == 0 or stage.slots >= data.max_images,
+            f"config.stages.{name}.slots={stage.slots}: expected at least config.data.max_images={data.max_images}, or 0",
+        )
+        for source in stage.sources:
+            need(
+                source in data.mix,
+                f"config.stages.{name}.sources names {source!r}, which is not in config.data.mix"
+                f"{nearest(source, data.mix)}; known: {', '.join(data.mix) or 'none'}",
+            )
 
 
 def check_room(cfg: Config) -> None:
@@ -224,11 +269,14 @@ def check_room(cfg: Config) -> None:
             )
 
 
-def _check_stage(name: str, stage: StageConfig, need: types.FunctionType) -> None:
+def _check_stage(name: str, stage: StageConfig, need: Callable[[bool, str], None]) -> None:
     at = f"config.stages.{name}"
     for key in ("seq_len", "batch_size", "accumulate"):
         value = getattr(stage, key)
         need(value >= 1, f"{at}.{key}={value}: expected at least 1")
+    need(stage.slots >= 0, f"{at}.slots={stage.slots}: expected 0 or more")
+    for length in stage.buckets:
+        need(1 <= length <= stage.seq_len, f"{at}.buckets has {length}: expected 1 to seq_len={stage.seq_len}")
     need(
         stage.batch_size % stage.accumulate == 0,
         f"{at}.batch_size={stage.batch_size} is not a multiple of {at}.accumulate={stage.accumulate}",

@@ -23,21 +23,23 @@ SAMPLES = 12
 
 
 def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
-    """Answers the whole test split, prints accuracy by kind and samples, writes every answer to answers.jsonl."""
+    """Answers all test rows, prints accuracy by kind and samples, writes every answer to answers.jsonl."""
     answered: list[vqa.Answered] = []
-    progress = Progress(vqa.count_questions(source.test.rows), 0, "test")
-    for chunk in vqa.answer_split(run, source.test):
-        answered += chunk
-        progress.update(len(chunk))
-    progress.close()
-    results = vqa.summarize(answered, source.test_name)
-    print(f"\n{source.test_name}: every question asked alone, answered by generation, exact match")
-    rows = []
-    for key in (key for key in results if key.endswith("/accuracy")):
-        group = key.removesuffix("/accuracy")
-        name = group.removeprefix(source.test_name).strip("/") or "all"
-        rows.append([name, f"{results[group + '/count']:,}", f"{results[key]:.2%}"])
-    print(table(["kind", "questions", "accuracy"], rows))
+    results: dict[str, float | int] = {}
+    for test, part in source.tests.items():
+        progress, found, broken = Progress(len(part), 0, f"rows of {test}"), [], []
+        for some in vqa.answer_part(run, part):
+            found += some.answered
+            broken += some.broken
+            progress.update(some.rows)
+        progress.close()
+        if not found:
+            raise UserError(f"none of the {len(part)} rows of {test} can be read: {broken[0]}")
+        results |= print_accuracy(test, vqa.summarize(found, test))
+        if broken:
+            print(f"left out   {len(broken):,} of {len(part):,} broken rows of {test}; the first: {broken[0]}")
+            results[f"{test}/broken_rows"] = len(broken)
+        answered += found
     print()
     shown = vqa.samples(answered, SAMPLES)
     rows = [[a.question, a.expected, a.answer, "" if a.correct else "wrong"] for a in shown]
@@ -46,6 +48,17 @@ def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
     with open(path + ".tmp", "w") as file:
         file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
     os.replace(path + ".tmp", path)
+    return results
+
+
+def print_accuracy(test: str, results: dict[str, float | int]) -> dict[str, float | int]:
+    print(f"\n{test}: every question asked alone, answered by generation, exact match")
+    rows = []
+    for key in (key for key in results if key.endswith("/accuracy")):
+        group = key.removesuffix("/accuracy")
+        name = group.removeprefix(test).strip("/") or "all"
+        rows.append([name, f"{results[group + '/count']:,}", f"{results[key]:.2%}"])
+    print(table(["kind", "questions", "accuracy"], rows))
     return results
 
 

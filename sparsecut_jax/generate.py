@@ -16,7 +16,8 @@ from absl import flags
 from sparsecut_jax import cli, sharding
 from sparsecut_jax.config import nearest
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import TEMPLATES, encode_prompt
+from sparsecut_jax.data.conversation import encode_prompt
+from sparsecut_jax.data.templates import OWN, TEMPLATES, get_template, stop_ids
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
 from sparsecut_jax.inference.run import Run, load_run
 from sparsecut_jax.types import UserError
@@ -36,20 +37,20 @@ def answer(
     """The model's answer to a prompt about the images at `paths`, asked in the run's template or another one.
 
     Raises:
-      UserError: a file that is no image, or more images than the model has slots.
+      UserError: a file that is no image, more images than the model has slots, or a template that does not go with the
+        tokenizer.
     """
     cfg = run.config
     slots = cfg.data.max_images
     if len(paths) > slots:
         raise UserError(f"{len(paths)} images given, but the run was trained with config.data.max_images={slots}")
-    example = encode_prompt(
-        prompt, len(paths), run.tokenizer, TEMPLATES[template or run.template], cfg.tokens_per_image
-    )
+    written = get_template(template or run.template, run.tokenizer)
+    stop = stop_ids(run.tokenizer, written)
+    example = encode_prompt(prompt, len(paths), run.tokenizer, written, cfg.tokens_per_image)
     rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
     views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
     for m, path in enumerate(paths):
-        picture = images.read_image(path, cfg.data.max_pixels)
-        views[0, m] = images.views(picture, cfg.vision.image_size, run.pictures.shape[0], cfg.data.image_fit)
+        views[0, m] = run.pictures.views(images.read_image(path, cfg.data.max_pixels))
     with jax.set_mesh(run.mesh):
         views, *arrays = jax.device_put(
             (views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh)
@@ -61,11 +62,11 @@ def answer(
             *arrays,
             encoded,
             max_new_tokens,
-            run.tokenizer.eos,
+            np.array(stop),
             temperature,
             jax.random.key(seed),
         )
-    return run.tokenizer.decode(until(np.asarray(ids)[0], run.tokenizer.eos)).strip()
+    return run.tokenizer.decode(until(np.asarray(ids)[0], stop)).strip()
 
 
 def main() -> None:
@@ -79,9 +80,10 @@ def main() -> None:
         raise UserError(f"--temperature={FLAGS.temperature}: expected 0 or more")
     if not 0 <= FLAGS.seed < 2**32:
         raise UserError(f"--seed={FLAGS.seed}: expected 0 to below 2^32")
-    if FLAGS.template and FLAGS.template not in TEMPLATES:
-        near = nearest(FLAGS.template, TEMPLATES)
-        raise UserError(f"--template={FLAGS.template!r} is not known{near}; known: {', '.join(TEMPLATES)}")
+    known = [*TEMPLATES, OWN]
+    if FLAGS.template and FLAGS.template not in known:
+        near = nearest(FLAGS.template, known)
+        raise UserError(f"--template={FLAGS.template!r} is not known{near}; known: {', '.join(known)}")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
     print(answer(run, FLAGS.prompt, FLAGS.image, *how))

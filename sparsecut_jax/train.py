@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -24,12 +25,15 @@ from sparsecut_jax import cli, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.data.plan import Plan, make_plan
+from sparsecut_jax.data.walk import FEW, RowEncoder, walk_once
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import Run, compute_dtype
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
-from sparsecut_jax.settings import Config, StageConfig
+from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop, plots, report, state
 from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_train_step
@@ -69,22 +73,23 @@ def run_stages(cfg: Config) -> dict[str, float]:
     check_mesh(cfg, mesh)
 
     # ------------------------------------------------------------------ data
-    source = sources.load_source(cfg.data)
-    fingerprint = source.fingerprint()
+    source = sources.load_source(cfg)
     if meta is not None:
-        check_same_data(meta["data"], fingerprint, cfg)
+        check_same_data(meta["data"], source.fingerprint, cfg)
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
-    rows = {name: fitting_rows(source, cfg.stages[name], cfg, tokenizer) for name in cfg.run_stages}
-    spans = loop.plan_stages(cfg, {name: len(split.rows) for name, split in rows.items()})
+    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, jax.process_index())
+    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
+    plans = {name: make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
+    spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
     model = build_model(cfg, dtype, ("shortcut_ratio",))
     abstract = state.abstract_params(model, cfg, mesh)
     trained = {s.name: opt.part_sizes(opt.split(abstract, s.stage.trainable)[0]) for s in spans}
     print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
-    print_data(source, spans, rows)
+    print_data(source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
@@ -101,16 +106,18 @@ def run_stages(cfg: Config) -> dict[str, float]:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
         write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
         writer = report.MetricsWriter(cfg.workdir, step)
+        placed = sharding.batch_sharding(mesh)
+        place = lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
         names = [span.name for span in spans]
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
             tx = opt.adamw(span.stage)
             target = state.abstract_state(abstract, span.stage.trainable, tx, mesh)
             data = pipeline.train_batches(
-                rows[span.name], span.stage, cfg, tokenizer, pictures, jax.process_index(), jax.process_count()
-            )
+                readers[span.name], plans[span.name], cfg, (cfg.seed, span.first), step - span.first,
+                jax.process_index(), jax.process_count(), place,
+            )  # fmt: skip
             if params is None:
                 current = checkpoints.restore_state(resumed, target)
-                checkpoints.restore_data(resumed, data)
             else:
                 current = state.begin_stage(target, params, span.stage.trainable, tx, step, skipped)
             step_fn = make_train_step(
@@ -121,19 +128,21 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 span=span,
                 step=jax.jit(step_fn, donate_argnums=0),
                 data=data,
-                holdout_loss=make_holdout_loss(model, source, span.stage, cfg, tokenizer, pictures, mesh),
+                note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
+                holdout_loss=make_holdout_loss(model, source, span.name, cfg, tokenizer, pictures, mesh),
                 meta={
                     "stage": span.name,
                     "asked": json.loads(config_lib.to_json(asked)),
                     "config": json.loads(config_lib.to_json(cfg)),
                     "tokenizer": tokenizer.to_json(),
-                    "data": fingerprint,
+                    "data": source.fingerprint,
                 },
                 clock=clock,
                 is_last=span is spans[-1],
             )
             if step < span.last:
-                current = loop.run_stage(stage, current, cfg, model.plan, mesh, checkpoints, writer, stop, compilations)
+                with contextlib.closing(data):
+                    current = loop.run_stage(stage, current, cfg, model.plan, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
         stop.restore()
@@ -142,8 +151,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
         # -------------------------------------------------------------- results
         plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
-        results = {"step": step, "skipped_updates": skipped}
-        if cfg.eval.test and source.test.rows:
+        results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
+        if cfg.eval.test and source.tests:
             run = Run(cfg.workdir, step, cfg, mesh, build_model(cfg, dtype), params, tokenizer, pictures)
             results |= report_accuracy(run, source)
     results["seconds"] = clock()
@@ -196,28 +205,44 @@ def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights
     return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
 
 
-def fitting_rows(source: sources.Source, stage: StageConfig, cfg: Config, tokenizer) -> sources.Split:
-    """Training rows of a stage without those whose image and first answer do not fit; says which were left out."""
-    split = source.stage_rows(stage.rows)
-    kept, dropped = pipeline.fitting(split.rows, stage, cfg, tokenizer)
-    if not kept:
-        raise UserError(f"none of the {len(dropped)} rows fits: {dropped[0]}")
-    if dropped:
-        print(f"left out   {len(dropped):,} of {len(split.rows):,} rows that do not fit; the first: {dropped[0]}")
-    return sources.Split(kept, split.images)
+def make_reader(
+    source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, holdout: bool = False
+) -> pipeline.Reader:
+    """Reads the training rows of a stage, or its held-out ones, which are never augmented."""
+    stage = cfg.stages[name]
+    encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
+    return pipeline.Reader(source.stage(stage, holdout), encoder, pictures, cfg.data.flip, cfg.data.shift)
+
+
+def make_stage_plan(
+    name: str, reader: pipeline.Reader, cfg: Config, source: sources.Source, bad_samples: BadSamples
+) -> Plan:
+    """Walks the rows of a stage and decides its batches. Raises UserError if too many rows are broken, or none fits."""
+    split = reader.split
+    progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
+    kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
+    walked = walk_once(kept, split, reader.encode, source.fingerprint, progress.update if progress else lambda n: None)
+    if progress:
+        progress.close()
+    bad_samples.add(name, walked.bad, len(split))
+    usable = walked.lengths.usable
+    if not len(usable):
+        raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
+    return make_plan(walked.lengths, split.groups(usable), cfg.stages[name], cfg.data.max_images, cfg.seed)
 
 
 def make_holdout_loss(
-    model: SparseCut, source: sources.Source, stage: StageConfig, cfg: Config, tokenizer, pictures, mesh: Mesh
+    model: SparseCut, source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, mesh: Mesh
 ):
     """Function of the parameters: mean loss over the held-out rows. None if there are none."""
-    if not source.holdout.rows or not cfg.eval.every:
+    if not cfg.eval.every or not any(map(len, source.holdout.values())):
         return None
-    split = source.stage_rows(stage.rows, source.holdout)
-    split = sources.Split(pipeline.fitting(split.rows, stage, cfg, tokenizer)[0], split.images)
-    if not split.rows:
+    stage = cfg.stages[name]
+    reader = make_reader(source, name, cfg, tokenizer, pictures, holdout=True)
+    size = stage.batch_size // stage.accumulate
+    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images))
+    if not batches:
         return None
-    batches = pipeline.fixed_batches(split, stage, cfg, tokenizer, pictures)
     placed = sharding.batch_sharding(mesh)
 
     @jax.jit
@@ -231,12 +256,18 @@ def make_holdout_loss(
     return holdout_loss
 
 
-def print_data(source: sources.Source, spans: list[loop.StageSpan], rows: dict[str, sources.Split]) -> None:
-    print(f"\ndata       {source.name}: {len(source.train.rows):,} rows, {len(source.holdout.rows):,} held out, "
-          f"{len(source.test.rows):,} to test")  # fmt: skip
+def print_data(
+    source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, Plan], bad_samples: BadSamples
+) -> None:
+    counts = [sum(map(len, parts.values())) for parts in (source.train, source.holdout, source.tests)]
+    print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} to test")
     for s in spans:
-        print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} rows, {s.stage.rows} "
-              f"({len(rows[s.name].rows):,} rows), lr {s.stage.lr:g}")  # fmt: skip
+        plan = plans[s.name]
+        print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} sequences, {s.stage.rows} "
+              f"{s.stage.batching}, {plan.useful:.0%} of the positions useful, lr {s.stage.lr:g}")  # fmt: skip
+    if counted := bad_samples.counts():
+        listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
+        print(f"left out   {listing}: {bad_samples.path}")
     print(flush=True)
 
 

@@ -21,22 +21,6 @@ TRAINABLE = ("fusion/.*", "llm/.*")
 TX = opt.adamw(StageConfig())
 
 
-class Position:
-    """Stands for a data iterator."""
-
-    def __init__(self, at: int = 0):
-        self.at = at
-
-    def get_state(self) -> bytes:
-        return str(self.at).encode()
-
-    def set_state(self, state: bytes) -> None:
-        self.at = int(state)
-
-    def start_prefetch(self) -> None:
-        pass
-
-
 def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     count = data * fsdp * tensor
     return sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.devices()[:count])
@@ -57,7 +41,7 @@ def states(mesh: Mesh, **groups):
 
 def save(folder, state, step: int, loss=None, keep: int = 1) -> None:
     run = Checkpoints(str(folder), keep)
-    run.save(state.replace(step=jnp.int32(step)), Position(step), {"stage": "align"}, loss)
+    run.save(state.replace(step=jnp.int32(step)), {"stage": "align"}, loss)
     run.close()
 
 
@@ -84,9 +68,6 @@ def test_restored_on_any_mesh_bit_for_bit(saved, shape):
     params = run.restore_params(3, abstract.params)
     for one, other in zip(*map(jax.tree.leaves, (params, state.params)), strict=True):
         np.testing.assert_array_equal(one, other)
-    position = Position()
-    run.restore_data(3, position)
-    assert position.at == 3
     run.close()
 
 

@@ -157,6 +157,23 @@ def test_zero_or_more(key):
             [("fusion.name", "cross_attention"), ("vision.width", 200)],
             "config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width=200",
         ),
+        (
+            [("fusion.grid", (2,))],
+            "config.fusion.grid=(2,): expected two numbers, rows and columns of crops, from 1 to 8",
+        ),
+        (
+            [("fusion.grid", (0, 2))],
+            "config.fusion.grid=(0, 2): expected two numbers, rows and columns of crops, from 1 to 8",
+        ),
+        (
+            [("fusion.grid", (2, 9))],
+            "config.fusion.grid=(2, 9): expected two numbers, rows and columns of crops, from 1 to 8",
+        ),
+        (
+            [("fusion.grid", (1, 1))],
+            "config.fusion.grid=(1, 1) is one crop of the low-res view's own size, which adds nothing; "
+            "config.fusion.name='mlp' reads the low-res view alone",
+        ),
         ([("vision.mean", (0.5, 0.5))], "config.vision.mean and .std: expected three numbers each"),
         ([("vision.std", ())], "config.vision.mean and .std: expected three numbers each"),
         ([("run_stages", ())], "config.run_stages is empty: name at least one stage"),

@@ -5,19 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from sparsecut_jax.data import tokenizer as tokenizers
-from sparsecut_jax.data.conversation import (
-    TEMPLATES,
-    Template,
-    TooLong,
-    check_row,
-    encode_prompt,
-    encode_row,
-    images_of,
-)
-from sparsecut_jax.types import UserError
+from small_tokenizers import byte_level, llama
+from sparsecut_jax.data.conversation import TooLong, canonical, encode_prompt, encode_row
+from sparsecut_jax.data.templates import TEMPLATES, Template
+from sparsecut_jax.types import BadSample, UserError
 
-DRAWN = Template(user="USER : ", space="")
+DRAWN = Template(start="USER : ", next="USER : ", space="")
+END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>")
+SMALL = {kind: kind(*END_TOKENS) for kind in (byte_level, llama)}
 
 
 class Words:
@@ -67,8 +62,7 @@ QUESTIONS = row("<image>what color ?", "blue", "is it red ?", "no", image="a.png
 
 @pytest.fixture(scope="module")
 def bpe():
-    texts = ["what color is the circle?", "is it red?", "USER: ASSISTANT: what is this? a red circle", "yes", "no"] * 3
-    return tokenizers.train(texts, 330)
+    return SMALL[byte_level]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,22 +87,42 @@ def test_independent_questions():
 def test_conversation():
     words = Words()
     turns = row("look <image> here", "blue thing", "why ?", "because", image="a.png")
-    template = Template(system="SYS ", user="Q ", answer=" A", space=" so ")
+    template = Template(start="SYS Q ", answer=" A", space=" so ", next="Q ")
     example = encode_row(turns, words, template, image_tokens=2, seq_len=100)
     assert draw(example, words) == table("""
-        tokens     <s> SYS Q look I I here A so blue thing </s>  Q why  ?  A so because </s>
-        loss_mask    0   0 0    0 0 0    0 0  1    1     1    1  0   0  0  0  1       1    1
-        branches     0   0 0    0 0 0    0 0  0    0     0    0  0   0  0  0  0       0    0
-        positions    0   1 2    3 4 5    6 7  8    9    10   11 12  13 14 15 16      17   18
+        tokens     <s> SYS Q I I \\n look here A so blue thing </s>  Q why  ?  A so because </s>
+        loss_mask    0   0 0 0 0   0    0    0 0  1    1     1    1  0   0  0  0  1       1    1
+        branches     0   0 0 0 0   0    0    0 0  0    0     0    0  0   0  0  0  0       0    0
+        positions    0   1 2 3 4   5    6    7 8  9   10    11   12 13  14 15 16 17      18   19
     """)
-    assert example.image_start == [4]
+    assert example.image_start == [3]
+
+
+@pytest.mark.parametrize(
+    ("question", "tokens"),
+    [
+        ("<image>", "I"),
+        ("<image>\nwhat ?", "I \\n what ?"),
+        (" what <image> ? ", "I \\n what ?"),
+        ("what ?\n<image>", "I \\n what ?"),
+        ("one <image> two <image>\n", "one I two I \\n"),
+        ("<image><image> what ?", "I I what ?"),
+        (" what\n", "what \\n"),
+    ],
+)
+def test_a_single_image_stands_in_front_and_several_where_they_are(question, tokens):
+    words, count = Words(), question.count("<image>")
+    template = Template(start="Q ", answer=" A", space="")
+    example = encode_row(row(question, "x", images=["a.png"] * count), words, template, 1, 100)
+    assert draw(example, words)["tokens"] == f"<s> Q {tokens} A x </s>"
+    assert draw(encode_prompt(question, count, words, template, 1), words)["tokens"] == f"<s> Q {tokens} A"
 
 
 def test_two_images_in_two_turns():
     words = Words()
     turns = row("<image> a", "b", "c <image>", "d", images=["a.png", "b.png"])
     example = encode_row(turns, words, DRAWN, image_tokens=2, seq_len=100)
-    assert draw(example, words)["tokens"] == "<s> USER : I I a b </s> USER : c I I d </s>"
+    assert draw(example, words)["tokens"] == "<s> USER : I I \\n a b </s> USER : I I \\n c d </s>"
     assert example.image_start == [3, 11]
 
 
@@ -136,6 +150,21 @@ def test_vicuna_template():
     assert example.loss_mask.sum() == 2
 
 
+def test_a_system_message_of_the_row():
+    words = Words()
+    turns = row("<image> q", "a", image="a.png", system="Look at </s> <image> .")
+    own = Template(start="<s>S d </s>U ", system=("<s>S ", "</s>U "), space="", bos=False)
+    assert draw(encode_row(turns, words, own, 1, 30), words)["tokens"] == (
+        "<s> S Look at '</s>' <image> . </s> U I \\n q a </s>"
+    )
+    prompt = encode_prompt("q", 1, words, own, 1, turns["system"])
+    assert draw(prompt, words)["tokens"] == "<s> S Look at '</s>' <image> . </s> U I \\n q"
+    assert draw(encode_row(turns, words, DRAWN, 1, 30), words)["tokens"] == (
+        "<s> USER : Look at '</s>' <image> . \\n \\n I \\n q a </s>"
+    )
+    assert draw(encode_row(turns, words, TEMPLATES["plain"], 1, 30), words)["tokens"] == "<s> I a \\n"
+
+
 def test_space_before_an_answer_is_predicted_with_it(bpe):
     example = encode_row(row("what?", "red"), bpe, TEMPLATES["vicuna_v1"], 1, 300)
     answer = bpe.encode(" red")
@@ -154,11 +183,11 @@ def test_tokenizer_without_bos():
 def test_what_looks_special_in_an_answer_stays_text(bpe, name, text):
     template = TEMPLATES[name]
     turns = row("<image>\nwhat?", text, image="a.png")
-    check_row(turns, "r", max_images=1)
+    canonical(turns, "r", max_images=1)
     example = encode_row(turns, bpe, template, image_tokens=4, seq_len=300)
     answer = example.tokens[example.loss_mask == 1].tolist()
     assert len(example.image_start) == 1
-    assert bpe.decode(answer) == template.space + text + (template.end or "")
+    assert bpe.decode(answer) == template.space + text + (template.end if name == "plain" else "")
     assert answer.count(bpe.eos) == (template.end is None)
     assert bpe.pad not in answer and bpe.bos not in answer
 
@@ -172,7 +201,7 @@ def test_what_looks_special_in_a_question_stays_text(bpe):
 # independent questions are rows of their own
 
 
-@pytest.mark.parametrize("name", ["qa", "vicuna_v1"])
+@pytest.mark.parametrize("name", ["qa", "vicuna_v1", "chatml", "llama3"])
 @pytest.mark.parametrize("image", [True, False])
 def test_a_branch_with_the_shared_prefix_is_the_row_alone(bpe, name, image):
     pairs = [("what color is the circle?", "red"), ("is it red?", "yes"), ("what is this?", "a circle")]
@@ -239,8 +268,8 @@ def test_nothing_follows_what_was_cut():
 def test_the_image_of_a_cut_turn_is_cut_with_it():
     words = Words()
     turns = row("q1 <image>", "a", "q2 <image>", "b", image=["a.png", "b.png"])
-    assert encode_row(turns, words, DRAWN, 4, 20).image_start == [4, 13]
-    assert encode_row(turns, words, DRAWN, 4, 18).image_start == [4]
+    assert encode_row(turns, words, DRAWN, 4, 21).image_start == [3, 13]
+    assert encode_row(turns, words, DRAWN, 4, 20).image_start == [3]
 
 
 def test_a_shorter_question_takes_the_place_of_one_that_does_not_fit():
@@ -258,12 +287,17 @@ def test_a_shorter_question_takes_the_place_of_one_that_does_not_fit():
 def test_first_answer_does_not_fit():
     with pytest.raises(TooLong) as caught:
         encode_row(row("q1", "a", "q2", "b"), Words(), DRAWN, 1, 5)
-    assert str(caught.value) == "row 'r': its first answer ends at position 6, but seq_len=5"
-    assert isinstance(caught.value, UserError)
+    assert str(caught.value) == "its first answer ends at position 6, but seq_len=5"
+    assert isinstance(caught.value, BadSample) and caught.value.cause == "too_long"
+
+
+def test_an_image_does_not_fit():
+    with pytest.raises(TooLong, match="^its first answer ends at position 106, but seq_len=100$"):
+        encode_row(row("<image>", "a", image="a.png"), Words(), DRAWN, 101, 100)
 
 
 def test_no_question_fits():
-    with pytest.raises(TooLong, match=r"^row 'r': its first answer ends at position \d+, but seq_len=11$"):
+    with pytest.raises(TooLong, match=r"^its first answer ends at position \d+, but seq_len=11$"):
         encode_row(QUESTIONS, Words(), DRAWN, 4, 11)
     assert encode_row(QUESTIONS, Words(), DRAWN, 4, 12).branches.max() == 1
 
@@ -273,10 +307,13 @@ def test_no_question_fits():
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-@pytest.mark.parametrize("question", ["<image>\nis it red?", "is <image> red?", "is it red?\n<image>"])
-def test_prompt_is_the_row_up_to_its_answer(bpe, name, question):
-    example = encode_row(row(question, "yes", image="a.png"), bpe, TEMPLATES[name], 4, 1000)
-    prompt = encode_prompt(question, 1, bpe, TEMPLATES[name], 4)
+@pytest.mark.parametrize("question", ["<image>\nis it red?", "is <image> red? ", "is it red?\n<image>"])
+@pytest.mark.parametrize("answer", ["yes", " yes", "\n\nno\n", "?", "é", "</s>"])
+@pytest.mark.parametrize("kind", [byte_level, llama])
+def test_prompt_is_the_row_up_to_its_answer(kind, name, question, answer):
+    tokenizer = SMALL[kind]
+    example = encode_row(row(question, answer, image="a.png"), tokenizer, TEMPLATES[name], 4, 1000)
+    prompt = encode_prompt(question, 1, tokenizer, TEMPLATES[name], 4)
     n = len(prompt.tokens)
     assert n == list(example.loss_mask).index(1)
     for field in ("tokens", "loss_mask", "branches", "positions"):
@@ -290,8 +327,9 @@ def test_prompt_is_the_row_up_to_its_answer(bpe, name, question):
         ("why ?", 0, "<s> USER : why ?"),
         ("why ?", 1, "<s> USER : I I \\n why ?"),
         ("why ?", 2, "<s> USER : I I I I \\n why ?"),
-        ("why <image> ?", 1, "<s> USER : why I I ?"),
-        ("", 1, "<s> USER : I I \\n"),
+        ("why <image> ?", 1, "<s> USER : I I \\n why ?"),
+        ("why <image> or <image> ?", 2, "<s> USER : why I I or I I ?"),
+        ("", 1, "<s> USER : I I"),
     ],
 )
 def test_images_go_in_front_of_a_prompt_that_names_none(prompt, images, tokens):
@@ -306,120 +344,14 @@ def test_prompt_with_another_number_of_images(prompt, images):
     assert str(caught.value) == f"the prompt has {prompt.count('<image>')} <image>, but there are {images} images"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# check_row
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        ({}, []),
-        ({"image": None}, []),
-        ({"images": None}, []),
-        ({"image": "a.png"}, ["a.png"]),
-        ({"image": ["a.png", "b.png"]}, ["a.png", "b.png"]),
-        ({"images": ["a.png"]}, ["a.png"]),
-        ({"images": []}, []),
-    ],
-)
-def test_images_of(more, expected):
-    assert images_of({"conversations": [], **more}) == expected
-
-
-@pytest.mark.parametrize(
-    "good",
-    [
-        row("a", "b"),
-        row("", "b"),
-        row("a", "b", "c", "d", image=None),
-        row("<image>", "b", image="a.png"),
-        row("a <image>", "b", "<image>", "d", images=["a.png", "b.png"]),
-        row("a", "the tag <image>"),
-        row("a", "b", "c", "d", independent=True),
-        row("<image><image>a", "b", "c", "d", independent=True, images=["a.png", "b.png"]),
-        {"conversations": [{**human("a"), "extra": [1]}, gpt("b")], "id": 7, "more": None},
-        QUESTIONS,
-    ],
-)
-def test_good_rows(good):
-    assert check_row(good, "r", max_images=2) is None
-
-
-@pytest.mark.parametrize(
-    ("bad", "expected"),
-    [
-        (None, "expected an object, got NoneType"),
-        ([row("a", "b")], "expected an object, got list"),
-        ({}, "key 'conversations' must be a list with at least one turn"),
-        ({"conversations": None}, "key 'conversations' must be a list with at least one turn"),
-        ({"conversations": []}, "key 'conversations' must be a list with at least one turn"),
-        ({"conversations": {"0": 1}}, "key 'conversations' must be a list with at least one turn"),
-        (row("a", "b", image=3), "key 'image' must be a path or a list of paths"),
-        (row("a", "b", image=["a.png", None]), "key 'image' must be a path or a list of paths"),
-        (row("a", "b", images={"a": 1}), "key 'image' must be a path or a list of paths"),
-        (row("a", "b", independent="yes"), "key 'independent' must be true or false"),
-        (row("a", "b", independent=1), "key 'independent' must be true or false"),
-        ({"conversations": [[human("a"), gpt("b")]]}, "turn 0 must be an object with a text 'value'"),
-        ({"conversations": [human("a"), {"from": "gpt"}]}, "turn 1 must be an object with a text 'value'"),
-        (row("a", "b", 3, "d"), "turn 2 must be an object with a text 'value'"),
-        (row("a", None), "turn 1 must be an object with a text 'value'"),
-        ({"conversations": [gpt("a"), human("b")]}, "turn 0 has 'from'='gpt', expected 'human'"),
-        ({"conversations": [human("a"), human("a")]}, "turn 1 has 'from'='human', expected 'gpt'"),
-        ({"conversations": [human("a"), gpt("b"), gpt("b")]}, "turn 2 has 'from'='gpt', expected 'human'"),
-        ({"conversations": [{"value": "a"}, gpt("b")]}, "turn 0 has 'from'=None, expected 'human'"),
-        ({"conversations": [{"from": ["human"], "value": "a"}]}, "turn 0 has 'from'=['human'], expected 'human'"),
-        (row("a", ""), "turn 1 is an empty answer"),
-        (row("a", "b", "c", " \n\t"), "turn 3 is an empty answer"),
-        (row("a", "b", "c"), "the last turn is a question without an answer"),
-        (row("a", "b", image="a.png"), "0 <image> in the questions, but 1 images"),
-        (row("a", "<image>", image="a.png"), "0 <image> in the questions, but 1 images"),
-        (row("<image>", "b"), "1 <image> in the questions, but 0 images"),
-        (row("<image>", "b", "<image>", "d", image="a.png"), "2 <image> in the questions, but 1 images"),
-        (row("<image>" * 3, "b", image=["a.png"] * 3), "3 images, but config.data.max_images=2"),
-        (
-            row("a", "b", "<image>", "d", image="a.png", independent=True),
-            "independent turns need every <image> at the start of the first question",
-        ),
-        (
-            row("a <image>", "b", image="a.png", independent=True),
-            "independent turns need every <image> at the start of the first question",
-        ),
-        (
-            row("<image> and <image>", "b", image=["a.png", "b.png"], independent=True),
-            "independent turns need every <image> at the start of the first question",
-        ),
-    ],
-)
-def test_bad_rows(bad, expected):
-    with pytest.raises(UserError) as caught:
-        check_row(bad, "file.json row 3", max_images=2)
-    assert str(caught.value) == f"file.json row 3: {expected}"
-
-
-def test_image_and_images_together_are_ambiguous():
-    with pytest.raises(UserError, match="^r: "):
-        check_row(row("<image>", "b", image="a.png", images=["b.png"]), "r", max_images=2)
-
-
 def test_special_tokens_of_a_template_and_their_look_alikes():
-    """A template's `<s>` is the token, a user's is text; `between` stands in front of the second question."""
+    """A template's `<s>` is the token, a user's is text; `next` stands in front of the second question."""
     words = Words()
-    template = Template(system="<s>sys ", user="<s>U ", answer="</s>A ", between="| ", space="", end=None)
+    template = Template(start="<s>sys <s>U ", answer="</s>A ", space="", next="| <s>U ")
     example = encode_row(row("<image>why <s> ?", "so", "and ?", "no", image="a"), words, template, 2, 40)
     assert draw(example, words) | {"branches": "", "positions": ""} == {
-        "tokens": "<s> <s> sys <s> U I I why '<s>' ? </s> A so </s> | <s> U and ? </s> A no </s>",
-        "loss_mask": "0 0 0 0 0 0 0 0 0 0 0 0 1 1 0 0 0 0 0 0 0 1 1",
+        "tokens": "<s> <s> sys <s> U I I \\n why '<s>' ? </s> A so </s> | <s> U and ? </s> A no </s>",
+        "loss_mask": "0 0 0 0 0 0 0 0 0 0 0 0 0 1 1 0 0 0 0 0 0 0 1 1",
         "branches": "",
         "positions": "",
     }
-
-
-def test_the_template_of_smollm2():
-    """Written out as its chat template has it; what stands behind a special token begins with a line's end."""
-    template = TEMPLATES["smollm2"]
-    turn = template.user + "Hi" + template.answer
-    assert template.system + turn == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert (template.between, template.space, template.end) == ("\n", "", None)

@@ -96,7 +96,7 @@ def test_what_is_written(converted):
     assert not [name for name in os.listdir(folder) if "partial" in name]
     config = json.loads((folder / "a.hf/config.json").read_text())
     assert (config["model_type"], config["vision_feature_layer"]) == ("sparsecut", -1)  # the tower's top block is gone
-    assert config["fusion"] == {"name": "channel", "shared": True}
+    assert config["fusion"] == {"name": "channel", "shared": True, "grid": [2, 2]}
     assert config["shortcuts"] == {"vit_levels": [0, 2, 4], "llm_layers": [0, 3, 6], "position": "pre"}
     assert config["vision_config"]["num_hidden_layers"] == 5
     llava = json.loads((folder / "e.hf/config.json").read_text())

@@ -79,9 +79,21 @@ def test_the_end_token_ends_a_row(tiny, prompts):
     eos = int(free[0, 2])
     ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6, eos)
     for row in range(3):
-        want = until(np.asarray(free[row]), eos)
-        assert until(np.asarray(ids[row]), eos) == want
+        want = until(np.asarray(free[row]), [eos])
+        assert until(np.asarray(ids[row]), [eos]) == want
         assert set(np.asarray(ids[row])[len(want) :]) <= {eos}
+
+
+def test_the_first_of_several_end_tokens_ends_a_row(tiny, prompts):
+    batch, length, encoded = prompts
+    free = np.asarray(generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6)[0])
+    stop = (int(free[1, 4]), int(free[0, 2]))
+    ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 6, np.array(stop))
+    for row in range(3):
+        want = until(free[row], stop)
+        assert until(np.asarray(ids[row]), stop) == want
+        assert set(np.asarray(ids[row])[len(want) + 1 :]) <= {stop[0]}
+    assert until(np.array([3, 4, 5]), ()) == [3, 4, 5]
 
 
 def test_sampling_follows_its_key(tiny, prompts):

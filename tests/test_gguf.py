@@ -296,7 +296,9 @@ def byte_level(path, **changes):
         "model": "gpt2", "pre": "gpt-2", "tokens": BYTE_LEVEL, "merges": MERGES, "bos_token_id": 1, "eos_token_id": 2,
         "token_type": [3, 3, 3] + [1] * (len(BYTE_LEVEL) - 4) + [4],
     } | changes  # fmt: skip
-    return write(path, {f"tokenizer.ggml.{key}": value for key, value in meta.items() if value is not None})
+    own = {"tokenizer.chat_template": meta.pop("chat_template", None)}
+    own |= {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
+    return write(path, {key: value for key, value in own.items() if value is not None})
 
 
 def pieces(tokenizer, text):
@@ -370,6 +372,12 @@ def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(tmp_path, changes, messag
     path = byte_level(tmp_path / "odd.gguf", **changes)
     with pytest.raises(UserError, match=f"odd.gguf: .*({message})"):
         gguf_tokenizer(path)
+
+
+def test_the_chat_template_comes_along(tmp_path):
+    assert gguf_tokenizer(byte_level(tmp_path / "a.gguf")).chat_template == ""
+    told = gguf_tokenizer(byte_level(tmp_path / "b.gguf", chat_template="{{ messages }}"))
+    assert told.chat_template == "{{ messages }}"
 
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]

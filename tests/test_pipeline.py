@@ -2,23 +2,30 @@
 
 import dataclasses
 import itertools
-import re
+import multiprocessing
+import time
 
+import grain
+import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
-from sparsecut_jax.config import check
+from sparsecut_jax.data import pipeline, walk
 from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data.conversation import Example
-from sparsecut_jax.data.pipeline import Images, collate, encoder, fixed_batches, train_batches
-from sparsecut_jax.data.sources import Split
+from sparsecut_jax.data.pipeline import Images, Reader, collate, fixed_batches, train_batches
+from sparsecut_jax.data.plan import Plan, make_plan
+from sparsecut_jax.data.sources import Folder, Part, Split
+from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
-from sparsecut_jax.types import UserError
+from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.types import Batch, UserError
 
 ROWS = 10
 SIZE = 4
-STAGE = StageConfig(template="qa", seq_len=64, batch_size=4)
+STAGE = StageConfig(template="qa", seq_len=64, batch_size=4, max_steps=20)
 CONFIG = Config(
     seed=1,
     stages={"align": STAGE},
@@ -28,10 +35,8 @@ CONFIG = Config(
 FIELDS = ("tokens", "loss_mask", "segments", "branches", "positions", "views", "image_start")
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
+def make_rows(folder) -> list[dict]:
     """Ten rows of two independent questions; the picture of row i is 20 * i bright on its left, 0 on its right."""
-    folder = tmp_path_factory.mktemp("images")
     rows = []
     for i in range(ROWS):
         pixels = np.zeros((2 * SIZE, 2 * SIZE, 3), np.uint8)
@@ -44,7 +49,17 @@ def split(tmp_path_factory):
             {"from": "gpt", "value": f"yes {i}"},
         ]
         rows.append({"id": i, "image": f"{i}.png", "independent": True, "conversations": turns})
-    return Split(rows, str(folder))
+    return rows
+
+
+def split_of(rows: list[dict], folder) -> Split:
+    return Split((Part("rows.json", rows, Folder(str(folder), 10**6), 1),))
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    return split_of(make_rows(folder), folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +67,33 @@ def words():
     return tokenizers.train(["which? really? row yes 0 1 2 3 4 5 6 7 8 9"], 300)
 
 
+def reader_of(split: Split, words, cfg: Config = CONFIG, stage: StageConfig = STAGE) -> Reader:
+    encoder = RowEncoder.of(stage, cfg.tokens_per_image, words)
+    return Reader(split, encoder, Images(cfg), cfg.data.flip, cfg.data.shift)
+
+
+def plan_of(reader: Reader, stage: StageConfig = STAGE, seed: int = 1) -> Plan:
+    lengths = walk.walk(reader.split, reader.encode).lengths
+    return make_plan(lengths, reader.split.groups(lengths.usable), stage, 1, seed)
+
+
+def iterate(split, words, cfg: Config = CONFIG, stage: StageConfig = STAGE, first: int = 0, **process):
+    """Iterator of (Batch, bad rows)."""
+    reader = reader_of(split, words, cfg, stage)
+    return train_batches(reader, plan_of(reader, stage, cfg.seed), cfg, (cfg.seed, 0), first, **process)
+
+
 @pytest.fixture
 def batches(split, words):
-    """Function: the first `count` batches of a new iterator."""
+    """Function: `count` batches of a new iterator."""
 
-    def first(count: int, cfg: Config = CONFIG, stage: StageConfig = STAGE, **process):
-        iterator = train_batches(split, stage, cfg, words, Images(cfg), **process)
-        return list(itertools.islice(iterator, count))
+    def some(count: int, cfg: Config = CONFIG, stage: StageConfig = STAGE, first: int = 0, **process) -> list[Batch]:
+        iterator = iterate(split, words, cfg, stage, first, **process)
+        found = [batch for batch, _ in itertools.islice(iterator, count)]
+        iterator.close()
+        return found
 
-    return first
+    return some
 
 
 def assert_equal(found, expected):
@@ -87,8 +120,9 @@ def answers(batch, words) -> list[list[str]]:
 
 
 def row_numbers(found, words) -> list[int]:
-    """Which row of the split stands in each row of the batches."""
-    return [int(pieces[0].split()[1]) for batch in found for pieces in answers(batch, words)]
+    """Which rows of the split stand in the batches, in order."""
+    said = [piece for batch in found for pieces in answers(batch, words) for piece in pieces]
+    return [int(piece.split()[1]) for piece in said if piece.startswith("row")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +133,7 @@ def test_collate():
     view = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(1, 2, 2, 3)
     short = Example(np.array([7]), np.array([1]), np.array([0]), np.array([0]), [])
     long = Example(np.array([1, 0, 5, 6]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]), np.array([0, 1, 2, 2]), [1])
-    batch = collate([(short, []), (long, [view])], seq_len=5, slots=2, image_shape=(1, 2, 2, 3))
+    batch = collate([[(short, [])], [(long, [view])]], seq_len=5, slots=2, image_shape=(1, 2, 2, 3))
     assert batch.tokens.tolist() == [[7, 0, 0, 0, 0], [1, 0, 5, 6, 0]]
     assert batch.loss_mask.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]
     assert batch.segments.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
@@ -115,9 +149,55 @@ def test_collate():
 def test_two_images_of_a_row():
     one, two = np.full((1, 2, 2, 3), 1, np.uint8), np.full((1, 2, 2, 3), 2, np.uint8)
     example = Example(*(np.zeros(6, np.int32),) * 4, image_start=[1, 4])
-    batch = collate([(example, [one, two])], seq_len=6, slots=2, image_shape=(1, 2, 2, 3))
+    batch = collate([[(example, [one, two])]], seq_len=6, slots=2, image_shape=(1, 2, 2, 3))
     assert batch.image_start.tolist() == [[1, 4]]
     assert (batch.views[0, 0] == 1).all() and (batch.views[0, 1] == 2).all()
+
+
+def test_examples_of_a_sequence_follow_one_another():
+    """Segments tell them apart, positions restart, an image start counts from the start of the sequence."""
+    view = lambda value: np.full((1, 2, 2, 3), value, np.uint8)
+    one = Example(np.array([1, 0, 5]), np.array([0, 0, 1]), np.array([0, 0, 0]), np.array([0, 1, 2]), [1])
+    two = Example(np.array([7, 8]), np.array([0, 1]), np.array([0, 1]), np.array([0, 1]), [])
+    three = Example(np.array([0, 9]), np.array([0, 1]), np.array([0, 0]), np.array([0, 1]), [0])
+    batch = collate([[(one, [view(1)]), (two, []), (three, [view(3)])], []], 8, 3, (1, 2, 2, 3))
+    assert batch.tokens.tolist() == [[1, 0, 5, 7, 8, 0, 9, 0], [0] * 8]
+    assert batch.loss_mask.tolist() == [[0, 0, 1, 0, 1, 0, 1, 0], [0] * 8]
+    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3, 3, 0], [0] * 8]
+    assert batch.branches.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0], [0] * 8]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0], [0] * 8]
+    assert batch.image_start.tolist() == [[1, 5, -1], [-1, -1, -1]]
+    assert (batch.views[0, 0] == 1).all() and (batch.views[0, 1] == 3).all() and not batch.views[0, 2].any()
+
+
+def test_packed_equals_unpacked(tiny):
+    """Loss and gradients of rows in one sequence are those of the same rows in sequences of their own."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for images, text in ((1, 5), (0, 7), (2, 4), (1, 3)):
+        tokens, loss, start = [1], [0], []
+        for _ in range(images):
+            start.append(len(tokens))
+            tokens += [0] * 9
+            loss += [0] * 9
+        tokens += rng.integers(2, 64, text).tolist()
+        loss += [0] + [1] * (text - 1)
+        branches = np.zeros(len(tokens), np.int32)
+        example = Example(np.array(tokens), np.array(loss), branches, np.arange(len(tokens)), start)
+        examples.append((example, list(rng.integers(0, 256, (images, 5, 12, 12, 3), np.uint8))))
+    total = sum(len(example.tokens) for example, _ in examples)
+    packed = collate([examples, []], total + 3, 5, (5, 12, 12, 3))
+    apart = collate([[example] for example in examples], 24, 2, (5, 12, 12, 3))
+
+    def loss(params, batch):
+        value, count = cross_entropy(tiny.model.apply({"params": params}, batch)[0], batch)
+        return value / count
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    (one, grads), (other, others) = (gradient(tiny.params, batch) for batch in (packed, apart))
+    assert abs(one - other) < 1e-5
+    for a, b in zip(*map(jax.tree.leaves, (grads, others)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_shapes_and_types(batches):
@@ -179,16 +259,44 @@ def test_threads_do_not_change_the_order(batches):
     assert_equal(batches(8, many), batches(8))
 
 
-def test_two_processes_share_the_global_batches(batches):
-    whole = batches(8)
-    parts = [batches(8, process_index=i, process_count=2) for i in range(2)]
+@pytest.fixture
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
 
-    def rows(batch):
-        return [b"".join(getattr(batch, field)[i].tobytes() for field in FIELDS) for i in range(len(batch.tokens))]
 
-    for batch, first, second in zip(whole, *parts, strict=True):
-        assert len(rows(first)) == len(rows(second)) == 2
-        assert sorted(rows(first) + rows(second)) == sorted(rows(batch))
+@pytest.mark.parametrize("batching", ["rows", "packed"])
+def test_worker_processes_do_not_change_the_order(batches, parsed_flags, batching):
+    stage = dataclasses.replace(STAGE, batching=batching)
+    many = dataclasses.replace(CONFIG, data=DataConfig(threads=1, workers=2, flip=True))
+    alone = dataclasses.replace(CONFIG, data=DataConfig(threads=1, flip=True))
+    assert_equal(batches(7, many, stage), batches(7, alone, stage))
+
+
+def test_a_dead_worker_ends_the_run_with_its_cause(split, words, parsed_flags):
+    cfg = dataclasses.replace(CONFIG, data=DataConfig(threads=1, workers=1))
+    iterator = iterate(split, words, cfg, dataclasses.replace(STAGE, max_steps=1000))
+    next(iterator)
+    began = time.monotonic()
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        for _ in iterator:
+            pass
+    assert time.monotonic() - began < 60
+    iterator.close()
+
+
+@pytest.mark.parametrize("batching", ["rows", "packed", "buckets"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_global_batches(batches, count, batching):
+    """Whatever their number: process p has the p-th of equal blocks of every batch."""
+    stage = dataclasses.replace(STAGE, batching=batching, buckets=(36,))
+    cfg = dataclasses.replace(CONFIG, data=DataConfig(threads=1, flip=True, shift=1))
+    whole = batches(8, cfg, stage)
+    parts = [batches(8, cfg, stage, process_index=i, process_count=count) for i in range(count)]
+    joined = [jax.tree.map(lambda *blocks: np.concatenate(blocks), *pieces) for pieces in zip(*parts, strict=True)]
+    assert_equal(joined, whole)
 
 
 def test_batch_that_processes_cannot_share(batches):
@@ -196,22 +304,31 @@ def test_batch_that_processes_cannot_share(batches):
         batches(1, process_index=0, process_count=3)
 
 
+@pytest.mark.parametrize("batching", ["rows", "packed", "buckets"])
 @pytest.mark.parametrize("stop", [0, 1, 4])
-@pytest.mark.parametrize("process", [{}, {"process_index": 1, "process_count": 2}])
-def test_resume(batches, split, words, stop, process):
+def test_resume(batches, stop, batching):
     """Rows 10 to 19 are the second epoch: batch 2 holds the end of one and the beginning of the other."""
+    stage = dataclasses.replace(STAGE, batching=batching, buckets=(36,))
     cfg = dataclasses.replace(CONFIG, data=DataConfig(threads=2, flip=True, shift=1))
-    expected = batches(stop + 5, cfg, **process)[stop:]
-    iterator = train_batches(split, STAGE, cfg, words, Images(cfg), **process)
-    for _ in range(stop):
-        next(iterator)
-    state = iterator.get_state()
-    next(iterator)  # what is read after the state was taken changes nothing
-    again = train_batches(split, STAGE, cfg, words, Images(cfg), **process)
-    again.set_state(state)
-    assert_equal([next(again) for _ in range(5)], expected)
-    iterator.set_state(state)
-    assert_equal([next(iterator) for _ in range(5)], expected)
+    assert_equal(batches(5, cfg, stage, first=stop), batches(stop + 5, cfg, stage)[stop:])
+
+
+def test_ten_kills_in_two_epochs_of_packed_rows(tmp_path, words):
+    """Every row is seen twice, although each start reads ahead of the steps that count, and hosts come and go."""
+    rng = np.random.default_rng(0)
+    turns = lambda i: [{"from": "human", "value": "?"}, {"from": "gpt", "value": f"row {i}" + " yes" * (i % 7)}]
+    split = split_of([{"id": i, "conversations": turns(i)} for i in range(200)], tmp_path)
+    stage = dataclasses.replace(STAGE, batching="packed", epochs=2.0, max_steps=0)
+    total = len(plan_of(reader_of(split, words, stage=stage), stage))
+    kills = sorted(rng.choice(np.arange(1, total), 10, replace=False).tolist())
+    seen = []
+    for first, last in itertools.pairwise([0, *kills, total]):
+        hosts = int(rng.choice([1, 2, 4]))
+        for host in range(hosts):
+            iterator = iterate(split, words, CONFIG, stage, first, process_index=host, process_count=hosts)
+            seen += row_numbers([batch for batch, _ in itertools.islice(iterator, last - first)], words)
+            iterator.close()
+    assert np.bincount(seen).tolist() == [2] * 200
 
 
 def test_batch_larger_than_the_data(batches, words):
@@ -238,9 +355,8 @@ def test_training_images_are_mirrored_now_and_then(batches, words):
 
 def test_evaluation_images_are_never_augmented(split, words):
     cfg = dataclasses.replace(CONFIG, data=DataConfig(flip=True, shift=2))
-    assert_equal(
-        fixed_batches(split, STAGE, cfg, words, Images(cfg)), fixed_batches(split, STAGE, CONFIG, words, Images(CONFIG))
-    )
+    found = [list(fixed_batches(reader_of(split, words, c), 4, 64, 1)) for c in (cfg, CONFIG)]
+    assert_equal(*found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,58 +364,61 @@ def test_evaluation_images_are_never_augmented(split, words):
 
 
 def test_fixed_batches(split, words):
-    found = fixed_batches(split, STAGE, CONFIG, words, Images(CONFIG))
+    found = list(fixed_batches(reader_of(split, words), 4, 64, 1))
     assert [len(batch.tokens) for batch in found] == [4, 4, 4]
     assert [pieces for batch in found for pieces in answers(batch, words)] == [
         *([f"row {i}", f"yes {i}"] for i in range(ROWS)),
         [],
         [],
     ]
+    for field in FIELDS[:-1]:  # what fills up the last one counts for nothing
+        assert not getattr(found[-1], field)[2:].any(), field
+    assert found[-1].image_start.tolist() == [[1], [1], [-1], [-1]]
 
 
-def test_rows_that_fill_up_count_for_nothing(split, words):
-    last = fixed_batches(split, STAGE, CONFIG, words, Images(CONFIG))[-1]
-    for field in FIELDS[:-1]:
-        assert not getattr(last, field)[2:].any(), field
-    assert last.image_start.tolist() == [[1], [1], [-1], [-1]]
-
-
-def test_fixed_batches_are_as_large_as_a_micro_batch(split, words):
-    stage = dataclasses.replace(STAGE, accumulate=2)
-    found = fixed_batches(split, stage, CONFIG, words, Images(CONFIG))
-    assert [len(batch.tokens) for batch in found] == [2] * 5
+def test_fixed_batches_leave_out_what_is_broken(split, words, tmp_path):
+    rows = make_rows(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"<html>")
+    (batch,) = fixed_batches(reader_of(split_of(rows, tmp_path), words), 9, 64, 1)
+    assert [pieces[0] for pieces in answers(batch, words)] == [f"row {i}" for i in range(ROWS) if i != 3]
 
 
 def test_no_rows_no_batches(split, words):
-    assert fixed_batches(Split([], split.images), STAGE, CONFIG, words, Images(CONFIG)) == []
+    assert list(fixed_batches(reader_of(split_of([], "."), words), 4, 64, 1)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what the user can mend
+# broken rows
 
 
-def test_a_broken_image_stops_training_with_a_sentence(split, words, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"<html>")
-    rows = [{**split.rows[0], "image": "broken.png"}]
-    iterator = train_batches(Split(rows, str(tmp_path)), STAGE, CONFIG, words, Images(CONFIG))
-    with pytest.raises(UserError) as caught:
-        next(iterator)
-    path = tmp_path.resolve() / "broken.png"
-    assert str(caught.value) == f"image {path} cannot be read as an image: cannot identify image file {str(path)!r}"
+@pytest.mark.parametrize("batching", ["rows", "packed"])
+def test_a_broken_image_leaves_a_hole_and_is_told(words, tmp_path, batching):
+    rows = make_rows(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"<html>")
+    stage = dataclasses.replace(STAGE, batching=batching, epochs=1.0, max_steps=0)
+    found = list(iterate(split_of(rows, tmp_path), words, CONFIG, stage))
+    assert sorted(row_numbers([batch for batch, _ in found], words)) == [i for i in range(ROWS) if i != 3]
+    ((bad,),) = [bad for _, bad in found if bad]
+    assert (bad.source, bad.row, bad.id, bad.cause) == ("rows.json", 3, "3", "broken_image")
+    assert bad.reason.startswith("rows.json row 3 (id 3): image ")
 
 
-def test_a_row_that_is_too_long_stops_training_with_a_sentence(split, words):
-    stage = dataclasses.replace(STAGE, seq_len=6)
-    with pytest.raises(UserError) as caught:
-        next(train_batches(split, stage, CONFIG, words, Images(CONFIG)))
-    assert re.fullmatch(r"row [0-9]: its first answer ends at position 11, but seq_len=6", str(caught.value))
+def test_holes_change_nothing_else(split, words, tmp_path):
+    rows = make_rows(tmp_path)
+    (tmp_path / "3.png").unlink()
+    broken = [batch for batch, _ in itertools.islice(iterate(split_of(rows, tmp_path), words), 6)]
+    whole = [batch for batch, _ in itertools.islice(iterate(split, words), 6)]
+    for a, b in zip(broken, whole, strict=True):
+        for sequence in range(4):
+            if "row 3" not in answers(b, words)[sequence]:
+                np.testing.assert_array_equal(a.tokens[sequence], b.tokens[sequence])
+                np.testing.assert_array_equal(a.views[sequence], b.views[sequence])
+            else:
+                assert not a.segments[sequence].any()
 
 
-def test_unknown_template(split, words):
-    stage = dataclasses.replace(STAGE, template="vicuna")
-    cfg = dataclasses.replace(CONFIG, stages={"align": stage}, run_stages=("align",))
-    with pytest.raises(UserError, match="'vicuna'.*vicuna_v1"):
-        encoder(split, stage, check(dataclasses.asdict(cfg)), words, Images(cfg))
+# ----------------------------------------------------------------------------------------------------------------------
+# images
 
 
 def test_an_image_is_read_once(split, monkeypatch):
@@ -308,6 +427,15 @@ def test_an_image_is_read_once(split, monkeypatch):
     opened = []
     read = images.read_image
     monkeypatch.setattr(images, "read_image", lambda path, limit: opened.append(path) or read(path, limit))
-    pictures = Images(CONFIG)
-    assert pictures.read(split.images, "3.png") is pictures.read(split.images, "3.png")
+    pictures, part = Images(CONFIG), split.parts[0]
+    assert pictures.read(part, "3.png") is pictures.read(part, "3.png")
     assert len(opened) == 1
+
+
+def test_what_goes_to_a_worker_is_small(split, words):
+    import cloudpickle
+
+    reader = reader_of(split, words)
+    read = pipeline.BatchReader(reader, plan_of(reader, dataclasses.replace(STAGE, max_steps=10_000)), (0,), 0, 1)
+    reader.pictures.read(split.parts[0], "3.png")
+    assert len(cloudpickle.dumps(grain.MapDataset.range(10).map(read))) < 40_000  # the tokenizer, and ten rows

@@ -331,6 +331,15 @@ def test_a_whole_sparsecut(tmp_path):
     assert cfg.data.image_fit == "crop"
 
 
+def test_the_grid_of_a_sparsecut(tmp_path):
+    """Files of before there were grids mean 2 x 2, whatever the run's own config says."""
+    fusion = SPARSECUT["fusion"] | {"grid": [1, 3]}
+    path = checkpoint(tmp_path / "new", SPARSECUT | {"fusion": fusion}, *WHOLE)
+    assert resolved(model=path).fusion.grid == (1, 3)
+    path = checkpoint(tmp_path / "old", SPARSECUT, *WHOLE)
+    assert resolved({"fusion": {"grid": (3, 3)}}, model=path).fusion.grid == (2, 2)
+
+
 def test_a_sparsecut_without_shortcuts(tmp_path):
     settings = SPARSECUT | {"shortcuts": {"vit_levels": [], "llm_layers": [], "position": "pre"}}
     cfg = resolved(model=checkpoint(tmp_path, settings, *WHOLE))

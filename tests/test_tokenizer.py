@@ -1,11 +1,12 @@
 """The trained tokenizer and the one from Hugging Face."""
 
 import json
+import pickle
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 
 from sparsecut_jax.data.tokenizer import from_json, load, train, wrap
 from sparsecut_jax.types import UserError
@@ -115,6 +116,68 @@ def test_folder_that_holds_no_tokenizer(tmp_path, content):
     with pytest.raises(UserError) as caught:
         load(str(tmp_path))
     assert str(caught.value).startswith(f"tokenizer.path={str(tmp_path)!r}: no Hugging Face tokenizer could be read")
+
+
+CHAT = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+
+
+def test_the_chat_template_stays_with_the_tokenizer(trained, tmp_path):
+    told = wrap(trained.backend, trained.pad, trained.bos, trained.eos, CHAT)
+    assert from_json(told.to_json()).chat_template == CHAT
+    assert told.with_special("<image>")[0].chat_template == CHAT
+    told.save(tmp_path)
+    assert load(str(tmp_path)).chat_template == CHAT
+
+
+def test_json_without_a_chat_template_is_as_it_was(trained):
+    assert list(json.loads(trained.to_json())) == ["special", "tokenizer"]
+    assert from_json(trained.to_json()).chat_template == ""
+
+
+@pytest.mark.parametrize(
+    "given", [CHAT, [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "x"}], None]
+)
+def test_the_chat_template_of_a_folder(tmp_path, given):
+    path = word_level(tmp_path, eos_token="[END]", **({"chat_template": given} if given else {}))
+    assert load(path).chat_template == (CHAT if given else "")
+
+
+def test_a_chat_template_in_a_file_of_its_own(tmp_path):
+    path = word_level(tmp_path, eos_token="[END]")
+    (tmp_path / "chat_template.jinja").write_text(CHAT)
+    assert load(path).chat_template == CHAT
+
+
+def test_a_copy_reads_no_special_tokens_from_text_either(trained):
+    """Worker processes get one."""
+    again = pickle.loads(pickle.dumps(trained))
+    assert (again.pad, again.bos, again.eos) == (trained.pad, trained.bos, trained.eos)
+    for copy in (again, trained.with_special("<image>")[0]):
+        assert copy.encode("</s> <image>") == trained.encode("</s> <image>")
+
+
+def test_long_texts_are_not_remembered():
+    tokenizer = train(["a b"], 300)
+    assert tokenizer.encode("a" * 10_000) == tokenizer.encode("a") * 10_000
+    assert tokenizer._short.cache_info().maxsize * 500 < 100e6
+    before = tokenizer._short.cache_info().currsize
+    tokenizer.encode("b" * 501)
+    assert tokenizer._short.cache_info().currsize == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ({}, ("a ", 300, " b ", 300, "")),
+        ({"rstrip": True}, ("a ", 300, "b ", 300, "")),
+        ({"lstrip": True}, ("a", 300, " b", 300, "")),
+    ],
+)
+def test_special_tokens_swallow_white_space_where_they_say_so(trained, kind, expected):
+    backend = Backend.from_str(trained.backend.to_str())
+    backend.add_special_tokens([AddedToken("<X>", **kind)])
+    found = wrap(backend, 0, 1, 2).split_special("a <X> b <X>")
+    assert found == tuple(backend.token_to_id("<X>") if piece == 300 else piece for piece in expected)
 
 
 def test_split_special_cuts_a_template_and_not_what_users_say():

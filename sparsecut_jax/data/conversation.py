@@ -1,7 +1,7 @@
-"""A LLaVA row becomes tokens, turn by turn, with the loss mask built along the way.
+"""A row becomes tokens, turn by turn, with the loss mask built along the way.
 
-A row is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}; `<image>` in a human
-value marks where an image goes. With `"independent": true` the turns are separate questions about the
+A row in LLaVA's spelling is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}; `<image>`
+in a human value marks where an image goes. With `"independent": true` the turns are separate questions about the
 image: each sees the image and itself only, as if it had been a row of its own.
 """
 
@@ -12,54 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from sparsecut_jax.data.templates import Template
 from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import BadSample, UserError
 
+Row = dict[str, Any]
 IMAGE = "<image>"
-HUMAN, GPT = "human", "gpt"
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How turns are written. A special token's name in these texts is that token; in anybody's words it is text.
-
-    Attributes:
-      system: text at the very start.
-      user, answer: text before a question and before its answer.
-      between: text between an answer and the next question of a conversation.
-      space: text between `answer` and the answer, predicted with it.
-      end: text that ends an answer; None for the tokenizer's end token. Predicted too.
-      question: False leaves out what the human says and keeps the image alone.
-    """
-
-    system: str = ""
-    user: str = ""
-    answer: str = ""
-    between: str = ""
-    space: str = " "
-    end: str | None = None
-    question: bool = True
-
-
-CHATML = Template(user="<|im_start|>user\n", answer="<|im_end|>\n<|im_start|>assistant\n", between="\n", space="")
-TEMPLATES = {
-    # LLaVA's stage 1: the image, then its caption.
-    "plain": Template(space="", end="\n", question=False),
-    "vicuna_v1": Template(
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
-        user="USER: ",
-        answer=" ASSISTANT:",
-    ),
-    # Turns as Qwen and SmolLM2 have them, without a system turn; a model's own template may put one in front.
-    "chatml": CHATML,
-    "smollm2": dataclasses.replace(
-        CHATML,
-        system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
-    ),
-    # The shortest one: for models trained from nothing.
-    "qa": Template(),
-}
+HUMAN, GPT, SYSTEM = "human", "gpt", "system"
+SPEAKERS = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,99 +33,144 @@ class Example:
     image_start: list[int]
 
 
-def images_of(row: dict[str, Any]) -> list[str]:
-    """Image paths of a row, relative to the source's folder; [] for a text-only row."""
-    image = row.get("image", row.get("images", []))
-    return [image] if isinstance(image, str) else list(image or [])
-
-
-def check_row(row: Any, name: str, max_images: int) -> None:
-    """Raises UserError naming the row if it is not a conversation this program can train on."""
-
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            raise UserError(f"{name}: {sentence}")
-
-    need(isinstance(row, dict), f"expected an object, got {type(row).__name__}")
-    turns = row.get("conversations")
-    need(isinstance(turns, list) and len(turns) > 0, "key 'conversations' must be a list with at least one turn")
-    need(not ("image" in row and "images" in row), "both keys 'image' and 'images' are there; expected one of them")
-    image = row.get("image", row.get("images"))
-    paths = image if isinstance(image, list) else [] if image is None else [image]
-    need(all(isinstance(path, str) and path for path in paths), "key 'image' must be a path or a list of paths")
-    need(isinstance(row.get("independent", False), bool), "key 'independent' must be true or false")
-    marks = 0
-    for i, turn in enumerate(turns):
-        need(
-            isinstance(turn, dict) and isinstance(turn.get("value"), str),
-            f"turn {i} must be an object with a text 'value'",
-        )
-        need(isinstance(turn.get("kind", ""), str), f"turn {i} has 'kind'={turn.get('kind')!r}, expected a text")
-        expected = (HUMAN, GPT)[i % 2]
-        need(turn.get("from") == expected, f"turn {i} has 'from'={turn.get('from')!r}, expected {expected!r}")
-        if expected == HUMAN:
-            marks += turn["value"].count(IMAGE)
-        else:
-            need(turn["value"].strip() != "", f"turn {i} is an empty answer")
-    need(len(turns) % 2 == 0, "the last turn is a question without an answer")
-    images = len(images_of(row))
-    need(marks == images, f"{marks} {IMAGE} in the questions, but {images} images")
-    need(images <= max_images, f"{images} images, but config.data.max_images={max_images}")
-    if row.get("independent"):
-        first = turns[0]["value"]
-        need(
-            first.startswith(IMAGE * images) and all(IMAGE not in turn["value"] for turn in turns[2:]),
-            f"independent turns need every {IMAGE} at the start of the first question",
-        )
-
-
-class TooLong(UserError):
+class TooLong(BadSample):
     """The images and the first answer of a row do not fit."""
 
 
+def images_of(row: Row) -> list[str | bytes]:
+    """The images of a row, paths or encoded ones; [] for a text-only row."""
+    images = row.get("image", row.get("images"))
+    return [] if images is None else list(images) if isinstance(images, list) else [images]
+
+
+def canonical(row: Any, name: str, max_images: int) -> Row:
+    """A row of any known spelling in LLaVA's: questions and answers in turn, and a system message under "system".
+
+    Known are `conversations` and `messages`, of from/value or role/content. An answer before the first question is
+    left out, and so is a question after the last answer.
+
+    Raises:
+      BadSample: it is no conversation this program can train on; the sentence begins with `name`.
+    """
+    try:
+        return _canonical(row, max_images)
+    except BadSample as error:
+        raise BadSample(error.cause, f"{name}: {error}") from None
+
+
+def _canonical(row: Any, max_images: int) -> Row:
+    if not isinstance(row, dict):
+        raise BadSample("format", f"expected an object, got {type(row).__name__}")
+    given = row.get("conversations", row.get("messages"))
+    if not isinstance(given, list) or not given:
+        raise BadSample("format", "key 'conversations' must be a list with at least one turn")
+    if not isinstance(row.get("independent", False), bool):
+        raise BadSample("format", "key 'independent' must be true or false")
+    if "image" in row and "images" in row:
+        raise BadSample("format", "both keys 'image' and 'images' are there; expected one of them")
+    images = images_of(row)
+    if not all(isinstance(image, str | bytes) and image for image in images):
+        raise BadSample("format", "key 'image' must be a path or a list of paths")
+    turns = [_turn(turn, i) for i, turn in enumerate(given)]
+
+    first, system = 0, row.get("system") or ""
+    if turns[0]["from"] == SYSTEM:
+        first, system = 1, turns[0]["value"]
+    if not isinstance(system, str):
+        raise BadSample("format", f"key 'system' must be a text, got {system!r}")
+    if len(turns) > first and turns[first]["from"] == GPT:
+        first += 1
+    for i in range(first, len(turns)):
+        expected = (HUMAN, GPT)[(i - first) % 2]
+        if turns[i]["from"] != expected:
+            raise BadSample("roles", f"turn {i} is of {turns[i]['from']!r}, expected {expected!r}")
+        if expected == GPT and not turns[i]["value"].strip():
+            raise BadSample("no_answer", f"turn {i} is an empty answer")
+    turns = turns[first:]
+    if len(turns) < 2:
+        raise BadSample("no_answer", "there is no question with an answer")
+
+    marks = [turn["value"].count(IMAGE) for turn in turns[::2]]
+    if sum(marks) != len(images):
+        raise BadSample("image_count", f"{sum(marks)} {IMAGE} in the questions, but {len(images)} images")
+    if len(turns) % 2:
+        del turns[-1], images[len(images) - marks.pop() :]
+    if len(images) > max_images:
+        raise BadSample("image_count", f"{len(images)} images, but config.data.max_images={max_images}")
+    if row.get("independent") and not (turns[0]["value"].startswith(IMAGE * len(images)) and not any(marks[1:])):
+        raise BadSample("image_count", f"independent turns need every {IMAGE} at the start of the first question")
+
+    if turns == given and "messages" not in row and system == row.get("system", ""):
+        return row
+    others = {key: row[key] for key in row if key not in ("conversations", "messages", "image", "images", "system")}
+    return others | {"images": images, "conversations": turns} | ({"system": system} if system else {})
+
+
+def _turn(turn: Any, i: int) -> Row:
+    """Turn `i` as {"from": HUMAN, GPT or SYSTEM, "value"}, and whatever else stands in it."""
+    if not isinstance(turn, dict):
+        raise BadSample("format", f"turn {i} must be an object, got {type(turn).__name__}")
+    who, words = ("role", "content") if "role" in turn else ("from", "value")
+    name, value = turn.get(who), turn.get(words)
+    speaker = SPEAKERS.get(name) if isinstance(name, str) else None
+    if speaker is None:
+        raise BadSample("roles", f"turn {i} has {who!r}={name!r}, expected one of {', '.join(SPEAKERS)}")
+    text = _joined(value, speaker) if isinstance(value, list) else value
+    if not isinstance(text, str):
+        raise BadSample("format", f"turn {i} must be an object with a text {words!r}")
+    if not isinstance(turn.get("kind", ""), str):
+        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r}, expected a text")
+    if text is turn.get("value") and speaker == turn.get("from"):
+        return turn
+    return {key: turn[key] for key in turn if key not in ("role", "content")} | {"from": speaker, "value": text}
+
+
+def _joined(parts: list[Any], speaker: str) -> str | None:
+    """The text of a content in parts; None for anything but texts, and images in questions."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if kind == "text" else IMAGE if kind == "image" and speaker == HUMAN else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
+
+
 def encode_row(
-    row: dict[str, Any],
-    tokenizer: Tokenizer,
-    template: Template,
-    image_tokens: int,
-    seq_len: int,
-    order: np.ndarray | None = None,
+    row: Row, tokenizer: Tokenizer, template: Template, image_tokens: int, seq_len: int, order: np.ndarray | None = None
 ) -> Example:
-    """Tokens and loss mask of a checked row, at most `seq_len` long, cut after the last whole turn that fits.
+    """Tokens and loss mask of a canonical row, at most `seq_len` long, cut after the last whole turn that fits.
 
     Args:
       image_tokens: positions that one image takes (N).
-      order: for independent turns, the order to take the questions in (those that do not fit wait
-        for another epoch); None for the order of the row.
+      order: to take independent questions in (those that do not fit wait for another epoch); None for the row's.
 
     Raises:
       TooLong: not even the first answer fits.
     """
-    writer = _Writer(tokenizer, image_tokens)
-    pairs = list(zip(row["conversations"][::2], row["conversations"][1::2], strict=True))
-    name = f"row {row.get('id', '?')!r}"
+    turns = row["conversations"]
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
     independent = bool(row.get("independent")) and template.question
     shared = IMAGE * len(images_of(row))
-    if not template.question:
-        pairs = pairs[:1]
-    writer.special(tokenizer.bos)
-    writer.text(template.system)
+    writer = _Writer(tokenizer, template, image_tokens, row.get("system", ""))
     if independent:
-        if shared:
-            writer.prompt(template.user, shared)
+        writer.question(shared)
         if order is not None:
             pairs = [pairs[i] for i in order]
+    if not template.question:
+        pairs = pairs[:1]
     kept = 0
     for human, gpt in pairs:
         before = writer.mark()
         if independent:
             writer.new_branch()
-            writer.prompt("" if shared else template.user, human["value"].replace(IMAGE, ""))
+            writer.question(template.said(shared + human["value"].replace(IMAGE, "")).removeprefix(shared))
         else:
-            value = human["value"] if template.question else IMAGE * human["value"].count(IMAGE)
-            writer.prompt((template.between if kept else "") + template.user, value)
+            writer.text(template.next if kept else "")
+            writer.question(_as_asked(human["value"], template))
         writer.text(template.answer)
-        writer.answer(template.space + gpt["value"], template.end)
+        writer.answer(gpt["value"])
         if len(writer.tokens) <= seq_len:
             kept += 1
             continue
@@ -174,100 +179,120 @@ def encode_row(
         if not independent:  # of independent questions a shorter one may still fit
             break
     if not kept:
-        raise TooLong(f"{name}: its first answer ends at position {needed}, but seq_len={seq_len}")
+        raise TooLong("too_long", f"its first answer ends at position {needed}, but seq_len={seq_len}")
     return writer.example()
 
 
-def encode_prompt(prompt: str, images: int, tokenizer: Tokenizer, template: Template, image_tokens: int) -> Example:
+def encode_prompt(
+    prompt: str, images: int, tokenizer: Tokenizer, template: Template, image_tokens: int, system: str = ""
+) -> Example:
     """Tokens of a question that waits for its answer. `<image>` is put in front where the prompt names none.
 
     Raises:
       UserError: more or fewer `<image>` than images.
     """
     marks = prompt.count(IMAGE)
-    if marks == 0:
-        prompt = IMAGE * images + ("\n" if images and template.question else "") + prompt
+    if marks == 0 and images:
+        prompt = f"{IMAGE * images}\n{prompt}"
     elif marks != images:
         raise UserError(f"the prompt has {marks} {IMAGE}, but there are {images} images")
-    writer = _Writer(tokenizer, image_tokens)
-    writer.special(tokenizer.bos)
-    writer.text(template.system)
-    writer.prompt(template.user, prompt if template.question else IMAGE * images)
+    writer = _Writer(tokenizer, template, image_tokens, system)
+    writer.question(_as_asked(prompt, template))
     writer.text(template.answer)
+    writer.flush()
     return writer.example()
 
 
-class _Writer:
-    """Grows an Example piece by piece."""
+def _as_asked(question: str, template: Template) -> str:
+    """A question as LLaVA has it: a single image stands on the first line, several stay where they are."""
+    marks = question.count(IMAGE)
+    if not template.question:
+        return IMAGE * marks
+    if marks == 1:
+        question = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+    return template.said(question)
 
-    def __init__(self, tokenizer: Tokenizer, image_tokens: int):
-        self.tokenizer, self.image_tokens = tokenizer, image_tokens
+
+class _Writer:
+    """Grows an Example piece by piece.
+
+    Text is tokenised when a special token or an image ends it, all of it at once: the words of template and people
+    between two of those are one text to the tokenizer, as they are in LLaVA.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, image_tokens: int, system: str):
+        self.tokenizer, self.template, self.image_tokens = tokenizer, template, image_tokens
         self.tokens: list[int] = []
-        self.loss: list[int] = []
-        self.branches: list[int] = []
-        self.positions: list[int] = []
+        self.runs: list[tuple[int, int, int, int]] = []  # of like tokens: count, loss, branch, index - position
         self.image_start: list[int] = []
+        self.pending = ""  # text that is not tokenised yet
         self.branch = 0
-        self.next_position = 0
-        self.shared_end = 0
+        self.position = 0  # of the next token
+        if template.bos and tokenizer.bos >= 0:
+            self._add((tokenizer.bos,))
+        before, words, after = template.opening(system)
+        self.text(before)
+        self.pending += words
+        self.text(after)
 
     def new_branch(self) -> None:
         """What follows sees what was written before the first branch, and itself."""
         if self.branch == 0:
-            self.shared_end = self.next_position
+            self.shared = self.pending, self.position
+        self.pending, self.position = self.shared
         self.branch += 1
-        self.next_position = self.shared_end
-
-    def special(self, token: int, supervised: bool = False) -> None:
-        if token >= 0:
-            self._add([token], supervised)
 
     def text(self, text: str) -> None:
         """Text of the template."""
-        self.prompt(text, "")
+        for piece in self.tokenizer.split_special(text):
+            if isinstance(piece, int):
+                self.flush()
+                self._add((piece,))
+            else:
+                self.pending += piece
 
-    def prompt(self, before: str, text: str) -> None:
-        """The template's text `before`, then what somebody says, with `<image>` in it.
+    def question(self, words: str) -> None:
+        """What somebody says, with `<image>` in it."""
+        first, *others = words.split(IMAGE)
+        self.pending += first
+        for piece in others:
+            self.flush()
+            self.image_start.append(len(self.tokens))
+            self._add((self.tokenizer.pad,) * self.image_tokens)
+            self.pending = piece
 
-        What stands behind the template's last special token is tokenised together with the words that follow.
-        """
-        *whole, rest = self.tokenizer.split_special(before)
-        for piece in whole:
-            self._add([piece] if isinstance(piece, int) else self.tokenizer.encode(piece), False)
-        for i, piece in enumerate((rest + text).split(IMAGE)):
-            if i > 0:
-                self.image_start.append(len(self.tokens))
-                self._add([self.tokenizer.pad] * self.image_tokens, False)
-            self._add(self.tokenizer.encode(piece), False)
+    def answer(self, words: str) -> None:
+        """What is to be predicted. Its tokens are those of the whole text that follow the tokens of the prompt."""
+        template = self.template
+        text, *end = ("", self.tokenizer.eos) if template.end is None else self.tokenizer.split_special(template.end)
+        text = template.space + template.said(words) + text
+        prompt, whole = self.tokenizer.encode(self.pending), self.tokenizer.encode(self.pending + text)
+        n = len(prompt)
+        # A token that joins the prompt's last word with the answer's first would not be there when the model is asked.
+        answer = whole[n:] if whole[:n] == prompt else self.tokenizer.encode(text)
+        self._add(prompt)
+        self._add((*answer, *end[:1]), loss=1)
+        self.pending = ""
 
-    def answer(self, text: str, end: str | None) -> None:
-        self._add(self.tokenizer.encode(text), True)
-        if end is None:
-            self.special(self.tokenizer.eos, True)
-        else:
-            self._add(self.tokenizer.encode(end), True)
+    def flush(self) -> None:
+        self._add(self.tokenizer.encode(self.pending))
+        self.pending = ""
 
-    def mark(self) -> tuple[int, int, int, int]:
-        return len(self.tokens), len(self.image_start), self.branch, self.next_position
+    def mark(self) -> tuple[Any, ...]:
+        return len(self.tokens), len(self.runs), len(self.image_start), self.pending, self.branch, self.position
 
-    def back_to(self, mark: tuple[int, int, int, int]) -> None:
-        length, images, self.branch, self.next_position = mark
-        for column in (self.tokens, self.loss, self.branches, self.positions):
-            del column[length:]
-        del self.image_start[images:]
+    def back_to(self, mark: tuple[Any, ...]) -> None:
+        length, runs, images, self.pending, self.branch, self.position = mark
+        del self.tokens[length:], self.runs[runs:], self.image_start[images:]
 
     def example(self) -> Example:
-        return Example(
-            np.array(self.tokens, np.int32),
-            np.array(self.loss, np.uint8),
-            np.array(self.branches, np.int32),
-            np.array(self.positions, np.int32),
-            self.image_start,
-        )
+        count, *columns = np.array(self.runs, np.int32).reshape(-1, 4).T
+        loss, branches, before = np.repeat(columns, count, axis=1)
+        positions = np.arange(len(self.tokens), dtype=np.int32) - before
+        return Example(np.array(self.tokens, np.int32), loss.astype(np.uint8), branches, positions, self.image_start)
 
-    def _add(self, ids: tuple[int, ...] | list[int], supervised: bool) -> None:
-        self.tokens.extend(ids)
-        self.loss.extend([int(supervised)] * len(ids))
-        self.branches.extend([self.branch] * len(ids))
-        self.positions.extend(range(self.next_position, self.next_position + len(ids)))
-        self.next_position += len(ids)
+    def _add(self, ids: tuple[int, ...], loss: int = 0) -> None:
+        if ids:
+            self.runs.append((len(ids), loss, self.branch, len(self.tokens) - self.position))
+            self.tokens += ids
+            self.position += len(ids)

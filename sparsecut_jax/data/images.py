@@ -1,104 +1,272 @@
-"""An image file becomes the views of the model: one low-res view and four hi-res crops."""
+"""An image becomes the views of the model: one low-res view and a grid of hi-res crops.
+
+Both are cut from the same square picture, so they line up: with a grid of 2 x 2 the crops are the quarters (top left,
+top right, bottom left, bottom right) of the picture at twice the size.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import os
+import posixpath
+import stat as stat_lib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from etils import epath
+from PIL import Image, UnidentifiedImageError
 
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import BadSample, UserError
 
-BORDER = (123, 117, 104)  # mean colour of CLIP's training images: what `pad` fills up with
-Image.MAX_IMAGE_PIXELS = None  # `read_image` has a limit of its own, which the config sets
 BICUBIC = Image.Resampling.BICUBIC
-LOW_RES_AND_CROPS = 5
+MOST_PIXELS = 2**26  # of what lies between an image and its views: four bytes each
+LONGEST_SIDE = 65_535  # pixels, JPEG's own limit: work grows with the side, not only with the number of pixels
+Image.MAX_IMAGE_PIXELS = None  # `read_image` has a limit of its own, which the config sets
+Image.init()
+# Each of these knows all of its size before decoding. Others run programs (EPS), hide a second image of any size (ICO)
+# or take what is no image at all (TGA).
+FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"} & set(Image.OPEN))
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def resolve(folder: str | os.PathLike, name: str) -> Path:
-    """Path of image `name` in `folder`. Raises UserError if it leaves the folder or is not there."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and files
+
+
+def resolve(folder: str | os.PathLike, name: str, stat: bool = True) -> Path:
+    """Path of image `name` in `folder`, which is on a disk or gs://... (there names are all that is looked at).
+
+    stat: whether links are followed and the file must be there; else the disk is not asked.
+
+    Raises:
+      BadSample: it leaves the folder, is not there, or is no name that a file can have.
+    """
+    place = os.fspath(folder)
     try:
-        root = Path(folder).resolve()
-        path = (root / name).resolve()
-        inside, there = path.is_relative_to(root), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # no file can have such a name, or a link leads to itself
-        raise UserError(f"image {name!r} in {str(folder)!r} cannot be found: {error}") from error
-    if not inside:
-        raise UserError(f"image {name!r} leaves its folder {root}")
-    if not there:
-        raise UserError(f"image {path} is not there")
+        os.fsencode(name)
+        possible = "\0" not in name
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise BadSample("path", f"image {name!r} in {place!r} has a name that no file can have")
+    if "://" in place:
+        inner = posixpath.normpath(name)
+        if inner == ".." or inner.startswith(("/", "../")) or "://" in name:
+            raise BadSample("path", f"image {name!r} leaves its folder {place}")
+        return epath.Path(place) / inner
+    root = os.path.abspath(place)
+    path = _within(root, os.path.normpath(os.path.join(root, name)), name)
+    if stat:
+        path = _within(os.path.realpath(root), os.path.realpath(path), name)
+        if not os.path.isfile(path):
+            raise BadSample("missing_image", f"image {path} is not there")
+    return Path(path)
+
+
+def _within(root: str, path: str, name: str) -> str:
+    if path != root and not path.startswith(os.path.join(root, "")):
+        raise BadSample("path", f"image {name!r} leaves its folder {root}")
     return path
 
 
-def read_image(path: str | os.PathLike, max_pixels: int) -> Image.Image:
-    """RGB image of a file. Raises UserError for what is no image, or has more than `max_pixels`."""
+def read_image(source: str | os.PathLike | bytes, max_pixels: int, name: str = "") -> Image.Image:
+    """RGB image of a file, or of a file's bytes; `name` is what errors call it.
+
+    It stands upright (EXIF), of an animation it is the first frame, transparent parts are white, and 16 bits a channel
+    become 8.
+
+    Raises:
+      BadSample: what is no image or a damaged one, is not there, or has more than `max_pixels`.
+    """
+    name = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
-        with Image.open(path) as image:
+        with _open(source) as file, _identify(file) as image:
             width, height = image.size  # from the header: nothing is decoded yet
             if width * height > max_pixels:
-                raise UserError(
-                    f"image {path} has {width} x {height} pixels, more than config.data.max_pixels={max_pixels}"
-                )
-            if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip them
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
+                limit = f"config.data.max_pixels={max_pixels}"
+                raise BadSample("too_large_image", f"image {name} has {width} x {height} pixels, more than {limit}")
+            if max(width, height) > LONGEST_SIDE:
+                sentence = f"image {name} has {width} x {height} pixels, more than {LONGEST_SIDE} in one direction"
+                raise BadSample("too_large_image", sentence)
+            image.load()
+            return _upright(_rgb(image), image)
     except FileNotFoundError:
-        raise UserError(f"image {path} is not there") from None
-    except UserError:
+        raise BadSample("missing_image", f"image {name} is not there") from None
+    except (UserError, MemoryError):
         raise
+    except ImportError as error:  # no fault of the image: what reads gs:// is not installed
+        raise UserError(f"image {name} cannot be read: {error}") from error
     except Exception as error:  # every decoder fails in its own way
-        raise UserError(f"image {path} cannot be read as an image: {error}") from error
+        raise BadSample("broken_image", f"image {name} cannot be read as an image: {error}") from error
 
 
-def square(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """The image as size x size pixels.
+def _open(source: str | os.PathLike | bytes) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if "://" in os.fspath(source):
+        return io.BytesIO(epath.Path(source).read_bytes())
+    if not stat_lib.S_ISREG(os.stat(source).st_mode):  # opening a named pipe would wait for ever
+        raise OSError("it is no regular file")
+    return open(source, "rb")
 
-    fit: "pad" adds a border in the mean colour (LLaVA-1.5), "squash" ignores the aspect ratio, "crop"
-    takes the middle.
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(16)
+        reason = f"no format fits, or its header is damaged; it starts with {start!r}" if start else "the file is empty"
+        raise ValueError(reason) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    elif image.has_transparency_data:
+        colour = image.info.get("transparency")
+        if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG with 16 bits a channel
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values beyond 8 bits, which Pillow would clip: integers are of 16 bits, and their upper 8 are kept, as
+    Pillow does it with colours; floats reach up to 1, 255 or 65535, whichever is the first to hold them all."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        top = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+        return Image.fromarray(np.floor(values.clip(0) / top * 255 + 0.5).astype(np.uint8))
+    pixels = (values.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged EXIF data are no reason to leave a picture out
+        orientation = source.getexif().get(ORIENTATION, 1)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views
+
+
+def border_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
+    """What `pad` fills up with: `config.vision.mean` as a colour, rounded down as LLaVA does."""
+    return tuple(int(value * 255) for value in mean)
+
+
+def views(
+    image: Image.Image, size: int, grid: tuple[int, int] | None, fit: str, border: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """uint8[V, S, S, 3]: the low-res view, then the rows * columns crops of `grid` (None: no crops), row by row.
+
+    fit, border: see `square`.
     """
-    width, height = image.size
-    side = max(width, height) if fit == "pad" else min(width, height)
-    if width != height and fit == "pad":
-        canvas = Image.new("RGB", (side, side), BORDER)
-        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = canvas
-    elif width != height and fit == "crop":
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return image if image.size == (size, size) else image.resize((size, size), BICUBIC)
+    rows, columns = grid or (0, 0)
+    result = np.empty((1 + rows * columns, size, size, 3), np.uint8)
+    result[0] = square(image, size, size, fit, border)
+    if grid:
+        result[1:] = _cut(np.asarray(square(image, columns * size, rows * size, fit, border)), grid)
+    return result
 
 
-def views(image: Image.Image, size: int, count: int, fit: str) -> np.ndarray:
-    """uint8[V, S, S, 3]: the low-res view, then the crops TL, TR, BL, BR of the image at twice the size.
+def square(image: Image.Image, width: int, height: int, fit: str, border: tuple[int, ...] = (0, 0, 0)) -> Image.Image:
+    """A square picture of the image, as width x height pixels.
 
-    Both resolutions are made from the same square, so they line up. `count` is 1 (low-res alone) or 5.
+    fit: "pad" adds a border of that colour where the image is short (LLaVA-1.5), "squash" ignores the aspect ratio,
+    "crop" takes the middle, to the pixel that CLIP's image processor takes.
     """
-    low = np.asarray(square(image, size, fit))[None]
-    if count == 1:
-        return low
-    canvas = np.asarray(square(image, 2 * size, fit))
-    crops = canvas.reshape(2, size, 2, size, 3).swapaxes(1, 2).reshape(4, size, size, 3)
-    return np.concatenate([low, crops])
+    w, h = image.size
+    if fit == "squash" or w == h:
+        return image.resize((width, height), BICUBIC)
+    if fit == "pad":
+        side = max(w, h)
+        # Along rows first, as Pillow does with a square; but of a very tall image that would take a huge canvas.
+        for axis in (1, 0) if h == side and side**2 > MOST_PIXELS else (0, 1):
+            image = _pad(image, axis, side, (width, height)[axis], border)
+        return image
+    short = min(w, h)
+    wide, high = int(width * w / short), int(height * h / short)  # both at least width and height
+    left, top = (wide - width) // 2, (high - height) // 2
+    if wide * high <= MOST_PIXELS:  # a `box` would be faster, but then Pillow may take the axes in another order
+        return image.resize((wide, high), BICUBIC).crop((left, top, left + width, top + height))
+    box = (left * w / wide, top * h / high, (left + width) * w / wide, (top + height) * h / high)
+    return image.resize((width, height), BICUBIC, box)
 
 
-def augment(views: np.ndarray, rng: np.random.Generator, flip: bool, shift: int) -> np.ndarray:
+def _pad(image: Image.Image, axis: int, side: int, size: int, border: tuple[int, ...]) -> Image.Image:
+    """One axis of `pad`: the image in the middle of `side` pixels, and these resized to `size`.
+
+    Bit by bit what a canvas of side x side pixels would give, but only what the image has a part in is computed.
+    """
+    length = image.size[axis]
+    offset, scale = (side - length) // 2, side / size
+    reach = 2 * max(scale, 1) + 1  # source pixels that bicubic looks at on either side, and one
+    first, last = (offset - reach) / scale, (offset + length + reach) / scale  # output pixels that see the image
+    # Where `step` output pixels are a whole number of source pixels, a part is computed as it is within the whole.
+    step = size // math.gcd(side, size)
+    first, last = max(0, math.floor(first / step) * step), min(size, math.ceil(last / step) * step)
+    low, high = max(0, math.floor(first * scale - reach)), min(side, math.ceil(last * scale + reach))
+    canvas = lambda n: Image.new("RGB", (n, image.height) if axis == 0 else (image.width, n), border)
+    along = lambda begin, end: (begin, 0, end, image.height) if axis == 0 else (0, begin, image.width, end)
+    strip = image
+    if length < side:
+        strip = canvas(high - low)
+        strip.paste(image, along(offset - low, 0)[:2])
+    box = along(first * side / size - low, last * side / size - low)
+    part = strip.resize(along(0, last - first)[2:], BICUBIC, box)
+    if last - first == size:
+        return part
+    result = canvas(size)
+    result.paste(part, along(first, 0)[:2])
+    return result
+
+
+def augment(views: np.ndarray, rng: np.random.Generator, flip: bool, shift: int, grid: tuple[int, int]) -> np.ndarray:
     """The same views of a picture that was mirrored (half of the time) and moved by up to `shift` low-res pixels.
 
     Both resolutions move together; what comes in at the border repeats the border.
 
     Args:
       views: uint8[V, S, S, 3].
+      grid: rows and columns of the crops, if there are any.
     """
-    count, size = views.shape[:2]
     mirror = flip and rng.random() < 0.5
     dy, dx = rng.integers(-shift, shift + 1, 2) if shift else (0, 0)
-    moved = [_move(views[0], dy, dx, mirror)]
-    if count == LOW_RES_AND_CROPS:
-        canvas = views[1:].reshape(2, 2, size, size, 3).swapaxes(1, 2).reshape(2 * size, 2 * size, 3)
-        canvas = _move(canvas, 2 * dy, 2 * dx, mirror)
-        moved += list(canvas.reshape(2, size, 2, size, 3).swapaxes(1, 2).reshape(4, size, size, 3))
-    return np.stack(moved)
+    result = np.empty_like(views)
+    result[0] = _move(views[0], dy, dx, mirror)
+    if len(views) > 1:
+        rows, columns = grid
+        size = views.shape[1]
+        canvas = views[1:].reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+        result[1:] = _cut(_move(canvas, rows * dy, columns * dx, mirror), grid)
+    return result
+
+
+def _cut(canvas: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[rows * S, columns * S, 3] -> crops [rows * columns, S, S, 3], row by row."""
+    rows, columns = grid
+    size = canvas.shape[0] // rows
+    return canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
 def _move(picture: np.ndarray, dy: int, dx: int, mirror: bool) -> np.ndarray:

@@ -1,124 +1,204 @@
-"""Rows in, Batch out: a Grain dataset that is shuffled per epoch, split by process, and resumable by index."""
+"""Rows in, Batch out. A batch is found by its number in the stage's plan, so a run resumes at any step with nothing to
+remember; hosts, worker processes and threads change who reads, never what is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import TEMPLATES, Example, TooLong, encode_row, images_of
-from sparsecut_jax.data.sources import Split
-from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.models.fusion import FUSIONS
-from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.types import EMPTY_SLOT, Batch, UserError
+from sparsecut_jax.data.conversation import Example, images_of
+from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.rows import Row
+from sparsecut_jax.data.sources import Part, Split
+from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad
+from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import EMPTY_SLOT, BadSample, Batch, UserError
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process
+READY = 2  # batches that wait on the device
 
 
 class Images:
-    """Reads an image as uint8[V, S, S, 3], and remembers as many as fit into CACHE_BYTES."""
+    """Pictures as uint8[V, S, S, 3]; remembers as many as fit into CACHE_BYTES."""
 
     def __init__(self, cfg: Config):
-        size, count = cfg.vision.image_size, FUSIONS[cfg.fusion.name].views
-        self.shape = (count, size, size, 3)
+        self.size, self.fit = cfg.vision.image_size, cfg.data.image_fit
+        self.border = images.border_colour(cfg.vision.mean)
+        count = views_of(cfg.fusion)
+        self.grid = cfg.fusion.grid if count > 1 else None
+        self.shape = (count, self.size, self.size, 3)
+        self._remember()
 
-        def read(folder: str, name: str) -> np.ndarray:
-            image = images.read_image(images.resolve(folder, name), cfg.data.max_pixels)
-            return images.views(image, size, count, cfg.data.image_fit)
+    def _remember(self) -> None:
+        self._cached = functools.lru_cache(maxsize=CACHE_BYTES // math.prod(self.shape))(self._read)
 
-        self.read = functools.lru_cache(maxsize=CACHE_BYTES // math.prod(self.shape))(read)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_cached"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
+
+    def read(self, part: Part, entry: str | bytes) -> np.ndarray:
+        """Views of a picture of a row. Raises BadSample."""
+        return self._read(part, entry) if isinstance(entry, bytes) else self._cached(part, entry)
+
+    def _read(self, part: Part, entry: str | bytes) -> np.ndarray:
+        return self.views(part.pictures.open(entry))
+
+    def views(self, picture: Any) -> np.ndarray:
+        return images.views(picture, self.size, self.grid, self.fit, self.border)
 
 
-def collate(examples: list[tuple[Example, list[np.ndarray]]], seq_len: int, slots: int, image_shape: tuple) -> Batch:
-    """Examples and their images -> one Batch of numpy arrays, padded on the right to `seq_len`."""
-    b = len(examples)
+Sequence = list[tuple[Example, list[np.ndarray]]]  # what stands in one sequence: examples and their images
+
+
+def collate(sequences: list[Sequence], seq_len: int, slots: int, image_shape: tuple) -> Batch:
+    """One Batch of numpy arrays; the examples of a sequence follow one another as segments 1, 2, ..., then padding."""
+    b = len(sequences)
     columns = {name: np.zeros((b, seq_len), np.int32) for name in ("tokens", "segments", "branches", "positions")}
     loss_mask = np.zeros((b, seq_len), np.uint8)
     views = np.zeros((b, slots, *image_shape), np.uint8)
     image_start = np.full((b, slots), EMPTY_SLOT, np.int32)
-    for row, (example, pictures) in enumerate(examples):
-        n = len(example.tokens)
-        columns["tokens"][row, :n] = example.tokens
-        columns["branches"][row, :n] = example.branches
-        columns["positions"][row, :n] = example.positions
-        columns["segments"][row, :n] = 1
-        loss_mask[row, :n] = example.loss_mask
-        for m, (start, picture) in enumerate(zip(example.image_start, pictures, strict=True)):
-            image_start[row, m], views[row, m] = start, picture
+    for row, sequence in enumerate(sequences):
+        at, slot = 0, 0
+        for segment, (example, pictures) in enumerate(sequence, start=1):
+            where = slice(at, at + len(example.tokens))
+            columns["tokens"][row, where] = example.tokens
+            columns["branches"][row, where] = example.branches
+            columns["positions"][row, where] = example.positions
+            columns["segments"][row, where] = segment
+            loss_mask[row, where] = example.loss_mask
+            for start, picture in zip(example.image_start, pictures, strict=True):
+                image_start[row, slot], views[row, slot] = at + start, picture
+                slot += 1
+            at = where.stop
     return Batch(loss_mask=loss_mask, views=views, image_start=image_start, **columns)
 
 
-def encoder(split: Split, stage: StageConfig, cfg: Config, tokenizer: Tokenizer, pictures: Images):
-    """Function (row, numpy Generator or None) -> (Example, its images).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads rows of a split as sequences.
 
-    The generator shuffles independent turns and augments the images; None does neither.
+    Attributes:
+      flip, shift: how training images are augmented.
     """
-    template = TEMPLATES[stage.template]
 
-    def encode(row: dict[str, Any], rng: np.random.Generator | None) -> tuple[Example, list[np.ndarray]]:
+    split: Split
+    encode: RowEncoder
+    pictures: Images
+    flip: bool = False
+    shift: int = 0
+
+    def example(self, part: Part, row: Row, rng: np.random.Generator | None) -> tuple[Example, list[np.ndarray]]:
+        """A row and its pictures. The generator shuffles independent turns and augments images; None does neither.
+
+        Raises:
+          BadSample: it does not fit, or a picture cannot be read.
+        """
         order = rng.permutation(len(row["conversations"]) // 2) if rng is not None else None
-        example = encode_row(row, tokenizer, template, cfg.tokens_per_image, stage.seq_len, order)
-        names = images_of(row)[: len(example.image_start)]
-        found = [pictures.read(split.images, name) for name in names]
-        if rng is not None and (cfg.data.flip or cfg.data.shift):
-            found = [images.augment(picture, rng, cfg.data.flip, cfg.data.shift) for picture in found]
+        example = self.encode(row, order)
+        found = [self.pictures.read(part, entry) for entry in images_of(row)[: len(example.image_start)]]
+        if rng is not None and (self.flip or self.shift):
+            found = [images.augment(views, rng, self.flip, self.shift, self.pictures.grid) for views in found]
         return example, found
 
-    return encode
+    def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Sequence, list[Bad]]:
+        """The rows that can be read, and the bad ones."""
+        found, bad = [], []
+        for i in rows:
+            part, local = self.split.find(i)
+            row = {}
+            try:
+                row = part.row(local)
+                found.append(self.example(part, row, rng))
+            except BadSample as error:
+                bad.append(as_bad(part, local, row, error))
+        return found, bad
 
 
-def fitting(rows: list, stage: StageConfig, cfg: Config, tokenizer: Tokenizer) -> tuple[list, list[str]]:
-    """The rows that fit into the stage's seq_len, and a sentence for each that does not."""
-    kept, dropped = [], []
-    for row in rows:
-        try:
-            encode_row(row, tokenizer, TEMPLATES[stage.template], cfg.tokens_per_image, stage.seq_len)
-            kept.append(row)
-        except TooLong as error:
-            dropped.append(str(error))
-    return kept, dropped
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchReader:
+    """Function from the number of a batch in the plan to this process's rows of it, and the bad rows met.
+
+    A sequence's random numbers come from its place in the plan: they are the same whoever reads it.
+    """
+
+    reader: Reader
+    plan: Plan
+    seed: tuple[int, ...]
+    process_index: int
+    process_count: int
+
+    def __call__(self, batch: int) -> tuple[Batch, list[Bad]]:
+        size = self.plan.batch_size // self.process_count
+        sequences, bad = [], []
+        for i in range(self.process_index * size, (self.process_index + 1) * size):
+            rng = np.random.default_rng([*self.seed, batch, i])
+            found, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
+            sequences.append(found)
+            bad += broken
+        length = int(self.plan.lengths.values[batch])
+        return collate(sequences, length, self.plan.slots, self.reader.pictures.shape), bad
 
 
 def train_batches(
-    split: Split,
-    stage: StageConfig,
+    reader: Reader,
+    plan: Plan,
     cfg: Config,
-    tokenizer: Tokenizer,
-    pictures: Images,
+    seed: tuple[int, ...],
+    first: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> grain.DatasetIterator:
-    """Endless iterator of this process's rows of each Batch, in an order that only seed and epoch decide.
+    """Iterator of (Batch, bad rows) from batch `first` of the plan on.
 
-    `get_state` and `set_state` (or Grain's Orbax handler) take it up at any batch. Reading threads
-    change the speed, not the order.
+    Args:
+      seed: of shuffled turns and augmentation.
+      place: puts a batch on the devices; done ahead of time, for READY batches.
+
+    Raises:
+      UserError: the processes cannot share a batch.
     """
-    if stage.batch_size % process_count:
-        raise UserError(f"batch_size={stage.batch_size} cannot be split over {process_count} processes")
-    encode = encoder(split, stage, cfg, tokenizer, pictures)
-    rows = grain.MapDataset.source(split.rows).seed(cfg.seed).shuffle().repeat().random_map(encode)
-    rows = rows[process_index::process_count]
-    put_together = functools.partial(
-        collate, seq_len=stage.seq_len, slots=cfg.data.max_images, image_shape=pictures.shape
-    )
-    batches = rows.batch(stage.batch_size // process_count, batch_fn=put_together)
+    if plan.batch_size % process_count:
+        raise UserError(f"batch_size={plan.batch_size} cannot be split over {process_count} processes")
+    read = BatchReader(reader, plan, seed, process_index, process_count)
+    numbers = grain.MapDataset.range(first, len(plan))
     options = grain.ReadOptions(num_threads=cfg.data.threads, prefetch_buffer_size=2 * cfg.data.threads)
-    return iter(batches.to_iter_dataset(options))
+    batches = numbers.map(read).to_iter_dataset(options)
+    if cfg.data.workers:
+        processes = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
+    placed = batches.map(lambda found: (place(found[0]), found[1]))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=READY))
 
 
-def fixed_batches(split: Split, stage: StageConfig, cfg: Config, tokenizer: Tokenizer, pictures: Images) -> list[Batch]:
-    """All rows of a split once, in order; the last batch is filled up with empty rows, which count for nothing."""
-    encode = encoder(split, stage, cfg, tokenizer, pictures)
-    empty = Example(*(np.zeros(0, np.int32),) * 4, image_start=[])
-    found = [encode(row, None) for row in split.rows]
-    size = stage.batch_size // stage.accumulate
-    found += [(empty, [])] * (-len(found) % size)
-    return [
-        collate(found[i : i + size], stage.seq_len, cfg.data.max_images, pictures.shape)
-        for i in range(0, len(found), size)
-    ]
+def _end_with_parent(*_: int) -> None:
+    """A worker process ends with the one that started it, even if that one was killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def fixed_batches(reader: Reader, size: int, seq_len: int, slots: int) -> Iterator[Batch]:
+    """All rows that can be read, once and in order; the last batch is filled up with empty sequences."""
+    found = [reader.sequence([i], None)[0] for i in range(len(reader.split))]
+    found = [sequence for sequence in found if sequence]
+    found += [[]] * (-len(found) % size)
+    for i in range(0, len(found), size):
+        yield collate(found[i : i + size], seq_len, slots, reader.pictures.shape)

@@ -1,129 +1,285 @@
-"""Where rows come from: easy-VQA, or a user's JSON file of LLaVA conversations and a folder of images."""
+"""Where rows come from: easy-VQA, Scenes, TFDS, or JSON files of conversations; one of them, or several by weight."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import hashlib
+import io
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from sparsecut_jax.data import easy_vqa
-from sparsecut_jax.data.conversation import check_row, images_of
-from sparsecut_jax.data.images import resolve
-from sparsecut_jax.settings import DataConfig
-from sparsecut_jax.types import UserError
+from sparsecut_jax.data import easy_vqa, images
+from sparsecut_jax.data.conversation import canonical, images_of
+from sparsecut_jax.data.rows import JsonRows, Row, Subset, is_folder
+from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
+from sparsecut_jax.types import BadSample, UserError
 
-Row = dict[str, Any]
+TOKENIZER_TEXT = 20_000_000  # characters that a tokenizer is trained on, at most
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of one source, by number, and how their pictures are opened.
+
+    Attributes:
+      name: of its file, in messages.
+      rows: `rows[i]` is a row in any of the spellings; nothing is held in memory that a file can hold.
+      pictures: `pictures.open(entry)` is the picture of an entry of a row, a name or encoded bytes.
+      numbers: of the rows in the whole source.
+      weight: how often an epoch has each row.
+      captions: rows -> caption rows, for rows that are no captions themselves.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    pictures: Any
+    max_images: int
+    numbers: np.ndarray | None = None
+    weight: float = 1.0
+    captions: Callable[[Sequence[Row]], Sequence[Row]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def number(self, i: int) -> int:
+        return i if self.numbers is None else int(self.numbers[i])
+
+    def row(self, i: int) -> Row:
+        """Row `i` in LLaVA's spelling. Raises BadSample naming it."""
+        row = {}
+        try:
+            row = self.rows[i]
+            named = self.label(i, row)
+            row = canonical(row, named, self.max_images)
+            for entry in images_of(row):
+                if isinstance(self.pictures, Folder) and isinstance(entry, str):
+                    self.pictures.inside(entry)
+        except BadSample as error:
+            if str(error).startswith(self.label(i, row)):
+                raise
+            raise BadSample(error.cause, f"{self.label(i, row)}: {error}") from None
+        return row
+
+    def label(self, i: int, row: Any) -> str:
+        """What errors call row `i`."""
+        name = f" (id {row['id']!r})" if isinstance(row, dict) and "id" in row else ""
+        return f"{self.name} row {self.number(i)}{name}"
+
+    def look(self, entry: str | bytes, decode: bool) -> None:
+        """Raises BadSample for a picture that is not there, or cannot be decoded."""
+        if decode:
+            self.pictures.open(entry)
+        elif isinstance(self.pictures, Folder) and isinstance(entry, str):
+            self.pictures.there(entry)
+
+    def encoded(self, entry: str | bytes) -> bytes:
+        """The image file as it is; of a drawn picture a PNG."""
+        if isinstance(entry, bytes):
+            return entry
+        if isinstance(self.pictures, Folder):
+            return self.pictures.read(entry)
+        file = io.BytesIO()
+        self.pictures.open(entry).save(file, "PNG")
+        return file.getvalue()
+
+    def take(self, numbers: np.ndarray) -> Part:
+        """The rows `numbers` of it."""
+        return dataclasses.replace(self, rows=Subset(self.rows, numbers), numbers=numbers)
+
+    def as_captions(self) -> Part:
+        return dataclasses.replace(self, rows=self.captions(self.rows)) if self.captions else self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Rows and the folder that their image paths start from."""
+    """Rows of several sources, numbered through."""
 
-    rows: list[Row]
-    images: str
+    parts: tuple[Part, ...]
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        return list(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.parts else 0
+
+    def find(self, i: int) -> tuple[Part, int]:
+        """The part that row `i` is in, and its number there."""
+        which = bisect.bisect_right(self.ends, i)
+        return self.parts[which], i - (self.ends[which] - len(self.parts[which]))
+
+    def row(self, i: int) -> tuple[Part, Row]:
+        """Row `i` and where its pictures are. Raises BadSample."""
+        part, local = self.find(i)
+        return part, part.row(local)
+
+    def groups(self, usable: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """For every part, which of the rows `usable` are in it, and its weight."""
+        cuts = np.searchsorted(usable, [0, *self.ends])
+        return [(usable[a:b], part.weight) for (a, b), part in zip(itertools.pairwise(cuts), self.parts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A named set of rows.
+    """All rows of a run: for training, held out of it for the periodic evaluation, and to test on at the end.
 
     Attributes:
-      train: rows to learn from.
-      holdout: rows taken out of the training rows, for the periodic evaluation.
-      test: rows to report on: the official test split, or the held-out rows where there is none.
-      test_name: what the results file calls the test rows.
+      train, holdout: by name of the source.
+      tests: by the name that results give it: the official test split, or the held-out rows where there is none.
     """
 
     name: str
-    train: Split
-    holdout: Split
-    test: Split
-    test_name: str
-    caption_maker: Callable[[list[Row]], list[Row]] | None = None  # for rows that are no captions themselves
+    train: dict[str, Part]
+    holdout: dict[str, Part]
+    tests: dict[str, Part]
+    fingerprint: str
 
-    def stage_rows(self, rows: str, split: Split | None = None) -> Split:
-        """Rows of a stage, out of the training rows or `split`; `rows` is "captions" or "conversations"."""
-        split = self.train if split is None else split
-        if rows == "captions" and self.caption_maker:
-            return Split(self.caption_maker(split.rows), split.images)
-        return split
+    def stage(self, stage: StageConfig, holdout: bool = False) -> Split:
+        """Rows of a stage: those of its sources, as captions if it asks for them."""
+        parts = self.holdout if holdout else self.train
+        chosen = [parts[name] for name in stage.sources or parts]
+        return Split(tuple(part.as_captions() if stage.rows == "captions" else part for part in chosen))
 
-    def fingerprint(self) -> str:
-        """Number of rows and a hash of all of them: what a resumed run must find unchanged."""
-        digest = hashlib.sha256()
-        rows = self.train.rows + self.holdout.rows
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True).encode())
-        return f"{len(rows)} rows, sha256 {digest.hexdigest()[:16]}"
-
-    def texts(self) -> list[str]:
-        """Everything a tokenizer should know, in a fixed order."""
-        rows = self.train.rows + self.stage_rows("captions").rows
-        return [turn["value"] for row in rows for turn in row["conversations"]]
-
-
-def load_source(cfg: DataConfig) -> Source:
-    """Reads and checks all rows. Raises UserError naming the file, the row and what is wrong with it."""
-    if cfg.source == "easy_vqa":
-        train, folder = easy_vqa.load("train")
-        test, test_folder = easy_vqa.load("test")
-        kept, held = _hold_out(train, cfg)
-        splits = Split(kept, folder), Split(held, folder), Split(test, test_folder)
-        return Source("easy_vqa", *splits, test_name="easy_vqa/test", caption_maker=easy_vqa.captions)
-    rows = read_json(cfg.source)
-    for i, row in enumerate(rows):
-        at = f"{cfg.source} row {i} (id {row.get('id', '?') if isinstance(row, dict) else '?'!r})"
-        check_row(row, at, cfg.max_images)
-        names = images_of(row)
-        if names and not cfg.images:
-            raise UserError(f"{at} has an image, but config.data.images, the folder of the images, is empty")
-        for name in names:
-            try:
-                resolve(cfg.images, name)
-            except UserError as error:
-                raise UserError(f"{at}: {error}") from None
-    kept, held = _hold_out(rows, cfg)
-    name = os.path.splitext(os.path.basename(cfg.source))[0]
-    holdout = Split(held, cfg.images)
-    return Source(name, Split(kept, cfg.images), holdout, holdout, f"{name}/holdout")
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer should know: texts spread evenly over the rows, TOKENIZER_TEXT characters at most."""
+        parts = [*self.train.values(), *(part.as_captions() for part in self.train.values() if part.captions)]
+        budget = TOKENIZER_TEXT
+        for part in parts:
+            for i in _spread(len(part)):
+                try:
+                    turns = part.row(i)["conversations"]
+                except BadSample:
+                    continue
+                yield from (turn["value"] for turn in turns)
+                budget -= sum(len(turn["value"]) for turn in turns)
+                if budget <= 0:
+                    return
 
 
-def read_json(path: str) -> list[Row]:
-    """The rows of a JSON file, not yet checked."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = json.load(file)
-    except FileNotFoundError:
+def _spread(count: int) -> Iterator[int]:
+    """0 to count - 1: all in order where they are few, else in steps that leave no region out."""
+    step = max(1, count // 10_000)
+    for first in range(step):
+        yield from range(first, count, step)
+
+
+def load_source(cfg: Config) -> Source:
+    """Opens what `cfg.data` names; rows are not read yet.
+
+    Raises:
+      UserError: a file that is not there or holds no rows, or more rows to hold out than there are.
+    """
+    mix = cfg.data.mix or {"": SourceConfig(path=cfg.data.source, images=cfg.data.images)}
+    opened = {name: _open(source, cfg, name) for name, source in mix.items()}
+    train = {name: found[0] for name, found in opened.items()}
+    fingerprint = "; ".join(filter(None, (found[2] for found in opened.values())))
+    kept, held = _hold_out(train, cfg.data)
+    title = "+".join(part.name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for part in train.values())
+    tests = {}
+    for name, (_, test, _) in opened.items():
+        label = name or os.path.splitext(os.path.basename(train[name].name))[0]
+        if test is not None:
+            tests[f"{label}/test"] = test
+        elif len(held[name]):
+            tests[f"{label}/holdout"] = held[name]
+    return Source(title, kept, held, tests, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Pictures in files. `setting` is the one that names the folder."""
+
+    path: str
+    max_pixels: int
+    setting: str = ""
+
+    def inside(self, name: str) -> None:
+        if not self.path:
+            raise BadSample("missing_image", f"it has an image, but {self.setting}, the folder of the images, is empty")
+        images.resolve(self.path, name, stat=False)
+
+    def there(self, name: str) -> None:
+        images.resolve(self.path, name)
+
+    def open(self, name: str | bytes) -> Image.Image:
+        source = name if isinstance(name, bytes) else images.resolve(self.path, name)
+        return images.read_image(source, self.max_pixels)
+
+    def read(self, name: str) -> bytes:
+        path = images.resolve(self.path, name)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise BadSample("missing_image", f"image {path} is not there") from None
+
+
+def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | None, str]:
+    """Training rows, official test rows or None, and what tells these data from others."""
+    data = cfg.data
+    if source.path == "easy_vqa":
+        parts = []
+        for split in ("train", "test"):
+            rows, folder = easy_vqa.load(split)
+            pictures = Folder(folder, data.max_pixels)
+            parts.append(Part("easy_vqa", rows, pictures, data.max_images, captions=easy_vqa.captions))
+        return _weighted(parts[0], source), parts[1], f"{len(parts[0])} rows, {_digest(parts[0].rows)}"
+    if source.path == "scenes":
+        from sparsecut_jax.data import scenes
+
+        rows_, columns = cfg.fusion.grid
+        low = cfg.vision.image_size
+        size = data.scenes.size or low * max(rows_, columns)
+        parts = []
+        for split in ("train", "test"):
+            drawn = scenes.rows(data.scenes, split, size, low)
+            parts.append(Part("scenes", drawn, drawn, data.max_images, captions=scenes.captions))
+        return _weighted(parts[0], source), parts[1], f"{len(parts[0])} rows of {data.scenes}, {size} and {low} pixels"
+    if source.path.startswith("tfds:") or is_folder(source.path):
+        from sparsecut_jax.data import tfds_source
+
+        rows = tfds_source.open_tfds(source, data.max_pixels)
+        part = Part(source.path, rows, rows, data.max_images)
+        return _weighted(part, source), None, rows.fingerprint()
+    rows = JsonRows(source.path)
+    where = f"config.data.mix.{name}.images" if name else "config.data.images"
+    folder = Folder(source.images, data.max_pixels, where)
+    part = Part(source.path, rows, folder, data.max_images)
+    return _weighted(part, source), None, rows.fingerprint()
+
+
+def _weighted(part: Part, source: SourceConfig) -> Part:
+    return dataclasses.replace(part, weight=source.weight)
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _hold_out(train: dict[str, Part], cfg: DataConfig) -> tuple[dict[str, Part], dict[str, Part]]:
+    """Training rows and `cfg.holdout` others, of each source its share; the same for every seed of a run."""
+    total = sum(len(part) for part in train.values())
+    if cfg.holdout >= total:
+        of = repr(cfg.source) if not cfg.mix else "config.data.mix"
         raise UserError(
-            f"data source {path!r} is not there; expected 'easy_vqa' or a JSON file of conversations"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(
-            f"data source {path!r} is a folder; expected 'easy_vqa' or a JSON file of conversations"
-        ) from None
-    except OSError as error:
-        raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"data source {path!r} is not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"data source {path!r}: expected a list of rows, got {type(rows).__name__}")
-    if not rows:
-        raise UserError(f"data source {path!r} is an empty list; expected at least one row")
-    return rows
-
-
-def _hold_out(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[Row]]:
-    """Training rows and `cfg.holdout` others, the same for every seed of a run."""
-    if cfg.holdout >= len(rows):
-        raise UserError(
-            f"config.data.holdout={cfg.holdout} rows cannot be kept out of the {len(rows)} of {cfg.source!r}; "
-            f"expected at most {len(rows) - 1}"
+            f"config.data.holdout={cfg.holdout} rows cannot be kept out of the {total} of {of}; "
+            f"expected at most {total - 1}"
         )
-    held = set(np.random.default_rng(0).permutation(len(rows))[: cfg.holdout].tolist())
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [rows[i] for i in sorted(held)]
+    kept, held = {}, {}
+    for name, part in train.items():
+        count = round(cfg.holdout * len(part) / total)
+        order = np.random.default_rng(0).permutation(len(part))
+        chosen = np.sort(order[:count])
+        rest = np.sort(order[count:])
+        kept[name], held[name] = part.take(rest), part.take(chosen)
+    return kept, held

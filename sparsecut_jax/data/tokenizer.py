@@ -19,6 +19,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SHORT = 500  # characters; longer texts hardly come twice, and would fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,29 +29,50 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers` object.
       pad, bos, eos: ids; bos is -1 for a tokenizer without one.
+      chat_template: how a conversation is written, as a program in Jinja (data/templates.py); "" for none.
     """
 
     backend: Backend
     pad: int
     bos: int
     eos: int
+    chat_template: str = ""
 
     def __hash__(self) -> int:
         return id(self)
 
-    @functools.lru_cache(maxsize=50_000)  # questions repeat; a call into the backend costs more than a look-up
+    def __reduce__(self):  # to worker processes; a backend by itself would forget that text is no special token
+        return from_json, (self.to_json(),)
+
     def encode(self, text: str) -> tuple[int, ...]:
+        return self._short(text) if len(text) <= SHORT else self._encode(text)
+
+    @functools.lru_cache(maxsize=50_000)  # questions repeat; a call into the backend costs more than a look-up
+    def _short(self, text: str) -> tuple[int, ...]:
+        return self._encode(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as broken JSON may hold, becomes "?"
         return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
 
     @functools.lru_cache(maxsize=100)
     def split_special(self, text: str) -> tuple[str | int, ...]:
-        """A template's text, cut at the names of special tokens: their ids between pieces of text; the last is text."""
-        named = {t.content: i for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        """A template's text, cut at the names of added tokens: their ids between pieces of text; the last is text.
+
+        Some models have a token for the end of a turn that is not called special. A token that is said to swallow the
+        white space beside it (Phi-3's do) swallows that of the template.
+        """
+        named = {t.content: (i, t) for i, t in self.backend.get_added_tokens_decoder().items()}
         if not named:
             return (text,)
-        cut = re.split("(" + "|".join(map(re.escape, sorted(named, key=len, reverse=True))) + ")", text)
-        return tuple(named.get(piece, piece) for piece in cut)
+        pieces = re.split("(" + "|".join(map(re.escape, sorted(named, key=len, reverse=True))) + ")", text)
+        for at in range(1, len(pieces), 2):
+            pieces[at], token = named[pieces[at]]
+            if token.lstrip:
+                pieces[at - 1] = pieces[at - 1].rstrip()
+            if token.rstrip:
+                pieces[at + 1] = pieces[at + 1].lstrip()
+        return tuple(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -64,11 +86,12 @@ class Tokenizer:
         """The same tokenizer with one more special token, and its id; itself if it has it."""
         backend = Backend.from_str(self.backend.to_str())
         backend.add_special_tokens([name])
-        return dataclasses.replace(self, backend=backend), backend.token_to_id(name)
+        return wrap(backend, self.pad, self.bos, self.eos, self.chat_template), backend.token_to_id(name)
 
     def to_json(self) -> str:
         special = {"pad": self.pad, "bos": self.bos, "eos": self.eos}
-        return json.dumps({"special": special, "tokenizer": json.loads(self.backend.to_str())})
+        own = {"chat_template": self.chat_template} if self.chat_template else {}
+        return json.dumps({"special": special, "tokenizer": json.loads(self.backend.to_str()), **own})
 
     def save(self, folder: os.PathLike) -> None:
         """Writes `folder`/tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
@@ -82,6 +105,8 @@ class Tokenizer:
         }
         if self.bos >= 0:
             config["bos_token"] = name(self.bos)
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
         with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
             json.dump(config, file, indent=2)
 
@@ -103,7 +128,8 @@ def with_vocabulary(cfg: Config, tokenizer: Tokenizer) -> Config:
 def from_json(text: str) -> Tokenizer:
     """Reads what `Tokenizer.to_json` wrote."""
     data = json.loads(text)
-    return wrap(Backend.from_str(json.dumps(data["tokenizer"])), **data["special"])
+    backend = Backend.from_str(json.dumps(data["tokenizer"]))
+    return wrap(backend, **data["special"], chat_template=data.get("chat_template", ""))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -141,12 +167,15 @@ def load(path: str) -> Tokenizer:
         raise UserError(f"tokenizer.path={path!r} has no end-of-text token, so an answer could never end")
     pad = outer.pad_token_id if outer.pad_token_id is not None else outer.eos_token_id
     bos = outer.bos_token_id if outer.bos_token_id is not None else -1
-    return wrap(outer.backend_tokenizer, pad, bos, outer.eos_token_id)
+    written = outer.chat_template  # a text, or several by name
+    if isinstance(written, dict):
+        written = written.get("default")
+    return wrap(outer.backend_tokenizer, pad, bos, outer.eos_token_id, written or "")
 
 
-def wrap(backend: Backend, pad: int, bos: int, eos: int) -> Tokenizer:
+def wrap(backend: Backend, pad: int, bos: int, eos: int, chat_template: str = "") -> Tokenizer:
     """A `tokenizers` object as this program uses it; bos -1 for a tokenizer without one."""
     backend.encode_special_tokens = True  # "</s>" in a user's text stays four characters
     backend.no_padding()
     backend.no_truncation()
-    return Tokenizer(backend, pad, bos, eos)
+    return Tokenizer(backend, pad, bos, eos, chat_template)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,17 +32,17 @@ def generate(
     image_start: jax.Array,
     encoded: Encoded,
     max_new_tokens: int,
-    eos: int = -1,
+    stop: jax.Array | int = -1,
     temperature: jax.Array | float = 0.0,
     key: jax.Array | None = None,
     return_logits: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Continues every row until its end token or `max_new_tokens`.
+    """Continues every row until an end token or `max_new_tokens`.
 
     Args:
       tokens: int32[B, T] prompts padded on the right; length: int32[B] their lengths.
       image_start: int32[B, M]; encoded: one image row per prompt. Shortcuts act in the prefill only.
-      eos: id that ends a row, -1 for none; what follows it is filled with it.
+      stop: int32[E] or one, ids that end a row, -1 for none; what follows one of them is filled with the first.
       temperature: 0 takes the likeliest token, above that samples with `key`.
 
     Returns:
@@ -48,6 +50,7 @@ def generate(
     """
     b, t = tokens.shape
     key = jax.random.key(0) if key is None else key
+    stop = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
     slots = jnp.arange(t + max_new_tokens)
     first, cache = model.apply({"params": params}, tokens, length, image_start, encoded, cache, method="prefill")
@@ -62,11 +65,11 @@ def generate(
 
     def step(carry):
         i, logits, done, out, cache, kept = carry
-        token = jnp.where(done, eos, pick(logits, i))
+        token = jnp.where(done, stop[0], pick(logits, i))
         out = out.at[:, i].set(token)
         if return_logits:
             kept = kept.at[:, i].set(logits)
-        done = done | (token == eos)
+        done = done | jnp.isin(token, stop)
         # Prompts end at different places; new tokens stand in the cache after the longest one, at the rotary
         # positions that follow their own prompt.
         visible = (slots < length[:, None]) | ((slots >= t) & (slots <= t + i))
@@ -75,7 +78,7 @@ def generate(
         )
         return i + 1, logits, done, out, cache, kept
 
-    out = jnp.full((b, max_new_tokens), eos, jnp.int32)
+    out = jnp.full((b, max_new_tokens), stop[0], jnp.int32)
     kept = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None
     # A row without a prompt is padding and has nothing to say.
     carry = (jnp.int32(0), first, length == 0, out, cache, kept)
@@ -99,7 +102,6 @@ def pad_prompts(prompts: list[Example], rows: int, slots: int, multiple: int = 1
     return tokens, length, image_start
 
 
-def until(ids: np.ndarray, eos: int) -> list[int]:
-    """The ids before the end token."""
-    ids = [int(i) for i in ids]
-    return ids[: ids.index(eos)] if eos in ids else ids
+def until(ids: np.ndarray, stop: Sequence[int]) -> list[int]:
+    """The ids before the first that ends an answer."""
+    return list(itertools.takewhile(lambda i: i not in stop, map(int, ids)))

@@ -41,7 +41,7 @@ class Run:
         return self.config.stages[self.config.run_stages[-1]].template
 
     def source(self) -> Source:
-        return load_source(self.config.data)
+        return load_source(self.config)
 
 
 def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:

@@ -1,8 +1,8 @@
 """Multi-grained fusion: the low- and hi-res tokens of one tower level become N tokens of the LLM's width.
 
 A fusion is a Linen module `fuse(levels[K, I, V, N, C], text=None) -> (fused[K, I, N, D], aux_loss)`,
-registered in FUSIONS; `views` says how many views of an image it reads. Row 0 of `levels` is the main
-feature, the rest are the levels of the shortcuts. One set of weights serves all rows (SparseCut's
+registered in FUSIONS; `reads_crops` says whether it looks beyond the low-res view. Row 0 of `levels` is the
+main feature, the rest are the levels of the shortcuts. One set of weights serves all rows (SparseCut's
 choice), or each row has its own (`shared=False`); all rows go through in one batched call.
 
 Source: SparseCut (arXiv 2602.00505), section on multi-grained fusion; `mlp` is LLaVA-1.5's projector
@@ -10,6 +10,8 @@ Source: SparseCut (arXiv 2602.00505), section on multi-grained fusion; `mlp` is 
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +23,29 @@ from sparsecut_jax.settings import FusionConfig
 gelu = ACTIVATIONS["gelu"]
 
 
-def crops_to_cells(crops: jax.Array) -> jax.Array:
-    """Tokens of the four crops, laid beside the low-res token that covers the same place.
+def views_of(config: FusionConfig) -> int:
+    """Views of an image that the fusion reads (V): the low-res one, and the crops if it looks at them."""
+    return 1 + math.prod(config.grid) if FUSIONS[config.name].reads_crops else 1
 
-    The crops TL, TR, BL, BR (each h x h tokens) form a 2h x 2h canvas; low-res token (y, x) covers
-    the canvas cells (2y, 2x), (2y, 2x+1), (2y+1, 2x), (2y+1, 2x+1).
+
+def crops_to_cells(crops: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Tokens of the crops, laid beside the low-res token that covers the same place.
+
+    A grid of r x s crops (each h x h tokens) forms a canvas of rh x sh tokens; low-res token (y, x) covers the r x s
+    canvas cells from (ry, sx) on: (2y, 2x), (2y, 2x+1), (2y+1, 2x), (2y+1, 2x+1) for 2 x 2.
 
     Args:
-      crops: [..., 4, N, C], N = h*h, each crop row-major.
+      crops: [..., r*s, N, C], N = h*h; the crops row by row, the tokens of each one too.
 
     Returns:
-      [..., N, 4C], the four cells concatenated in the order above.
+      [..., N, r*s*C], the cells concatenated row by row.
     """
     *lead, _, n, c = crops.shape
+    r, s = grid
     h = round(n**0.5)
     i = len(lead)
-    canvas = crops.reshape(*lead, 2, 2, h, h, c).swapaxes(i + 1, i + 2).reshape(*lead, h, 2, h, 2, c)
-    return canvas.swapaxes(i + 1, i + 2).reshape(*lead, n, 4 * c)
+    canvas = crops.reshape(*lead, r, s, h, h, c).swapaxes(i + 1, i + 2).reshape(*lead, h, r, h, s, c)
+    return canvas.swapaxes(i + 1, i + 2).reshape(*lead, n, r * s * c)
 
 
 class Projector(nn.Module):
@@ -52,31 +60,33 @@ class Projector(nn.Module):
 
 
 class Channel(nn.Module):
-    """`channel` (official name `cross_mlp`): concatenate along channels, 5C -> D. [I, 5, N, C] -> [I, N, D]."""
+    """`channel` (official name `cross_mlp`): concatenate along channels, VC -> D. [I, V, N, C] -> [I, N, D]."""
 
     width: int
-    views = 5
+    grid: tuple[int, int]
+    reads_crops = True
 
     @nn.compact
     def __call__(self, level: jax.Array) -> jax.Array:
-        x = jnp.concatenate([level[:, 0], crops_to_cells(level[:, 1:])], axis=-1)
+        x = jnp.concatenate([level[:, 0], crops_to_cells(level[:, 1:], self.grid)], axis=-1)
         return Projector(self.width, name="projector")(x)
 
 
 class CrossAttention(nn.Module):
-    """`cross_attention`: low-res tokens attend to the tokens of all crops. [I, 5, N, C] -> [I, N, D].
+    """`cross_attention`: low-res tokens attend to the tokens of all crops. [I, V, N, C] -> [I, N, D].
 
     C // 64 heads (at least one); post-norm, x = LN1(q + attention), x = LN2(x + FFN(x)); FFN is
     C -> 4C -> C with GELU; LayerNorm eps 1e-5.
     """
 
     width: int
-    views = 5
+    grid: tuple[int, int]
+    reads_crops = True
 
     @nn.compact
     def __call__(self, level: jax.Array) -> jax.Array:
-        count, _, n, c = level.shape
-        low, crops = level[:, 0], level[:, 1:].reshape(count, 4 * n, c)
+        count, _, _, c = level.shape
+        low, crops = level[:, 0], level[:, 1:].reshape(count, -1, c)
         x = MultiHeadAttention(max(1, c // 64), name="attention")(low, crops)
         x = LayerNorm(1e-5, name="norm1")(low + x)
         y = gelu(Linear(4 * c, ("embed", "mlp"), name="ffn1")(x))
@@ -88,7 +98,8 @@ class Mlp(nn.Module):
     """`mlp`: the low-res view alone, as LLaVA-1.5 does. [I, 1, N, C] -> [I, N, D]."""
 
     width: int
-    views = 1
+    grid: tuple[int, int]
+    reads_crops = False
 
     @nn.compact
     def __call__(self, level: jax.Array) -> jax.Array:
@@ -112,8 +123,8 @@ class Fusion(nn.Module):
     def __call__(self, levels: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         module = FUSIONS[self.config.name]
         count, _, views, _, _ = levels.shape
-        if views != module.views:
-            raise ValueError(f"fusion {self.config.name!r} reads {module.views} views, got {views}")
+        if views != views_of(self.config):
+            raise ValueError(f"fusion {self.config.name!r} reads {views_of(self.config)} views, got {views}")
         # vmap, not a reshape to [K * I, ...]: merging the whole axis of levels with the split axis of images
         # would make a mesh gather all of them.
         shared = self.config.shared
@@ -125,5 +136,5 @@ class Fusion(nn.Module):
             split_rngs={"params": not shared},
             metadata_params={} if shared else {nn.PARTITION_NAME: "layers"},
         )
-        fused = each(self.width, name="fuse")(levels)
+        fused = each(self.width, self.config.grid, name="fuse")(levels)
         return fused, jnp.zeros((), jnp.float32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.models.fusion import FUSIONS, Fusion
+from sparsecut_jax.models.fusion import Fusion, views_of
 from sparsecut_jax.models.llm import Cache, Decoder
 from sparsecut_jax.models.shortcuts import Plan, plan_shortcuts, write_slots
 from sparsecut_jax.models.vit import VisionTower
@@ -68,7 +68,7 @@ class SparseCut(nn.Module):
     def levels(self, views: jax.Array) -> jax.Array:
         """uint8[B, M, V, S, S, 3] -> [1 + K, B*M, V, N, C]: the main feature, then the plan's levels."""
         cfg = self.vision_config
-        views = views[:, :, : FUSIONS[self.fusion_config.name].views]
+        views = views[:, :, : views_of(self.fusion_config)]
         b, m, v, *pixels = views.shape
         mean, std = jnp.array(cfg.mean, jnp.float32), jnp.array(cfg.std, jnp.float32)
         x = views.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: everything needed to go on, evaluate or answer, written by Orbax in the background.
 
-A checkpoint holds the train state, the position in the data, and as JSON the resolved config, the
-tokenizer and where in the stages the run stands. Orbax writes to a temporary folder and renames it, so a
+A checkpoint holds the train state, and as JSON the resolved config, the tokenizer and where in the stages the run
+stands; the step alone says where in the data that is. Orbax writes to a temporary folder and renames it, so a
 half-written one is never seen.
 """
 
@@ -11,7 +11,6 @@ import json
 import os
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -30,8 +29,8 @@ META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a ch
 
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
 FREE_ON_RESUME = (
-    "workdir", "mesh", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.images", "init_from",
-    "init_parts",
+    "workdir", "mesh", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
+    "data.max_bad_fraction", "init_from", "init_parts",
 )  # fmt: skip
 
 
@@ -58,7 +57,6 @@ class Checkpoints:
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
         usable = not read_only or os.path.isdir(self.folder)
@@ -84,9 +82,7 @@ class Checkpoints:
             raise self._damaged("*/metrics", error) from error
         return self.latest if best is None else best
 
-    def save(
-        self, state: TrainState, data: grain.DatasetIterator, meta: dict[str, Any], holdout_loss: float | None
-    ) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], holdout_loss: float | None) -> None:
         """Writes in the background. Raises NotFinite rather than save a parameter that is not finite."""
         step = int(state.step)
         if step == self.latest:
@@ -95,7 +91,6 @@ class Checkpoints:
             raise NotFinite(f"step {step} has parameters that are not finite")
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=grain.checkpoint.CheckpointSave(data),
             meta=ocp.args.JsonSave(meta),
         )
         self.manager.save(
@@ -136,13 +131,6 @@ class Checkpoints:
             with ocp.PyTreeCheckpointer() as reader:
                 args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
                 return reader.restore(folder, args=args)["params"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
-
-    def restore_data(self, step: int, iterator: grain.DatasetIterator) -> None:
-        """Moves the iterator to where the run stood."""
-        try:
-            self.manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
         except Exception as error:
             raise self._damaged(step, error) from error
 
@@ -229,6 +217,8 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
     old = _flat(meta["asked"])
     for key in sorted(set(new) | set(old)):
         if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
+            continue
+        if key.startswith("data.mix.") and key.endswith((".images", ".data_dir")):
             continue
         if new.get(key) != old.get(key):
             raise UserError(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from sparsecut_jax import sharding
 from sparsecut_jax.cli import Exit
+from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
@@ -35,16 +33,12 @@ class StageSpan:
     last: int
 
 
-def plan_stages(cfg: Config, rows: dict[str, int]) -> list[StageSpan]:
-    """The stages of a run, given the number of training rows of each."""
+def plan_stages(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
+    """The stages of a run, given the number of batches of each."""
     spans, first = [], 0
     for name in cfg.run_stages:
-        stage = cfg.stages[name]
-        steps = stage.max_steps or max(1, math.ceil(min(stage.epochs * rows[name] / stage.batch_size, 2**31) - 0.5))
-        if not first + steps < 2**31:
-            raise UserError(f"config.stages.{name} would take {steps:.3g} steps; lower its epochs or max_steps")
-        spans.append(StageSpan(name, stage, first, first + steps))
-        first += steps
+        spans.append(StageSpan(name, cfg.stages[name], first, first + batches[name]))
+        first += batches[name]
     if cfg.profile and int(cfg.profile.split(":")[1]) > first:
         raise UserError(f"config.profile={cfg.profile!r} ends after the last of the run's {first} steps")
     return spans
@@ -82,6 +76,8 @@ class Stage:
 
     Attributes:
       step: the jitted training step.
+      data: iterator of (Batch on the devices, bad rows met while reading it).
+      note_bad: takes the bad rows; raises UserError above the limit.
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
       meta: what a checkpoint says beside arrays.
       clock: seconds that the run has taken so far, earlier starts included.
@@ -90,7 +86,8 @@ class Stage:
 
     span: StageSpan
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-    data: grain.DatasetIterator
+    data: Iterator[tuple[Batch, list[Bad]]]
+    note_bad: Callable[[list[Bad]], None]
     holdout_loss: Callable[[Any], float] | None
     meta: dict[str, Any]
     clock: Callable[[], float]
@@ -102,7 +99,6 @@ def run_stage(
     state: TrainState,
     cfg: Config,
     plan: Plan,
-    mesh: Mesh,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     stop: StopSignal,
@@ -116,7 +112,6 @@ def run_stage(
       UserError: a batch without one supervised token.
     """
     span, at = stage.span, int(state.step)
-    placed = sharding.batch_sharding(mesh)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
     log = _Log(cfg, span, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
     pending: tuple[int, dict[str, Any]] | None = None
@@ -132,7 +127,7 @@ def run_stage(
         step = int(state.step)
         loss = evaluated.get(step) if stage.is_last else None
         try:
-            checkpoints.save(state, stage.data, {**stage.meta, "seconds": stage.clock()}, loss)
+            checkpoints.save(state, {**stage.meta, "seconds": stage.clock()}, loss)
         except NotFinite as error:
             raise Exit(4, f"stopped without saving: {error}") from error
 
@@ -142,9 +137,9 @@ def run_stage(
                 jax.profiler.start_trace(f"{cfg.workdir}/profile")
                 tracing = True
             began = time.monotonic()
-            batch = next(stage.data)
+            batch, bad = _next(stage.data)
             log.waited += time.monotonic() - began
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+            stage.note_bad(bad)
             state, metrics = stage.step(state, batch)
             at += 1
             # The step before is read only now, while this one runs: the device never waits for the host.
@@ -173,6 +168,19 @@ def run_stage(
             jax.profiler.stop_trace()
         log.progress.close()
     return state
+
+
+def _next(data: Iterator) -> tuple[Batch, list[Bad]]:
+    try:
+        return next(data)
+    except RuntimeError as error:
+        if "exit code" not in str(error):
+            raise
+        code = re.search(r"exit code (-?\d+)", str(error))
+        raise UserError(
+            f"a process that reads the data ended with exit code {code[1] if code else '?'} (-9: killed, often for want "
+            "of memory); lower config.data.workers; the same command goes on from the last checkpoint"
+        ) from error
 
 
 class _Log:

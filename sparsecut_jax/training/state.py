@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from sparsecut_jax import sharding
-from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import checkpoint
@@ -32,7 +32,7 @@ unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 def example_batch(cfg: Config) -> Batch:
     """The smallest batch that touches every parameter."""
     t, m = cfg.tokens_per_image + 1, cfg.data.max_images
-    size, views = cfg.vision.image_size, FUSIONS[cfg.fusion.name].views
+    size, views = cfg.vision.image_size, views_of(cfg.fusion)
     ints = np.zeros((1, t), np.int32)
     return Batch(
         tokens=ints,

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.inference.run import Run
-from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, ShortcutConfig
 from sparsecut_jax.training.workdir import write_json
@@ -96,7 +96,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
 
 def _not_llava(cfg: Config, plan: Plan) -> str:
     """Why transformers' LLaVA cannot be this model; "" if it can."""
-    if FUSIONS[cfg.fusion.name].views > 1:
+    if views_of(cfg.fusion) > 1:
         return f"its fusion {cfg.fusion.name!r} reads hi-res views, which LLaVA has not; write it --as=sparsecut"
     if plan.pairs:
         return (
@@ -195,7 +195,7 @@ def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -
         "model_type": "sparsecut",
         "architectures": ["SparseCutForConditionalGeneration"],
         "image_fit": cfg.data.image_fit,
-        "fusion": {"name": cfg.fusion.name, "shared": cfg.fusion.shared},
+        "fusion": {"name": cfg.fusion.name, "shared": cfg.fusion.shared, "grid": list(cfg.fusion.grid)},
         "shortcuts": {
             "vit_levels": list(plan.vit_levels),
             "llm_layers": list(plan.llm_layers),

@@ -54,7 +54,7 @@ def gguf_tokenizer(path: str) -> Tokenizer:
     for name, i in ids.items():
         if not -1 <= i < len(tokens) or i == -1 and name != "bos":
             raise UserError(f"{path}: the {name} token has id {i}; expected one of the {len(tokens)} tokens")
-    return wrap(backend, **ids)
+    return wrap(backend, **ids, chat_template=header.get("tokenizer.chat_template", str, ""))
 
 
 def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:

@@ -149,7 +149,7 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
         fusion, shortcuts = config["fusion"], config["shortcuts"]
         levels, layers = tuple(shortcuts["vit_levels"]), tuple(shortcuts["llm_layers"])
         return {
-            "fusion": {"name": fusion["name"], "shared": fusion["shared"]},
+            "fusion": {"name": fusion["name"], "shared": fusion["shared"], "grid": fusion.get("grid", (2, 2))},
             "shortcuts": {
                 "density": "explicit" if levels else "none",
                 "vit_levels": levels,

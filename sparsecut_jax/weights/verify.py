@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from sparsecut_jax import sharding
 from sparsecut_jax.inference.run import Run
-from sparsecut_jax.models.fusion import FUSIONS
+from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import Config, InitConfig
 from sparsecut_jax.training import state
@@ -70,6 +70,6 @@ def _example(cfg: Config, words: int, rows: int) -> Batch:
         segments=zeros + 1,
         branches=zeros,
         positions=np.broadcast_to(np.arange(t, dtype=np.int32), (rows, t)).copy(),
-        views=rng.integers(0, 256, (rows, 1, FUSIONS[cfg.fusion.name].views, size, size, 3), np.uint8),
+        views=rng.integers(0, 256, (rows, 1, views_of(cfg.fusion), size, size, 3), np.uint8),
         image_start=np.where(np.arange(rows) % 2, -1, 1).astype(np.int32)[:, None],
     )

@@ -1,0 +1,131 @@
+"""Looks at data before anything is trained on them, and packs them for fast reading.
+
+    python -m sparsecut_jax.data check --config=configs/base.py --config.data.source=rows.json --config.data.images=DIR
+    python -m sparsecut_jax.data stats --config=configs/base.py
+    python -m sparsecut_jax.data preview --config=configs/base.py
+    python -m sparsecut_jax.data build --source=rows.json --images=DIR --out=DATASET
+
+check walks every row and says what is wrong with which (exit code 2 if anything is). stats tells lengths, images per row
+and how full batches are. preview draws the first sequences of a stage as the model gets them. build writes a TFDS
+dataset of ArrayRecord files, which config.data.source then names; images keep the bytes they have. What the first three
+write goes to the config's workdir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from sparsecut_jax import cli
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data.check import check_rows
+from sparsecut_jax.data.preview import preview
+from sparsecut_jax.data.stats import stats
+from sparsecut_jax.data.walk import RowEncoder
+from sparsecut_jax.settings import Config
+from sparsecut_jax.train import make_tokenizer
+from sparsecut_jax.training import report
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import pretrained as weights
+
+FLAGS = flags.FLAGS
+COMMANDS = ("check", "stats", "preview", "build")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A config's data, ready to be read: all rows are training rows here."""
+
+    cfg: Config
+    source: sources.Source
+    readers: dict[str, pipeline.Reader]  # of every stage
+
+
+def open_data(cfg: Config) -> Opened:
+    parts = weights.open_sources(cfg.init)
+    cfg = weights.resolve(cfg, parts)
+    config_lib.check_room(cfg)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, holdout=0))
+    source = sources.load_source(cfg)
+    tokenizer = make_tokenizer(cfg, source, parts)
+    pictures = pipeline.Images(cfg)
+    readers = {}
+    for name in cfg.run_stages:
+        stage = cfg.stages[name]
+        encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
+        readers[name] = pipeline.Reader(source.stage(stage), encoder, pictures, cfg.data.flip, cfg.data.shift)
+    return Opened(cfg, source, readers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Sequence):
+    """The rows of a part, checked."""
+
+    part: sources.Part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.part.row(i)
+
+
+def build_dataset() -> None:
+    from sparsecut_jax.data import build
+
+    if not FLAGS.out:
+        raise UserError("--out is missing; for example --out=DATASET")
+    cfg = cli.typed_config(required=False)
+    data = dataclasses.replace(
+        cfg.data, source=FLAGS.source or cfg.data.source, images=FLAGS.images or cfg.data.images, holdout=0
+    )
+    source = sources.load_source(dataclasses.replace(cfg, data=data))
+    (part,) = source.train.values()
+    progress = report.Progress(len(part), 0, "rows")
+    built = build.build(
+        Rows(part), part.encoded, FLAGS.out, skip=FLAGS.skip_bad, progress=lambda done, total: progress.update()
+    )
+    progress.close()
+    for error in built.skipped:
+        print(f"left out: {error}")
+    print(f"{built.rows:,} rows, {built.images:,} images, {built.bytes / 2**20:,.1f} MiB in {built.shards} shards, "
+          f"{built.seconds:.1f} s: {FLAGS.out}")  # fmt: skip
+
+
+def main(command: str) -> None:
+    if command not in COMMANDS:
+        near = config_lib.nearest(command, COMMANDS) if command else ""
+        raise UserError(f"{command or 'nothing'!r}: expected {', '.join(COMMANDS)}{near}; --help shows them")
+    if command == "build":
+        build_dataset()
+        return
+    cfg = cli.typed_config()
+    os.makedirs(cfg.workdir, exist_ok=True)
+    opened = open_data(cfg)
+    if command == "check":
+        check_rows(opened.readers, FLAGS.look, cfg.workdir)
+    elif command == "stats":
+        stats(opened.readers, opened.cfg)
+    else:
+        preview(opened.readers, opened.cfg, FLAGS.stage or opened.cfg.run_stages[-1], FLAGS.count)
+
+
+if __name__ == "__main__":
+    command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    sys.argv[1:] = [a.replace("-bad", "_bad", 1) if a.startswith("--skip") else a for a in sys.argv[1:]]
+    cli.define_config()
+    flags.DEFINE_enum(
+        "look", "decode", ("none", "stat", "decode"), "check: open the images, look if they are there, or not."
+    )
+    flags.DEFINE_string("stage", "", "preview: the stage whose batches are drawn; left out: the last one.")
+    flags.DEFINE_integer("count", 8, "preview: sequences to draw.", lower_bound=1, upper_bound=200)
+    flags.DEFINE_string("source", "", "build: file of conversations, or any other source; left out: the config's.")
+    flags.DEFINE_string("images", "", "build: folder of the images.")
+    flags.DEFINE_string("out", "", "build: folder to write, local or gs://; must not be there yet.")
+    flags.DEFINE_boolean("skip_bad", False, "build: leave broken rows out instead of stopping at the first.")
+    cli.run(lambda: main(command), __doc__)

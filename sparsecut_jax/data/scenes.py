@@ -1,0 +1,216 @@
+"""Scenes: drawn pictures without end, and questions that tell apart what levels and views of a tower are good for.
+
+Two things are crossed in the questions, so that neither stands for the other:
+
+    level   low: direction of lines, color, sharpness, grain     high: what it is, how many, where
+    scale   coarse: the low-res view shows it                    fine: only the hi-res crops do
+
+Pictures come in pairs, 2k and 2k + 1: alike in all but the answers, of which every one differs. Answers of a question
+are equally frequent, and independent of those of other questions but for one thing: in each of the four cells the
+first two questions are coupled. Combinations of their answers (a, b) with a + b divisible by 4, counted from 0, are
+never drawn in "train" and "test", and the only ones in "heldout", the second half of the test pictures. The coupling
+stays within a cell, so what is coarse tells nothing about what is fine, nor a low level about a high one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+from PIL import Image
+
+from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
+from sparsecut_jax.data.scenes_drawing import Facts, draw
+from sparsecut_jax.settings import ScenesConfig
+from sparsecut_jax.types import UserError
+
+LEVELS, SCALES = ("low", "high"), ("coarse", "fine")
+PARTS = ("train", "test", "heldout")
+DIRECTIONS, COLORS, COUNTS = (
+    ("horizontal", "vertical", "rising", "falling"),
+    ("red", "green", "blue", "yellow"),
+    ("1", "2", "3", "4"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A question, and what may be its answer."""
+
+    name: str
+    level: Literal["low", "high"]
+    scale: Literal["coarse", "fine"]
+    question: str
+    answers: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return f"{self.level}_{self.scale}_{self.name}"
+
+
+TEMPLATES = tuple(
+    Template(*row)
+    for row in [
+        ("stripes", "low", "coarse", "which way do the wide stripes run?", DIRECTIONS),
+        ("color", "low", "coarse", "what color is the big shape?", COLORS),
+        ("edge", "low", "coarse", "is the edge of the big shape sharp or blurred?", ("sharp", "blurred")),
+        ("shape", "high", "coarse", "what is the big shape?", ("circle", "square", "triangle", "cross")),
+        ("discs", "high", "coarse", "how many white discs are there?", COUNTS),
+        ("box", "high", "coarse", "where is the black box from the big shape?", ("left", "right", "above", "below")),
+        ("lines", "low", "fine", "which way do the fine lines run?", DIRECTIONS),
+        ("dots", "low", "fine", "what color are the tiny dots?", COLORS),
+        ("grain", "low", "fine", "is the grainy patch made of checks or specks?", ("checks", "specks")),
+        ("letter", "high", "fine", "which letter is written?", ("A", "K", "S", "X")),
+        ("marks", "high", "fine", "how many tiny crosses are there?", COUNTS),
+        ("order", "high", "fine", "is the letter left or right of the digit?", ("left", "right")),
+    ]
+)
+CELL = 3  # templates in each cell; the first two of them are coupled
+PAIRS_PER_BLOCK = 84  # in so many pairs every pair of answers occurs equally often, and so does every combination
+
+
+def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int) -> Scenes:
+    """The rows of a split, and their pictures.
+
+    Args:
+      size: side of a picture in pixels where `cfg.size` is 0.
+      low: side of the low-res view, in which nothing fine is to be seen.
+
+    Raises:
+      UserError: settings that no picture can be drawn with.
+    """
+    size = cfg.size or size
+    for name, given, known in (("levels", cfg.levels, LEVELS), ("scales", cfg.scales, SCALES)):
+        if not given or not set(given) <= set(known):
+            raise UserError(f"config.data.scenes.{name}={tuple(given)!r}: expected one or both of {known}")
+    if size < 2 * low:
+        raise UserError(
+            f"config.data.scenes.size={size}: expected at least {2 * low}, twice the low-res view of {low} pixels, "
+            "for what is fine must be seen in the hi-res crops and not in the low-res view"
+        )
+    if low < 32:
+        raise UserError(f"pictures of scenes need low-res views of at least 32 pixels, got {low}")
+    if cfg.seed < 0:
+        raise UserError(f"config.data.scenes.seed={cfg.seed}: expected 0 or more")
+    asked = tuple(i for i, t in enumerate(TEMPLATES) if t.level in cfg.levels and t.scale in cfg.scales)
+    if split == "train":
+        return Scenes(cfg.seed, size, low, asked, range(cfg.train))
+    heldout = cfg.test // 4 * 2
+    return Scenes(cfg.seed, size, low, asked, range(cfg.test), first_heldout=cfg.test - heldout)
+
+
+def captions(scenes: Scenes) -> Scenes:
+    """The same pictures, each with what is coarse in it: "a sharp red circle on rising stripes, ..."."""
+    return dataclasses.replace(scenes, caption=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes(Sequence):
+    """Rows in LLaVA's format, made when they are asked for; a slice is a Scenes again.
+
+    Attributes:
+      seed: of the pictures and answers.
+      size, low: sides of a picture and of its low-res view.
+      asked: indices into TEMPLATES.
+      indices: which pictures of the split.
+      first_heldout: index of the first test picture with held-out combinations; -1 for the training split.
+      caption: one turn with a caption in place of the questions.
+    """
+
+    seed: int
+    size: int
+    low: int
+    asked: tuple[int, ...]
+    indices: range
+    first_heldout: int = -1
+    caption: bool = False
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> Scenes: ...
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return dataclasses.replace(self, indices=self.indices[i])
+        name = self.name(self.indices[i])
+        part, index = _split_name(name)
+        answers = answer_ids(self.seed, part, index)
+        if self.caption:
+            turns = [{"from": HUMAN, "value": IMAGE}, {"from": GPT, "value": _caption(_facts(answers))}]
+            return {"id": name + "/caption", "image": name, "conversations": turns}
+        turns = []
+        for k in self.asked:
+            template = TEMPLATES[k]
+            kind = "heldout_" + template.kind if part == "heldout" else template.kind
+            turns.append({"from": HUMAN, "value": (IMAGE if not turns else "") + "\n" + template.question})
+            turns.append({"from": GPT, "value": template.answers[answers[k]], "kind": kind})
+        return {"id": name, "image": name, "independent": True, "conversations": turns}
+
+    def name(self, index: int) -> str:
+        """Name of a picture of the split: "train/17", "test/17" or "heldout/17"."""
+        if self.first_heldout < 0:
+            return f"train/{index}"
+        before = index < self.first_heldout
+        return f"test/{index}" if before else f"heldout/{index - self.first_heldout}"
+
+    def open(self, name: str, fine: bool = True) -> Image.Image:
+        """The RGB picture of that name. `fine=False` leaves out what only the hi-res crops show."""
+        part, index = _split_name(name)
+        facts = _facts(answer_ids(self.seed, part, index))
+        seed = (self.seed, PARTS.index(part), index // 2)  # a pair shares everything but the answers
+        return Image.fromarray(draw(facts, seed, self.size, self.low, fine))
+
+
+def answer_ids(seed: int, part: str, index: int) -> np.ndarray:
+    """int8[len(TEMPLATES)]: the right answer to every question about a picture."""
+    pair, member = divmod(index, 2)
+    block, k = divmod(pair, PAIRS_PER_BLOCK)
+    return _block(seed, PARTS.index(part), block)[k, member]
+
+
+@functools.lru_cache(maxsize=1024)
+def _block(seed: int, part: int, block: int) -> np.ndarray:
+    """int8[PAIRS_PER_BLOCK, 2, len(TEMPLATES)]: answers of the pairs of a block.
+
+    For each question, every pair of different answers equally often, in an order of its own.
+    """
+    rng = np.random.default_rng((seed, part, block, 3))  # drawing takes 0, 1 and 2 at the end
+    columns = []
+    for cell in range(0, len(TEMPLATES), CELL):
+        couples = _couples(heldout=PARTS[part] == "heldout")
+        columns.append(rng.permutation(np.tile(couples, (PAIRS_PER_BLOCK // len(couples), 1, 1))))
+        free = np.array(list(itertools.permutations(range(len(TEMPLATES[cell + 2].answers)), 2)))
+        columns.append(rng.permutation(np.tile(free, (PAIRS_PER_BLOCK // len(free), 1)))[:, :, None])
+    return np.concatenate(columns, axis=2).astype(np.int8)
+
+
+@functools.cache
+def _couples(heldout: bool) -> np.ndarray:
+    """int[P, 2, 2]: all ((a, b), (a', b')) with a != a', b != b', and a + b and a' + b' divisible by 4 or not."""
+    allowed = [(a, b) for a in range(4) for b in range(4) if ((a + b) % 4 == 0) == heldout]
+    return np.array([(p, q) for p in allowed for q in allowed if p[0] != q[0] and p[1] != q[1]])
+
+
+def _facts(answers: np.ndarray) -> Facts:
+    return {template.name: template.answers[k] for template, k in zip(TEMPLATES, answers, strict=True)}
+
+
+def _caption(facts: Facts) -> str:
+    where = {"left": "to the left", "right": "to the right"}.get(facts["box"], facts["box"])
+    discs = "1 white disc" if facts["discs"] == "1" else f"{facts['discs']} white discs"
+    shape = f"a {facts['edge']} {facts['color']} {facts['shape']}"
+    return f"{shape} on {facts['stripes']} stripes, a black box {where}, {discs}"
+
+
+def _split_name(name: str) -> tuple[str, int]:
+    part, _, index = name.partition("/")
+    if part not in PARTS or not index.isdecimal():
+        raise UserError(f"scenes have no picture {name!r}; expected train/17, test/17 or heldout/17")
+    return part, int(index)

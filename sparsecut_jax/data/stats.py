@@ -1,0 +1,103 @@
+"""`data stats`: how long rows are, how many images they have, and how full each way of batching makes the sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import get_args, get_type_hints
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+
+from sparsecut_jax.data.pipeline import Reader  # noqa: E402
+from sparsecut_jax.data.plan import Lengths, make_plan  # noqa: E402
+from sparsecut_jax.data.walk import walk  # noqa: E402
+from sparsecut_jax.settings import Config, StageConfig  # noqa: E402
+from sparsecut_jax.training.report import Progress, table  # noqa: E402
+from sparsecut_jax.training.workdir import write_json  # noqa: E402
+from sparsecut_jax.types import UserError  # noqa: E402
+
+BATCHINGS = get_args(get_type_hints(StageConfig)["batching"])
+
+
+def stats(readers: dict[str, Reader], cfg: Config) -> None:
+    """Prints a table for every stage; writes data_stats.json and data_stats.png."""
+    written, lengths = {}, {}
+    for name, reader in readers.items():
+        split, stage = reader.split, cfg.stages[name]
+        progress = Progress(len(split), 0, f"rows of {name}")
+        walked = walk(split, reader.encode, progress=progress.update)
+        progress.close()
+        usable = walked.lengths.usable
+        if not len(usable):
+            raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
+        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable])
+        filled = {}
+        for batching in BATCHINGS:
+            one = dataclasses.replace(stage, batching=batching, epochs=1.0, max_steps=0)
+            plan = make_plan(walked.lengths, split.groups(usable), one, cfg.data.max_images, cfg.seed)
+            filled[batching] = {"useful": plan.useful, "batches": len(plan), "slots": plan.slots}
+        text = kept.tokens - kept.images * cfg.tokens_per_image
+        told = {
+            "rows": len(split),
+            "left_out": len(split) - len(usable),
+            "text_only": float(np.mean(kept.images == 0)),
+            "tokens": _summary(kept.tokens),
+            "text_tokens": _summary(text),
+            "images": _summary(kept.images),
+            "batching": filled,
+        }
+        _print(name, stage, told)
+        written[name], lengths[name] = told, (kept, text)
+    path = os.path.join(cfg.workdir, "data_stats")
+    write_json(path + ".json", written)
+    _draw(path + ".png", lengths, written, cfg)
+    print(f"\nwritten: {path}.json and {path}.png")
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    quantiles = dict(zip(("min", "median", "p95", "max"), np.quantile(values, [0, 0.5, 0.95, 1]).tolist(), strict=True))
+    return {"mean": float(values.mean()), **quantiles}
+
+
+def _print(name: str, stage: StageConfig, told: dict) -> None:
+    print(
+        f"\nstage {name}: {told['rows']:,} rows, {told['left_out']:,} left out, {told['text_only']:.1%} without an image"
+    )
+    keys = ("min", "median", "mean", "p95", "max")
+    rows = [[label, *(f"{told[key][k]:,.4g}" for k in keys)] for label, key in
+            (("positions of a row", "tokens"), ("of them text", "text_tokens"), ("images of a row", "images"))]  # fmt: skip
+    print(table(["", *keys], rows))
+    rows = [
+        [
+            batching + (" (chosen)" if batching == stage.batching else ""),
+            f"{f['useful']:.1%}",
+            f"{f['batches']:,}",
+            str(f["slots"]),
+        ]
+        for batching, f in told["batching"].items()
+    ]
+    print(table([f"at seq_len={stage.seq_len}", "useful", "batches an epoch", "image slots"], rows))
+
+
+def _draw(path: str, lengths: dict, written: dict, cfg: Config) -> None:
+    """A row of histograms for every stage."""
+    figure, grid = plt.subplots(len(lengths), 3, figsize=(13, 3.6 * len(lengths)), dpi=110, squeeze=False)
+    for (name, (kept, text)), axes in zip(lengths.items(), grid, strict=True):
+        axes[0].hist(kept.tokens, bins=60, color="#4477aa", label="with images")
+        axes[0].hist(text, bins=60, color="#ee6677", alpha=0.7, label="text alone")
+        axes[0].axvline(cfg.stages[name].seq_len, color="black", linewidth=1, linestyle="--", label="seq_len")
+        axes[0].set(title=f"{name}: positions of a row", xlabel="positions", ylabel="rows")
+        axes[0].legend()
+        axes[1].hist(kept.images, bins=np.arange(kept.images.max() + 2) - 0.5, color="#4477aa", rwidth=0.8)
+        axes[1].set(title="images of a row", xlabel="images", ylabel="rows")
+        filled = written[name]["batching"]
+        bars = axes[2].bar(list(filled), [100 * f["useful"] for f in filled.values()], color="#228833")
+        axes[2].bar_label(bars, fmt="%.1f %%")
+        axes[2].set(title="useful positions by batching", ylabel="%", ylim=(0, 110))
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,190 @@
+"""One walk over all rows before the first step: how long each is, and what is wrong with which.
+
+The same walk serves training (lengths for the plan), `data check` and `data stats`; many rows are walked by several
+processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from sparsecut_jax.data.conversation import encode_row, images_of
+from sparsecut_jax.data.plan import Lengths
+from sparsecut_jax.data.rows import Row
+from sparsecut_jax.data.sources import Part, Split
+from sparsecut_jax.data.templates import get_template
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.types import BadSample, UserError
+
+CHUNK = 500
+FEW = 20_000  # rows that are walked sooner than other processes start
+Look = Literal["none", "stat", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A row that cannot be trained on: `row` is its number in its source, `cause` a key of types.CAUSES."""
+
+    source: str
+    row: int
+    id: str
+    cause: str
+    reason: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.source, self.row
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEncoder:
+    """What turns the rows of a stage into tokens: a tokenizer, a template, N and the longest sequence."""
+
+    tokenizer: Tokenizer
+    template: str
+    image_tokens: int
+    seq_len: int
+
+    @classmethod
+    def of(cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer) -> RowEncoder:
+        get_template(stage.template, tokenizer)  # a template that the tokenizer lacks is refused here
+        return cls(tokenizer, stage.template, image_tokens, stage.seq_len)
+
+    def __call__(self, row: dict, order: np.ndarray | None = None):
+        """Example of a row. Raises TooLong."""
+        template = get_template(self.template, self.tokenizer)
+        return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
+
+    def length(self, row: dict) -> tuple[int, int]:
+        """Positions and images of a row; independent questions may take the whole sequence where not all fit."""
+        example = self(row)
+        positions = len(example.tokens)
+        if row.get("independent") and int(example.branches.max()) * 2 < len(row["conversations"]):
+            positions = self.seq_len
+        return positions, len(example.image_start)
+
+    def fingerprint(self) -> str:
+        """What the lengths depend on."""
+        text = f"{self.template} {self.image_tokens} {self.seq_len} {self.tokenizer.to_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Walked:
+    """Lengths of all rows of a split (0 for a bad one), the bad ones, and a hash of each row's content, 0 if unasked."""
+
+    lengths: Lengths
+    bad: list[Bad]
+    digests: np.ndarray
+
+
+def walk(
+    split: Split,
+    encoder: RowEncoder,
+    look: Look = "none",
+    digests: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Walked:
+    """Reads, checks and encodes every row.
+
+    Args:
+      look: at the images: "none", "stat" asks whether the files are there, "decode" opens them.
+      progress: called with the number of rows done since the last call.
+    """
+    count = len(split)
+    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    state = (split, encoder, look, digests)
+    workers = os.cpu_count() or 1
+    few = count < (FEW if look != "decode" else 4 * CHUNK)
+    tokens, images = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    hashes, bad = np.zeros(count, np.uint64), []
+
+    def take(chunk: range, found: tuple) -> None:
+        rows = slice(chunk.start, chunk.stop)
+        tokens[rows], images[rows], hashes[rows] = found[:3]
+        bad.extend(found[3])
+        progress(len(chunk))
+
+    if few or workers == 1:
+        for chunk in chunks:
+            take(chunk, _walk_chunk(chunk, state))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _start, (state,)) as pool:
+            try:
+                for chunk, found in zip(chunks, pool.map(_walk_chunk, chunks), strict=True):
+                    take(chunk, found)
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError(f"a process that read the rows died (out of memory?): {error}") from error
+    return Walked(Lengths(tokens, images), bad, hashes)
+
+
+_state: tuple | None = None
+
+
+def _start(state: tuple) -> None:
+    global _state
+    _state = state
+
+
+def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
+    """Tokens, images, hashes and bad rows of the rows `chunk`."""
+    split, encoder, look, digests = state or _state
+    tokens, images = np.zeros(len(chunk), np.int32), np.zeros(len(chunk), np.int32)
+    hashes, bad = np.zeros(len(chunk), np.uint64), []
+    for k, i in enumerate(chunk):
+        part, local = split.find(i)
+        row = {}
+        try:
+            row = part.row(local)
+            if digests:
+                hashes[k] = _digest(row)
+            for entry in images_of(row) if look != "none" else ():
+                part.look(entry, look == "decode")
+            tokens[k], images[k] = encoder.length(row)
+        except BadSample as error:
+            bad.append(as_bad(part, local, row, error))
+    return tokens, images, hashes, bad
+
+
+def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
+    """row: {} where it could not be read, which its error says by itself."""
+    reason = f"{part.label(local, row)}: {error}" if row else str(error)
+    return Bad(part.name, part.number(local), str(row.get("id", "")), error.cause, reason)
+
+
+def _digest(row: dict) -> int:
+    """64 bits of a row's images and words: equal for rows that say the same."""
+    entries = [e if isinstance(e, str) else hashlib.sha256(e).hexdigest() for e in images_of(row)]
+    said = json.dumps([entries, [turn["value"] for turn in row["conversations"]]])
+    return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress: Callable[[int], None]) -> Walked:
+    """`walk`, or what an earlier start of the run has found and kept in the file `path`.
+
+    data: fingerprint of the rows.
+    """
+    key = f"{data} {len(split)} {encoder.fingerprint()}"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile), np.load(path) as kept:
+        if str(kept["key"]) == key:
+            bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
+            return Walked(Lengths(kept["tokens"], kept["images"]), bad, np.zeros(0, np.uint64))
+    found = walk(split, encoder, progress=progress)
+    partial = path + ".tmp.npz"
+    bad = json.dumps([dataclasses.asdict(bad) for bad in found.bad])
+    np.savez(partial, key=key, tokens=found.lengths.tokens, images=found.lengths.images, bad=bad)
+    os.replace(partial, path)
+    return found

@@ -1,0 +1,60 @@
+"""bad_samples.jsonl: the rows a run had to leave out, counted by cause, and the limit above which it stops."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+
+from sparsecut_jax.data.walk import Bad
+from sparsecut_jax.types import UserError
+
+
+class BadSamples:
+    """Notes every bad row once per stage, over all starts of a run; each process of several has a file of its own."""
+
+    def __init__(self, workdir: str, max_fraction: float, process_index: int = 0):
+        """Reads what earlier starts have noted."""
+        name = f"bad_samples-{process_index}.jsonl" if process_index else "bad_samples.jsonl"
+        self.path, self.max_fraction = os.path.join(workdir, name), max_fraction
+        self.noted: dict[str, dict[tuple[str, int], Bad]] = collections.defaultdict(dict)
+        with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill has cut
+                    fields = json.loads(line)
+                    bad = Bad(**{field.name: fields[field.name] for field in dataclasses.fields(Bad)})
+                    self.noted[fields["stage"]][bad.key] = bad
+
+    def add(self, stage: str, found: list[Bad], rows: int) -> None:
+        """Notes the bad rows of a stage of `rows` rows.
+
+        Raises:
+          UserError: more than `max_fraction` of the rows are broken. Rows that are only too long do not count.
+        """
+        noted = self.noted[stage]
+        new = {bad.key: bad for bad in found if bad.key not in noted}
+        if not new:
+            return
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps({"stage": stage, **dataclasses.asdict(bad)}) + "\n" for bad in new.values())
+        noted.update(new)
+        broken = [bad for bad in noted.values() if bad.cause != "too_long"]
+        allowed = int(self.max_fraction * rows)
+        if len(broken) > allowed:
+            raise UserError(
+                f"{broken[0].reason} ({len(broken):,} of {rows:,} rows of stage {stage} are broken so far: "
+                f"{_listing(broken)}; config.data.max_bad_fraction={self.max_fraction:g} allows {allowed:,}; all are in "
+                f"{self.path}, and `python -m sparsecut_jax.data check` finds them before a run)"
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Number of bad rows by cause, each row once however many stages met it."""
+        unique = {(bad.key, bad.cause) for noted in self.noted.values() for bad in noted.values()}
+        return dict(sorted(collections.Counter(cause for _, cause in unique).items()))
+
+
+def _listing(found: list[Bad]) -> str:
+    counts = collections.Counter(bad.cause for bad in found)
+    return ", ".join(f"{count:,} {cause}" for cause, count in counts.most_common())
