@@ -20,6 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from sparsecut_jax import checks
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -104,7 +105,7 @@ def _parse() -> None:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        near = config_lib.nearest(error.flagname, list(flags.FLAGS))
+        near = checks.nearest(error.flagname, list(flags.FLAGS))
         raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
     except flags.Error as error:
         raise UserError(str(error).strip().splitlines()[0]) from error

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from sparsecut_jax import cli, sharding
-from sparsecut_jax.config import nearest
+from sparsecut_jax.checks import nearest
 from sparsecut_jax.data import images
 from sparsecut_jax.data.conversation import encode_prompt
 from sparsecut_jax.data.templates import OWN, TEMPLATES, get_template, stop_ids

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecut_jax import cli, sharding
+from sparsecut_jax import checks, cli, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
@@ -69,7 +69,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     # ------------------------------------------------------------------ pretrained parts
     parts = weights.open_sources(cfg.init) if meta is None else {}
     cfg = weights.resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
-    config_lib.check_room(cfg)
+    checks.check_room(cfg)
     check_mesh(cfg, mesh)
 
     # ------------------------------------------------------------------ data
@@ -141,7 +141,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 is_last=span is spans[-1],
             )
             if step < span.last:
-                with contextlib.closing(data):
+                with pipeline.closing(data):
                     current = loop.run_stage(stage, current, cfg, model.plan, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()

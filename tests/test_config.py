@@ -6,7 +6,8 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from sparsecut_jax.config import check, check_override, check_room, default, to_json, variant_arguments
+from sparsecut_jax.checks import check_room
+from sparsecut_jax.config import check, check_override, default, to_json, variant_arguments
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import UserError
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sparsecut_jax.data.conversation import check_row
+from sparsecut_jax.data.conversation import canonical
 from sparsecut_jax.data.easy_vqa import COLORS, SHAPES, captions, kind, load
 
 SIZES = {
@@ -49,7 +49,7 @@ def test_rows_are_good_and_their_images_there(split):
     _, rows, folder = split
     files = set(os.listdir(folder))
     for row in rows:
-        check_row(row, row["id"], max_images=1)
+        assert canonical(row, row["id"], max_images=1) is row
         assert row["image"] in files
 
 
@@ -144,7 +144,7 @@ def test_captions_never_contradict_an_answer(split):
     made = captions(rows)
     assert len(made) == len({row["image"] for row in made}) == {"train": 3578, "test": 888}[name]
     for row in made:
-        check_row(row, row["id"], max_images=1)
+        assert canonical(row, row["id"], max_images=1) is row
         article, color, shape = row["conversations"][1]["value"].split()
         assert article == "a" and color in COLORS and shape in SHAPES
         for question, answer in asked[row["image"]]:

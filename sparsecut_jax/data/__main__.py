@@ -3,12 +3,13 @@
     python -m sparsecut_jax.data check --config=configs/base.py --config.data.source=rows.json --config.data.images=DIR
     python -m sparsecut_jax.data stats --config=configs/base.py
     python -m sparsecut_jax.data preview --config=configs/base.py
+    python -m sparsecut_jax.data speed --config=configs/base.py
     python -m sparsecut_jax.data build --source=rows.json --images=DIR --out=DATASET
 
 check walks every row and says what is wrong with which (exit code 2 if anything is). stats tells lengths, images per row
-and how full batches are. preview draws the first sequences of a stage as the model gets them. build writes a TFDS
-dataset of ArrayRecord files, which config.data.source then names; images keep the bytes they have. What the first three
-write goes to the config's workdir.
+and how full batches are. preview draws the first sequences of a stage as the model gets them. speed reads batches and
+tells images and tokens a second by number of worker processes. build writes a TFDS dataset of ArrayRecord files, which
+config.data.source then names; images keep the bytes they have. What the others write goes to the config's workdir.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from sparsecut_jax import cli
-from sparsecut_jax import config as config_lib
+from sparsecut_jax import checks, cli
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.preview import preview
+from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config
@@ -34,7 +35,7 @@ from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
-COMMANDS = ("check", "stats", "preview", "build")
+COMMANDS = ("check", "stats", "preview", "speed", "build")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Opened:
 def open_data(cfg: Config) -> Opened:
     parts = weights.open_sources(cfg.init)
     cfg = weights.resolve(cfg, parts)
-    config_lib.check_room(cfg)
+    checks.check_room(cfg)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, holdout=0))
     source = sources.load_source(cfg)
     tokenizer = make_tokenizer(cfg, source, parts)
@@ -99,7 +100,7 @@ def build_dataset() -> None:
 
 def main(command: str) -> None:
     if command not in COMMANDS:
-        near = config_lib.nearest(command, COMMANDS) if command else ""
+        near = checks.nearest(command, COMMANDS) if command else ""
         raise UserError(f"{command or 'nothing'!r}: expected {', '.join(COMMANDS)}{near}; --help shows them")
     if command == "build":
         build_dataset()
@@ -112,7 +113,13 @@ def main(command: str) -> None:
     elif command == "stats":
         stats(opened.readers, opened.cfg)
     else:
-        preview(opened.readers, opened.cfg, FLAGS.stage or opened.cfg.run_stages[-1], FLAGS.count)
+        stage = FLAGS.stage or opened.cfg.run_stages[-1]
+        if stage not in opened.readers:
+            raise UserError(f"--stage={stage!r} is not one of the stages of the run: {', '.join(opened.readers)}")
+        if command == "preview":
+            preview(opened.readers[stage], opened.cfg, stage, FLAGS.count)
+        else:
+            speed(opened.readers[stage], opened.cfg, stage, [int(count) for count in FLAGS.workers], FLAGS.seconds)
 
 
 if __name__ == "__main__":
@@ -122,7 +129,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "look", "decode", ("none", "stat", "decode"), "check: open the images, look if they are there, or not."
     )
-    flags.DEFINE_string("stage", "", "preview: the stage whose batches are drawn; left out: the last one.")
+    flags.DEFINE_string("stage", "", "preview, speed: the stage whose batches are read; left out: the last one.")
+    flags.DEFINE_list("workers", ["0", "1", "2"], "speed: numbers of worker processes to try.")
+    flags.DEFINE_float("seconds", 10, "speed: time for each of them.", lower_bound=0.1, upper_bound=3600)
     flags.DEFINE_integer("count", 8, "preview: sequences to draw.", lower_bound=1, upper_bound=200)
     flags.DEFINE_string("source", "", "build: file of conversations, or any other source; left out: the config's.")
     flags.DEFINE_string("images", "", "build: folder of the images.")

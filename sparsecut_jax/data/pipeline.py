@@ -3,8 +3,10 @@ remember; hosts, worker processes and threads change who reads, never what is re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from sparsecut_jax.data import images
@@ -38,6 +41,7 @@ class Images:
         count = views_of(cfg.fusion)
         self.grid = cfg.fusion.grid if count > 1 else None
         self.shape = (count, self.size, self.size, 3)
+        self.forget = False  # to measure reading, not remembering
         self._remember()
 
     def _remember(self) -> None:
@@ -52,7 +56,7 @@ class Images:
 
     def read(self, part: Part, entry: str | bytes) -> np.ndarray:
         """Views of a picture of a row. Raises BadSample."""
-        return self._read(part, entry) if isinstance(entry, bytes) else self._cached(part, entry)
+        return self._read(part, entry) if self.forget or isinstance(entry, bytes) else self._cached(part, entry)
 
     def _read(self, part: Part, entry: str | bytes) -> np.ndarray:
         return self.views(part.pictures.open(entry))
@@ -181,8 +185,22 @@ def train_batches(
     if cfg.data.workers:
         processes = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
+        # Copies, so that the memory shared with a worker is free at once and not when a step is done with the batch.
+        batches = batches.map(
+            functools.partial(jax.tree.map, lambda x: np.array(x) if isinstance(x, np.ndarray) else x)
+        )
     placed = batches.map(lambda found: (place(found[0]), found[1]))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=READY))
+
+
+@contextlib.contextmanager
+def closing(batches: grain.DatasetIterator) -> Iterator[None]:
+    """Ends the processes and threads that read `batches` when the block ends."""
+    try:
+        yield
+    finally:
+        batches.close()
+        gc.collect()  # Grain's iterators refer to one another, and to memory shared with processes that are gone
 
 
 def _end_with_parent(*_: int) -> None:

@@ -12,21 +12,18 @@ from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.plan import Plan, make_plan
 from sparsecut_jax.data.walk import walk
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.types import Batch
 
 WIDTH, SIDE, MARGIN, LINE = 1200, 160, 10, 20
 COLORS = {"prompt": "#dddddd", "answer": "#9fdf9f", "image": "#9fc5ef"}
-SEGMENT = "#cc3311"
+ROW, BRANCH = "#cc3311", "#ee9900"  # marks where another row, or another independent question of the same row, begins
 
 
-def preview(readers: dict[str, Reader], cfg: Config, name: str, count: int) -> None:
+def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
     """Draws the first `count` sequences of stage `name` into data_preview.png."""
-    if name not in readers:
-        raise UserError(f"--stage={name!r} is not one of the stages of the run: {', '.join(readers)}")
-    reader, stage = readers[name], cfg.stages[name]
     walked = walk(reader.split, reader.encode)
     groups = reader.split.groups(walked.lengths.usable)
-    plan = make_plan(walked.lengths, groups, stage, cfg.data.max_images, cfg.seed)
+    plan = make_plan(walked.lengths, groups, cfg.stages[name], cfg.data.max_images, cfg.seed)
     sheets = _sheets(reader, plan, cfg, count)
     height = sum(sheet.height + MARGIN for sheet in sheets) + 2 * LINE + MARGIN
     page = Image.new("RGB", (WIDTH + 2 * MARGIN, height), "white")
@@ -34,7 +31,8 @@ def preview(readers: dict[str, Reader], cfg: Config, name: str, count: int) -> N
     at = MARGIN
     for label, color in (("prompt", "prompt"), ("to be predicted", "answer"), ("image", "image")):
         at = _word(draw, at, MARGIN, label, COLORS[color], font) + MARGIN
-    _word(draw, at, MARGIN, "| a new row in the same sequence", "white", font, SEGMENT)
+    at = _word(draw, at, MARGIN, "a new row in the same sequence", "white", font, ROW) + MARGIN
+    _word(draw, at, MARGIN, "a question that sees only the image and itself", "white", font, BRANCH)
     y = MARGIN + 2 * LINE
     for sheet in sheets:
         page.paste(sheet, (MARGIN, y))
@@ -92,10 +90,11 @@ def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[tupl
     """(text, colour, colour of the mark in front) of every token; an image is one."""
     tokenizer = reader.encode.tokenizer
     starts = set(batch.image_start[i][batch.image_start[i] >= 0].tolist())
-    words, at, segment = [], 0, 1
+    words, at, segment, branch = [], 0, 1, 0
     while at < batch.tokens.shape[1] and batch.segments[i, at]:
-        edge = SEGMENT if batch.segments[i, at] != segment else ""
-        segment = batch.segments[i, at]
+        new_row, new_branch = batch.segments[i, at] != segment, batch.branches[i, at] != branch
+        edge = ROW if new_row else BRANCH if new_branch else ""
+        segment, branch = batch.segments[i, at], batch.branches[i, at]
         if at in starts:
             words.append((f"image, {image_tokens} positions", COLORS["image"], edge))
             at += image_tokens

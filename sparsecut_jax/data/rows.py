@@ -5,6 +5,7 @@ What goes to worker processes is a path and the row's places in the file, themse
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,7 +23,10 @@ from etils import epath
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]
-STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# Strings, also one that the file ends in, and brackets. "+" behind a quantifier: what has matched is never tried again.
+STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+SOLID = re.compile(rb"[^ \t\r\n]")
+LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # without the white space in front; an empty one is none
 BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
 
@@ -108,9 +112,9 @@ def is_folder(path: str) -> bool:
     """Whether a source is a folder, local or gs://. Raises UserError if nothing is there."""
     try:
         source = epath.Path(path)
-        if source.is_dir():
+        if path and source.is_dir():
             return True
-        if not source.exists():
+        if not path or not source.exists():
             raise UserError(
                 f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a "
                 "dataset, or a JSON or JSONL file of conversations"
@@ -118,14 +122,18 @@ def is_folder(path: str) -> bool:
         return False
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"data source {path!r} cannot be read: {error}") from error
+    except KeyError:
+        raise UserError(f"data source {path!r} cannot be read: expected a file on a disk, or gs://...") from None
 
 
 def _local(path: str) -> str:
     """The file itself, or a copy of one that lies in a bucket."""
     if "://" not in path:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for ever
+            raise UserError(f"data source {path!r} cannot be read: it is no regular file")
         return path
-    copy = os.path.join(scratch().name, hashlib.sha256(path.encode()).hexdigest() + ".json")
-    with epath.Path(path).open("rb") as file, open(copy, "wb") as target:
+    handle, copy = tempfile.mkstemp(suffix=".json", dir=scratch().name)
+    with os.fdopen(handle, "wb") as target, epath.Path(path).open("rb") as file:
         shutil.copyfileobj(file, target)
     return copy
 
@@ -133,32 +141,23 @@ def _local(path: str) -> str:
 def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:
     """int64[n, 2]: first byte of each row and the one behind it."""
     begin = len(BOM) if data[: len(BOM)] == BOM else 0
-    head = bytes(data[begin : begin + 4096]).lstrip(SPACE)
-    if head.startswith(b"["):
-        return _list_places(data, begin, path)
-    if head.startswith(b"{"):
-        places = _line_places(data, begin)
-        start, end = places[0].tolist()
-        try:
-            json.loads(bytes(data[start:end]).decode("utf-8", "replace"))
-            return places
-        except (ValueError, RecursionError):
-            pass
-    _refuse(data, path)
+    found = SOLID.search(data, begin)
+    if found and found[0] == b"[":
+        return _list_places(data, found.start(), path)
+    if found and found[0] == b"{":
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(LINE.search(data, begin)[0].decode("utf-8", "replace"))
+            return _to_array([line.span() for line in LINE.finditer(data, begin)])
+    return _refuse(data, path)
 
 
-def _line_places(data: mmap.mmap | bytes, begin: int) -> np.ndarray:
-    """Places of the lines that are not empty."""
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-    starts = np.concatenate([[begin], ends + 1])
-    places = np.stack([starts, np.append(ends, len(data))], axis=1)
-    wide = places[:, 1] - places[:, 0] > 3  # the others may be empty
-    wide[~wide] = [bool(bytes(data[a:b]).strip(SPACE)) for a, b in places[~wide].tolist()]
-    return places[wide]
+def _to_array(places: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(places, np.int64).reshape(-1, 2)
 
 
 def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
-    """Places of the objects of a list: strings are skipped and brackets counted, nothing is parsed."""
+    """Places of the objects of the list that begins at `begin`: strings are skipped and brackets counted, nothing is
+    parsed."""
     depth, places, start, close = 0, [], 0, -1
     for found in STRUCTURE.finditer(data, begin):
         at = found.start()
@@ -176,10 +175,9 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
             elif depth <= 0:
                 close = at
                 break
-    places = np.array(places, np.int64).reshape(-1, 2)
+    places = _to_array(places)
     between = [b"", *(b"," for _ in range(len(places) - 1)), b""]
-    first = data.find(b"[", begin) + 1
-    gaps = zip([first, *places[:, 1].tolist()], [*places[:, 0].tolist(), close], strict=True)
+    gaps = zip([begin + 1, *places[:, 1].tolist()], [*places[:, 0].tolist(), close], strict=True)
     whole = close >= 0 and not bytes(data[close + 1 :]).strip(SPACE)
     if (
         len(places)
@@ -187,18 +185,17 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
         and all(bytes(data[a:b]).strip(SPACE) == c for (a, b), c in zip(gaps, between, strict=True))
     ):
         return places
-    _refuse(data, path)
-    return places
+    return _refuse(data, path)
 
 
-def _refuse(data: mmap.mmap | bytes, path: str) -> None:
-    """Raises UserError with what is wrong with the file as a whole; an empty list passes."""
+def _refuse(data: mmap.mmap | bytes, path: str) -> np.ndarray:
+    """Raises UserError with what is wrong with the file as a whole; of an empty list no places."""
     try:
         rows = json.loads(bytes(data).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"data source {path!r} is not valid JSON: {error}") from error
     if rows == []:
-        return
+        return _to_array([])
     if not isinstance(rows, list):
         raise UserError(f"data source {path!r}: expected a list of rows, got {type(rows).__name__}")
     i, row = next((i, row) for i, row in enumerate(rows) if not isinstance(row, dict))

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,7 @@ from sparsecut_jax.data.scenes_drawing import Facts, draw
 from sparsecut_jax.settings import ScenesConfig
 from sparsecut_jax.types import UserError
 
+Row = dict[str, Any]
 LEVELS, SCALES = ("low", "high"), ("coarse", "fine")
 PARTS = ("train", "test", "heldout")
 DIRECTIONS, COLORS, COUNTS = (
@@ -60,7 +61,13 @@ TEMPLATES = tuple(
         ("edge", "low", "coarse", "is the edge of the big shape sharp or blurred?", ("sharp", "blurred")),
         ("shape", "high", "coarse", "what is the big shape?", ("circle", "square", "triangle", "cross")),
         ("discs", "high", "coarse", "how many white discs are there?", COUNTS),
-        ("box", "high", "coarse", "where is the black box from the big shape?", ("left", "right", "above", "below")),
+        (
+            "box",
+            "high",
+            "coarse",
+            "on which side of the big shape is the black box?",
+            ("left", "right", "above", "below"),
+        ),
         ("lines", "low", "fine", "which way do the fine lines run?", DIRECTIONS),
         ("dots", "low", "fine", "what color are the tiny dots?", COLORS),
         ("grain", "low", "fine", "is the grainy patch made of checks or specks?", ("checks", "specks")),
@@ -77,16 +84,14 @@ def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int
     """The rows of a split, and their pictures.
 
     Args:
+      cfg: checked settings.
       size: side of a picture in pixels where `cfg.size` is 0.
       low: side of the low-res view, in which nothing fine is to be seen.
 
     Raises:
-      UserError: settings that no picture can be drawn with.
+      UserError: a size that leaves no room for what is fine.
     """
     size = cfg.size or size
-    for name, given, known in (("levels", cfg.levels, LEVELS), ("scales", cfg.scales, SCALES)):
-        if not given or not set(given) <= set(known):
-            raise UserError(f"config.data.scenes.{name}={tuple(given)!r}: expected one or both of {known}")
     if size < 2 * low:
         raise UserError(
             f"config.data.scenes.size={size}: expected at least {2 * low}, twice the low-res view of {low} pixels, "
@@ -94,8 +99,6 @@ def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int
         )
     if low < 32:
         raise UserError(f"pictures of scenes need low-res views of at least 32 pixels, got {low}")
-    if cfg.seed < 0:
-        raise UserError(f"config.data.scenes.seed={cfg.seed}: expected 0 or more")
     asked = tuple(i for i, t in enumerate(TEMPLATES) if t.level in cfg.levels and t.scale in cfg.scales)
     if split == "train":
         return Scenes(cfg.seed, size, low, asked, range(cfg.train))
@@ -103,9 +106,24 @@ def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int
     return Scenes(cfg.seed, size, low, asked, range(cfg.test), first_heldout=cfg.test - heldout)
 
 
-def captions(scenes: Scenes) -> Scenes:
-    """The same pictures, each with what is coarse in it: "a sharp red circle on rising stripes, ..."."""
-    return dataclasses.replace(scenes, caption=True)
+def captions(rows: Sequence[Row]) -> Captions:
+    """For each row one with what is coarse in its picture: "a sharp red circle on rising stripes, ..."."""
+    return Captions(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions(Sequence):
+    """Caption rows of `rows`, which are Scenes or some of them."""
+
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Row:
+        row = self.rows[i]
+        turns = [{"from": HUMAN, "value": IMAGE}, {"from": GPT, "value": row["caption"]}]
+        return {"id": row["id"] + "/caption", "image": row["image"], "conversations": turns}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +136,6 @@ class Scenes(Sequence):
       asked: indices into TEMPLATES.
       indices: which pictures of the split.
       first_heldout: index of the first test picture with held-out combinations; -1 for the training split.
-      caption: one turn with a caption in place of the questions.
     """
 
     seed: int
@@ -127,31 +144,23 @@ class Scenes(Sequence):
     asked: tuple[int, ...]
     indices: range
     first_heldout: int = -1
-    caption: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, i: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, i: slice) -> Scenes: ...
-    def __getitem__(self, i):
+    def __getitem__(self, i: int | slice) -> Row | Scenes:
         if isinstance(i, slice):
             return dataclasses.replace(self, indices=self.indices[i])
         name = self.name(self.indices[i])
-        part, index = _split_name(name)
-        answers = answer_ids(self.seed, part, index)
-        if self.caption:
-            turns = [{"from": HUMAN, "value": IMAGE}, {"from": GPT, "value": _caption(_facts(answers))}]
-            return {"id": name + "/caption", "image": name, "conversations": turns}
+        answers = self.answers(name)
         turns = []
         for k in self.asked:
             template = TEMPLATES[k]
-            kind = "heldout_" + template.kind if part == "heldout" else template.kind
+            kind = "heldout_" + template.kind if name.startswith("heldout") else template.kind
             turns.append({"from": HUMAN, "value": (IMAGE if not turns else "") + "\n" + template.question})
             turns.append({"from": GPT, "value": template.answers[answers[k]], "kind": kind})
-        return {"id": name, "image": name, "independent": True, "conversations": turns}
+        caption = _caption(_facts(answers))
+        return {"id": name, "image": name, "independent": True, "caption": caption, "conversations": turns}
 
     def name(self, index: int) -> str:
         """Name of a picture of the split: "train/17", "test/17" or "heldout/17"."""
@@ -160,31 +169,30 @@ class Scenes(Sequence):
         before = index < self.first_heldout
         return f"test/{index}" if before else f"heldout/{index - self.first_heldout}"
 
+    def answers(self, name: str) -> np.ndarray:
+        """int8[len(TEMPLATES)]: which of each template's answers is right for a picture."""
+        part, index = _split_name(name)
+        pair, member = divmod(index, 2)
+        block, k = divmod(pair, PAIRS_PER_BLOCK)
+        return _block(self.seed, part, block)[k, member]
+
     def open(self, name: str, fine: bool = True) -> Image.Image:
         """The RGB picture of that name. `fine=False` leaves out what only the hi-res crops show."""
         part, index = _split_name(name)
-        facts = _facts(answer_ids(self.seed, part, index))
         seed = (self.seed, PARTS.index(part), index // 2)  # a pair shares everything but the answers
-        return Image.fromarray(draw(facts, seed, self.size, self.low, fine))
-
-
-def answer_ids(seed: int, part: str, index: int) -> np.ndarray:
-    """int8[len(TEMPLATES)]: the right answer to every question about a picture."""
-    pair, member = divmod(index, 2)
-    block, k = divmod(pair, PAIRS_PER_BLOCK)
-    return _block(seed, PARTS.index(part), block)[k, member]
+        return Image.fromarray(draw(_facts(self.answers(name)), seed, self.size, self.low, fine))
 
 
 @functools.lru_cache(maxsize=1024)
-def _block(seed: int, part: int, block: int) -> np.ndarray:
+def _block(seed: int, part: str, block: int) -> np.ndarray:
     """int8[PAIRS_PER_BLOCK, 2, len(TEMPLATES)]: answers of the pairs of a block.
 
     For each question, every pair of different answers equally often, in an order of its own.
     """
-    rng = np.random.default_rng((seed, part, block, 3))  # drawing takes 0, 1 and 2 at the end
+    rng = np.random.default_rng((seed, PARTS.index(part), block, 3))  # drawing takes 0, 1 and 2 at the end
     columns = []
     for cell in range(0, len(TEMPLATES), CELL):
-        couples = _couples(heldout=PARTS[part] == "heldout")
+        couples = _couples(heldout=part == "heldout")
         columns.append(rng.permutation(np.tile(couples, (PAIRS_PER_BLOCK // len(couples), 1, 1))))
         free = np.array(list(itertools.permutations(range(len(TEMPLATES[cell + 2].answers)), 2)))
         columns.append(rng.permutation(np.tile(free, (PAIRS_PER_BLOCK // len(free), 1)))[:, :, None])

@@ -98,37 +98,40 @@ def _shape(name: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def fine_part(facts: Facts, rng: np.random.Generator, size: int, low: int) -> np.ndarray:
-    """float64[3, size, size] of grey levels whose bicubic low x low view is 0: marks above, then three patches, and a label.
+    """float64[3, size, size] of grey levels whose bicubic low x low view is 0.
+
+    Marks above, then three patches, and a letter and a digit below.
     """
     scale = size / (2 * low)  # pixels of the picture in a hi-res pixel
     side = int(SIDE * scale)
     left, top = rng.integers(0, size - side + 1, 2)
     panel = np.zeros((3, side, side))
 
-    def add(signal: np.ndarray, x: float, y: float, color: tuple[float, ...] = (1, 1, 1)) -> None:
-        row, column = int(y * scale), int(x * scale)
+    def add(signal: np.ndarray, x: int, y: int, shift: np.ndarray, color: tuple[int, ...] = (1, 1, 1)) -> None:
+        row, column = int((y + shift[0]) * scale), int((x + shift[1]) * scale)
         for channel, strength in zip(panel, color, strict=True):
             if strength:
                 channel[row : row + len(signal), column : column + len(signal[0])] += strength * signal
 
-    shifts = rng.integers(-SHIFT, SHIFT + 1, (3, 4, 2))
+    shifts = rng.integers(-SHIFT, SHIFT + 1, (9, 2))
     for slot in rng.permutation(4)[: int(facts["marks"])]:
-        add(-1.2 * _mark(scale), *(5 + 16 * slot, 7) + shifts[0, slot])
+        add(-1.2 * _mark(scale), 5 + 16 * slot, 7, shifts[slot])
 
-    add(_lines(facts["lines"], rng, scale), *(3, 24) + shifts[1, 0])
-    add(_grain(facts["grain"], rng, scale), *(24, 24) + shifts[1, 1])
-    add(1.7 * _dots(rng, scale), *(45, 24) + shifts[1, 2], DOTS[facts["dots"]])
+    add(_lines(facts["lines"], rng, scale), 3, 24, shifts[4])
+    add(_grain(facts["grain"], rng, scale), 24, 24, shifts[5])
+    add(1.7 * _dots(rng, scale), 45, 24, shifts[6], DOTS[facts["dots"]])
 
-    pair = [facts["letter"], "2357"[rng.integers(4)]][:: 1 if facts["order"] == "left" else -1]
-    for i, character in enumerate(pair):
-        add(1.4 * glyph(character, scale), *(13 + 22 * i, 45) + shifts[2, i])
+    letter, digit = facts["letter"], "2357"[rng.integers(4)]
+    left_one, right_one = (letter, digit) if facts["order"] == "left" else (digit, letter)
+    add(1.4 * _glyph(left_one, scale), 13, 45, shifts[7])
+    add(1.4 * _glyph(right_one, scale), 35, 45, shifts[8])
     return FINE * _invisible(panel, left, top, size, low)
 
 
 @functools.lru_cache(maxsize=8)
 def _seen(size: int, low: int) -> np.ndarray:
     """float64[size, size]: the projection onto what Pillow's bicubic size -> low lets through, along one axis."""
-    eye = Image.fromarray(np.eye(size, dtype=np.float32), mode="F")
+    eye = Image.fromarray(np.eye(size, dtype=np.float32))
     down = np.asarray(eye.resize((size, low), Image.Resampling.BICUBIC), np.float64)
     return np.linalg.pinv(down) @ down
 
@@ -146,7 +149,7 @@ def _invisible(panel: np.ndarray, left: int, top: int, size: int, low: int) -> n
 
 
 @functools.lru_cache(maxsize=64)
-def glyph(character: str, scale: float) -> np.ndarray:
+def _glyph(character: str, scale: float) -> np.ndarray:
     """float64[16 * scale, 16 * scale] of 0..1: a character of DejaVu Sans, 12 hi-res pixels high."""
     import matplotlib  # the font comes with it
 

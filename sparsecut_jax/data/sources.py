@@ -18,11 +18,11 @@ from PIL import Image
 
 from sparsecut_jax.data import easy_vqa, images
 from sparsecut_jax.data.conversation import canonical, images_of
-from sparsecut_jax.data.rows import JsonRows, Row, Subset, is_folder
+from sparsecut_jax.data.rows import JsonRows, MappedArray, Row, Subset, is_folder
 from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
-TOKENIZER_TEXT = 20_000_000  # characters that a tokenizer is trained on, at most
+TOKENIZER_TEXT = 5_000_000  # characters that a tokenizer is trained on, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Part:
       name: of its file, in messages.
       rows: `rows[i]` is a row in any of the spellings; nothing is held in memory that a file can hold.
       pictures: `pictures.open(entry)` is the picture of an entry of a row, a name or encoded bytes.
-      numbers: of the rows in the whole source.
+      numbers: of the rows in the whole source; None: 0, 1, 2, ...
       weight: how often an epoch has each row.
       captions: rows -> caption rows, for rows that are no captions themselves.
     """
@@ -42,7 +42,7 @@ class Part:
     rows: Sequence[Row]
     pictures: Any
     max_images: int
-    numbers: np.ndarray | None = None
+    numbers: MappedArray | None = None
     weight: float = 1.0
     captions: Callable[[Sequence[Row]], Sequence[Row]] | None = None
 
@@ -50,7 +50,7 @@ class Part:
         return len(self.rows)
 
     def number(self, i: int) -> int:
-        return i if self.numbers is None else int(self.numbers[i])
+        return i if self.numbers is None else int(self.numbers.values[i])
 
     def row(self, i: int) -> Row:
         """Row `i` in LLaVA's spelling. Raises BadSample naming it."""
@@ -92,10 +92,15 @@ class Part:
 
     def take(self, numbers: np.ndarray) -> Part:
         """The rows `numbers` of it."""
-        return dataclasses.replace(self, rows=Subset(self.rows, numbers), numbers=numbers)
+        rows = Subset(self.rows, numbers)
+        return dataclasses.replace(self, rows=rows, numbers=rows.numbers)
 
     def as_captions(self) -> Part:
-        return dataclasses.replace(self, rows=self.captions(self.rows)) if self.captions else self
+        if not self.captions:
+            return self
+        rows = self.captions(self.rows)
+        numbers = self.numbers if len(rows) == len(self) else None  # where some have no caption, these are counted
+        return dataclasses.replace(self, rows=rows, numbers=numbers, captions=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,10 +154,12 @@ class Source:
         return Split(tuple(part.as_captions() if stage.rows == "captions" else part for part in chosen))
 
     def texts(self) -> Iterator[str]:
-        """What a tokenizer should know: texts spread evenly over the rows, TOKENIZER_TEXT characters at most."""
+        """What a tokenizer should know: texts spread evenly over the rows, TOKENIZER_TEXT characters or a row more."""
         parts = [*self.train.values(), *(part.as_captions() for part in self.train.values() if part.captions)]
-        budget = TOKENIZER_TEXT
+        left, budget = sum(map(len, parts)), TOKENIZER_TEXT
         for part in parts:
+            rest = budget - budget * len(part) // max(1, left)  # for the other parts
+            left -= len(part)
             for i in _spread(len(part)):
                 try:
                     turns = part.row(i)["conversations"]
@@ -160,8 +167,8 @@ class Source:
                     continue
                 yield from (turn["value"] for turn in turns)
                 budget -= sum(len(turn["value"]) for turn in turns)
-                if budget <= 0:
-                    return
+                if budget <= rest:
+                    break
 
 
 def _spread(count: int) -> Iterator[int]:
@@ -182,15 +189,19 @@ def load_source(cfg: Config) -> Source:
     train = {name: found[0] for name, found in opened.items()}
     fingerprint = "; ".join(filter(None, (found[2] for found in opened.values())))
     kept, held = _hold_out(train, cfg.data)
-    title = "+".join(part.name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for part in train.values())
+    title = "+".join(map(_title, train.values()))
     tests = {}
     for name, (_, test, _) in opened.items():
-        label = name or os.path.splitext(os.path.basename(train[name].name))[0]
+        label = name or _title(train[name])
         if test is not None:
             tests[f"{label}/test"] = test
         elif len(held[name]):
             tests[f"{label}/holdout"] = held[name]
     return Source(title, kept, held, tests, fingerprint)
+
+
+def _title(part: Part) -> str:
+    return os.path.splitext(os.path.basename(part.name.rstrip("/")))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,9 +286,11 @@ def _hold_out(train: dict[str, Part], cfg: DataConfig) -> tuple[dict[str, Part],
             f"config.data.holdout={cfg.holdout} rows cannot be kept out of the {total} of {of}; "
             f"expected at most {total - 1}"
         )
-    kept, held = {}, {}
+    kept, held, seen, given = {}, {}, 0, 0
     for name, part in train.items():
-        count = round(cfg.holdout * len(part) / total)
+        seen += len(part)
+        count = min(cfg.holdout * seen // total - given, len(part) - 1)  # of all parts together as many as asked for
+        given += count
         order = np.random.default_rng(0).permutation(len(part))
         chosen = np.sort(order[:count])
         rest = np.sort(order[count:])

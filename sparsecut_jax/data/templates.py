@@ -49,6 +49,11 @@ class Template:
     strip: bool = False
     question: bool = True
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All of its texts."""
+        return (self.start, self.answer, self.space, self.end or "", self.next, *(self.system or ()))
+
     def opening(self, system: str) -> tuple[str, str, str]:
         """What stands before the first question: the template's text, a system message (""), the template's text."""
         if not system or not self.question:

@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 
-from sparsecut_jax.config import nearest
+from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.data.images import read_image
 from sparsecut_jax.settings import SourceConfig

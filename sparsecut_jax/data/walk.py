@@ -9,11 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import zipfile
 from collections.abc import Callable
 from typing import Literal
 
@@ -71,9 +71,22 @@ class RowEncoder:
         """Positions and images of a row; independent questions may take the whole sequence where not all fit."""
         example = self(row)
         positions = len(example.tokens)
-        if row.get("independent") and int(example.branches.max()) * 2 < len(row["conversations"]):
+        branches = int(example.branches.max())  # 0 where a template has no questions, and so nothing is independent
+        if row.get("independent") and 0 < branches * 2 < len(row["conversations"]):
             positions = self.seq_len
         return positions, len(example.image_start)
+
+    def surely_fits(self, row: Row) -> bool:
+        """Whether all of a row fits by the number of its characters, which no tokenizer of plain ASCII exceeds."""
+        turns = row["conversations"]
+        said = "".join([turn["value"] for turn in turns]) + row.get("system", "")
+        around, image = self._most_around * (len(turns) // 2 + 1), self.image_tokens + 2
+        return len(said) + around + image * len(images_of(row)) <= self.seq_len and said.isascii()
+
+    @functools.cached_property
+    def _most_around(self) -> int:
+        """Tokens of the template around a question and its answer, at most: two more a text, for marks of beginnings."""
+        return sum(len(part) + 2 for part in get_template(self.template, self.tokenizer).parts)
 
     def fingerprint(self) -> str:
         """What the lengths depend on."""
@@ -161,14 +174,17 @@ def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
 
 def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
     """row: {} where it could not be read, which its error says by itself."""
-    reason = f"{part.label(local, row)}: {error}" if row else str(error)
-    return Bad(part.name, part.number(local), str(row.get("id", "")), error.cause, reason)
+    reason, given = (f"{part.label(local, row)}: {error}", row) if row else (str(error), None)
+    with contextlib.suppress(BadSample):
+        given = given or part.rows[local]
+    name = given.get("id", "") if isinstance(given, dict) else ""
+    return Bad(part.name, part.number(local), str(name), error.cause, reason)
 
 
 def _digest(row: dict) -> int:
     """64 bits of a row's images and words: equal for rows that say the same."""
     entries = [e if isinstance(e, str) else hashlib.sha256(e).hexdigest() for e in images_of(row)]
-    said = json.dumps([entries, [turn["value"] for turn in row["conversations"]]])
+    said = json.dumps([entries, row.get("system", ""), [turn["value"] for turn in row["conversations"]]])
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
@@ -177,8 +193,12 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
 
     data: fingerprint of the rows.
     """
-    key = f"{data} {len(split)} {encoder.fingerprint()}"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile), np.load(path) as kept:
+    read = [
+        (part.name, len(part), part.max_images, getattr(part.pictures, "path", ""), part.captions is None)
+        for part in split.parts
+    ]
+    key = f"{data} {read} {encoder.fingerprint()}"
+    with contextlib.suppress(Exception), np.load(path) as kept:  # a damaged file fails in many ways
         if str(kept["key"]) == key:
             bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
             return Walked(Lengths(kept["tokens"], kept["images"]), bad, np.zeros(0, np.uint64))

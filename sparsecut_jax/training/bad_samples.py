@@ -15,13 +15,18 @@ from sparsecut_jax.types import UserError
 class BadSamples:
     """Notes every bad row once per stage, over all starts of a run; each process of several has a file of its own."""
 
-    def __init__(self, workdir: str, max_fraction: float, process_index: int = 0):
-        """Reads what earlier starts have noted."""
+    def __init__(self, workdir: str, max_fraction: float, process_index: int = 0, fresh: bool = False):
+        """Reads what earlier starts have noted; `fresh` drops it, for a run that begins at its first step."""
         name = f"bad_samples-{process_index}.jsonl" if process_index else "bad_samples.jsonl"
         self.path, self.max_fraction = os.path.join(workdir, name), max_fraction
         self.noted: dict[str, dict[tuple[str, int], Bad]] = collections.defaultdict(dict)
+        self.cut = False  # whether the file ends within a line
+        if fresh:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path)
         with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as file:
             for line in file:
+                self.cut = not line.endswith("\n")
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill has cut
                     fields = json.loads(line)
                     bad = Bad(**{field.name: fields[field.name] for field in dataclasses.fields(Bad)})
@@ -34,12 +39,14 @@ class BadSamples:
           UserError: more than `max_fraction` of the rows are broken. Rows that are only too long do not count.
         """
         noted = self.noted[stage]
-        new = {bad.key: bad for bad in found if bad.key not in noted}
-        if not new:
+        if new := {bad.key: bad for bad in found if bad.key not in noted}:
+            with open(self.path, "a") as file:
+                file.write("\n" if self.cut else "")
+                file.writelines(json.dumps({"stage": stage, **dataclasses.asdict(bad)}) + "\n" for bad in new.values())
+            self.cut = False
+            noted.update(new)
+        if all(bad.cause == "too_long" for bad in found):
             return
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps({"stage": stage, **dataclasses.asdict(bad)}) + "\n" for bad in new.values())
-        noted.update(new)
         broken = [bad for bad in noted.values() if bad.cause != "too_long"]
         allowed = int(self.max_fraction * rows)
         if len(broken) > allowed:

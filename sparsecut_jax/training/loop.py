@@ -117,6 +117,8 @@ def run_stage(
     pending: tuple[int, dict[str, Any]] | None = None
     evaluated: dict[int, float] = {}
     tracing = False
+    # CPU devices share a pool of threads: of two steps under way at once each could wait for the other's forever.
+    one_at_a_time = jax.default_backend() == "cpu" and jax.local_device_count() > 1
 
     def evaluate(step: int) -> None:
         if stage.holdout_loss is not None and step not in evaluated:
@@ -141,6 +143,8 @@ def run_stage(
             log.waited += time.monotonic() - began
             stage.note_bad(bad)
             state, metrics = stage.step(state, batch)
+            if one_at_a_time:
+                jax.block_until_ready(metrics)
             at += 1
             # The step before is read only now, while this one runs: the device never waits for the host.
             if pending is not None:
@@ -166,7 +170,7 @@ def run_stage(
     finally:
         if tracing:
             jax.profiler.stop_trace()
-        log.progress.close()
+        log.close()
     return state
 
 
@@ -190,6 +194,7 @@ class _Log:
         self.cfg, self.span, self.writer, self.compilations, self.progress = cfg, span, writer, compilations, progress
         self.names = shortcut_names(plan)
         self.since, self.tokens, self.supervised, self.waited, self.steps = time.monotonic(), 0, 0, 0.0, 0
+        self.all_waited, self.all_seconds = 0.0, 0.0  # of all lines but the first, which has the compilation
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         values = jax.device_get(metrics)
@@ -236,7 +241,15 @@ class _Log:
         self.progress.note(
             f"loss {values['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {self.supervised:,} supervised"
         )
+        if step > self.span.first + 1:
+            self.all_waited, self.all_seconds = self.all_waited + self.waited, self.all_seconds + seconds
         self.since, self.tokens, self.waited, self.steps = time.monotonic(), 0, 0.0, 0
+
+    def close(self) -> None:
+        if self.all_seconds:
+            share = self.all_waited / self.all_seconds
+            self.progress.write(f"{self.span.name}: {share:.1%} of the time was spent waiting for input")
+        self.progress.close()
 
 
 def _number(x: Any) -> float | None:

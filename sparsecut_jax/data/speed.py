@@ -1,0 +1,57 @@
+"""`data speed`: how fast batches are read, by number of worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import numpy as np
+
+from sparsecut_jax.data import pipeline
+from sparsecut_jax.data.pipeline import Reader, train_batches
+from sparsecut_jax.data.plan import make_plan
+from sparsecut_jax.data.walk import walk
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training.report import table
+from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.types import EMPTY_SLOT
+
+FOREVER = 10_000  # batches
+
+
+def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: float) -> None:
+    """Reads batches of stage `name` for some seconds with each number of workers, and does nothing else meanwhile.
+
+    Prints images and tokens a second and writes data_speed.json. The first batch, for which processes start and files
+    are opened, does not count.
+    """
+    stage = dataclasses.replace(cfg.stages[name], max_steps=FOREVER)
+    walked = walk(reader.split, reader.encode)
+    plan = make_plan(walked.lengths, reader.split.groups(walked.lengths.usable), stage, cfg.data.max_images, cfg.seed)
+    reader.pictures.forget = True
+    told = []
+    for count in workers:
+        one = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=count))
+        batches = train_batches(reader, plan, one, (cfg.seed, 0))
+        with pipeline.closing(batches):
+            next(batches)
+            began, images, tokens, read = time.monotonic(), 0, 0, 0
+            while time.monotonic() - began < seconds:
+                batch, _ = next(batches)
+                images += int(np.sum(batch.image_start != EMPTY_SLOT))
+                tokens += int(np.sum(batch.segments > 0))
+                read += 1
+            took = time.monotonic() - began
+        told.append({
+            "workers": count, "threads": cfg.data.threads, "batches": read, "seconds": took,
+            "images_per_second": images / took, "tokens_per_second": tokens / took,
+        })  # fmt: skip
+    views, size = reader.pictures.shape[:2]
+    print(f"stage {name}: {views} views of {size} pixels, {stage.batching}, {cfg.data.threads} threads a process")
+    rows = [
+        [str(t["workers"]), f"{t['images_per_second']:,.1f}", f"{t['tokens_per_second']:,.0f}", str(t["batches"])]
+        for t in told
+    ]
+    print(table(["worker processes", "images/s", "tokens/s", "batches read"], rows))
+    write_json(os.path.join(cfg.workdir, "data_speed.json"), told)

@@ -1,0 +1,227 @@
+"""`python -m sparsecut_jax.data` and training on data with every kind of fault: found before, skipped and counted after."""
+
+from __future__ import annotations
+
+import collections
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import runs
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.cli import Exit
+from sparsecut_jax.data.__main__ import open_data
+from sparsecut_jax.data.check import check_rows
+from sparsecut_jax.data.pipeline import BatchReader
+from sparsecut_jax.data.plan import make_plan
+from sparsecut_jax.data.preview import preview
+from sparsecut_jax.data.speed import speed
+from sparsecut_jax.data.stats import stats
+from sparsecut_jax.data.walk import walk
+from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.train import train
+from sparsecut_jax.types import UserError
+
+STAGE = StageConfig(template="qa", seq_len=32, batch_size=8, epochs=1.0)
+GOOD = 200
+EACH = 2  # rows of each fault: 1 % of the good ones
+# cause -> how many of the faults below have it
+IMAGE_FAULTS = {"broken_image": 4 * EACH, "too_large_image": EACH, "missing_image": EACH, "path": EACH}
+ROW_FAULTS = {"text": EACH, "roles": EACH, "no_answer": EACH, "image_count": EACH, "format": EACH, "too_long": EACH}
+
+
+def row(i: int, image: str | None, question: str = "<image>\nwhat color?", answer: str = "red") -> dict:
+    turns = [{"from": "human", "value": f"{question} {i}"}, {"from": "gpt", "value": answer}]
+    return {"id": str(i), "conversations": turns} | ({"image": image} if image else {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A JSONL file of GOOD rows and EACH rows of every fault, mixed, and its pictures."""
+    folder = tmp_path_factory.mktemp("faulty")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (20, 16), "red").save(pictures / "good.jpg")
+    Image.new("RGB", (400, 400), "red").save(pictures / "bomb.png")
+    whole = (pictures / "good.jpg").read_bytes()
+    (pictures / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (pictures / "zero.jpg").write_bytes(b"")
+    (pictures / "page.jpg").write_bytes(b"<html><body>404</body></html>")
+    (pictures / "noise.jpg").write_bytes(bytes(range(256)))
+    (folder / "secret.jpg").write_bytes(whole)
+    faults = [
+        row(0, "truncated.jpg"), row(0, "zero.jpg"), row(0, "page.jpg"), row(0, "noise.jpg"), row(0, "bomb.png"),
+        row(0, "nowhere.jpg"), row(0, "../secret.jpg"),
+        {"id": "0", "conversations": [{"from": "alien", "value": "?"}, {"from": "gpt", "value": "red"}]},
+        {"id": "0", "conversations": [{"from": "human", "value": "?"}]},
+        row(0, None), {"id": "0"}, row(0, "good.jpg", answer="red " * 60), b'{"id": "\xff\xfe", "conversations": []}',
+    ]  # fmt: skip
+    rows = [row(i, "good.jpg") for i in range(GOOD)]
+    for k in range(EACH):
+        for n, fault in enumerate(faults):
+            rows.insert(1 + (k * len(faults) + n) * 6, fault)
+    written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in rows]
+    (folder / "rows.jsonl").write_bytes(b"\n".join(written) + b"\n")
+    return folder
+
+
+def config_of(folder: Path, workdir: Path, **settings):
+    settings = {
+        "data.source": str(folder / "rows.jsonl"), "data.images": str(folder / "pictures"), "data.holdout": 0,
+        "data.max_pixels": 100_000, "eval.every": 0, "run_stages": ("instruct",), "stages.instruct.batch_size": 64,
+        "stages.instruct.max_steps": 0, "stages.instruct.epochs": 2.0, "stages.instruct.seq_len": 40, **settings,
+    }  # fmt: skip
+    return runs.small(folder, workdir, set=settings)
+
+
+@pytest.fixture(scope="module")
+def opened(folder, tmp_path_factory):
+    return open_data(config_lib.check(config_of(folder, tmp_path_factory.mktemp("opened") / "run")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# check
+
+
+def test_check_finds_every_fault(folder, tmp_path):
+    config = runs.write_config(tmp_path / "config.py", config_of(folder, tmp_path / "run"))
+    code, out, err = runs.finish(runs.command("data", "check", f"--config={config}"))
+    assert code == 2
+    wrong = 13 * EACH
+    told = json.loads((tmp_path / "run" / "data_check.json").read_text())
+    # The good rows differ in a number; the faults that can be read as rows are written EACH times.
+    assert told["counts"] == {**IMAGE_FAULTS, **ROW_FAULTS, "duplicate": 7 * (EACH - 1)}
+    assert err == f"error: {wrong} of {GOOD + wrong} rows have something wrong with them\n"
+    assert told["rows"] == GOOD + wrong
+    first = {}
+    for bad in told["bad"]:
+        first.setdefault(bad["cause"], bad)
+    assert first["broken_image"]["row"] == 1 and first["too_large_image"]["row"] == 25
+    byte = (folder / "rows.jsonl").read_bytes().index(b"\xff")
+    assert first["text"]["reason"] == f"{folder}/rows.jsonl row 73: it is not UTF-8: byte {byte} of the file"
+    for cause, count in told["counts"].items():
+        assert f"{cause}, first {min(3, count)} of {count}:" in out
+
+
+@pytest.mark.parametrize(
+    ("look", "counts"),
+    [("none", {**ROW_FAULTS, "path": EACH}), ("stat", {**ROW_FAULTS, "path": EACH, "missing_image": EACH})],
+)
+def test_check_without_opening_images(opened, tmp_path, look, counts):
+    with pytest.raises(Exit):
+        check_rows(opened.readers, look, str(tmp_path))
+    told = json.loads((tmp_path / "data_check.json").read_text())["counts"]
+    assert {cause: told[cause] for cause in told if cause != "duplicate"} == counts
+
+
+def test_check_of_good_rows(tmp_path, capsys):
+    runs.draw_rows(tmp_path)
+    opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run")))
+    check_rows(opened.readers, "decode", str(tmp_path))
+    assert "nothing is wrong" in capsys.readouterr().out
+    assert json.loads((tmp_path / "data_check.json").read_text())["rows"] == 24
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stats and preview
+
+
+def test_stats(opened, tmp_path, capsys):
+    cfg = opened.cfg.__class__(**{**vars(opened.cfg), "workdir": str(tmp_path)})
+    stats(opened.readers, cfg)
+    told = json.loads((tmp_path / "data_stats.json").read_text())["instruct"]
+    assert told["rows"] == GOOD + 13 * EACH
+    assert told["left_out"] == 7 * EACH  # what can be told without opening images
+    assert told["text_only"] == 0
+    assert told["images"] == {"mean": 1, "min": 1, "median": 1, "p95": 1, "max": 1}
+    assert 0 < told["batching"]["rows"]["useful"] < told["batching"]["packed"]["useful"] <= 1
+    assert Image.open(tmp_path / "data_stats.png").size[0] > 1000
+    assert "packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batching", ["rows", "packed"])
+def test_preview(folder, tmp_path, capsys, batching):
+    settings = {"stages.instruct.batching": batching, "stages.instruct.seq_len": 64}
+    opened = open_data(config_lib.check(config_of(folder, tmp_path, **settings)))
+    preview(opened.readers["instruct"], opened.cfg, "instruct", 3)
+    assert "3 sequences of stage instruct" in capsys.readouterr().out
+    assert Image.open(tmp_path / "data_preview.png").size[0] == 1220
+
+
+def test_speed(opened, tmp_path, capsys):
+    cfg = opened.cfg.__class__(**{**vars(opened.cfg), "workdir": str(tmp_path)})
+    speed(opened.readers["instruct"], cfg, "instruct", [0], 0.2)
+    (told,) = json.loads((tmp_path / "data_speed.json").read_text())
+    assert told["workers"] == 0 and told["images_per_second"] > 0 and told["tokens_per_second"] > 0
+    assert "images/s" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# build
+
+
+def test_build_keeps_every_row_and_picture(tmp_path):
+    runs.draw_rows(tmp_path)
+    told = runs.finish(
+        runs.command(
+            "data", "build", f"--source={tmp_path}/rows.json", f"--images={tmp_path}", f"--out={tmp_path}/dataset"
+        )
+    )
+    assert told[0] == 0 and told[2] == "", told[2]
+    assert "24 rows, 24 images" in told[1]
+    found = []
+    for source, images in ((f"{tmp_path}/rows.json", str(tmp_path)), (f"{tmp_path}/dataset", "")):
+        settings = {"data.source": source, "data.images": images}
+        opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set=settings)))
+        reader = opened.readers["instruct"]
+        plan = make_plan(walk(reader.split, reader.encode).lengths, [(np.arange(24), 1.0)], STAGE, 1, 0)
+        read = BatchReader(reader, plan, (0,), 0, 1)
+        found.append([read(k) for k in range(3)])
+    for (one, bad), (other, _) in zip(*found, strict=True):
+        assert not bad
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["chekc"], ["check"], ["build"], ["preview", "--count=0"], ["speed", "--config=configs/base.py", "--stage=x"]],
+)
+def test_one_sentence_for_what_is_missing(args):
+    code, out, err = runs.finish(runs.command("data", *args))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# while it runs
+
+
+def test_faults_are_skipped_and_counted_exactly(folder, tmp_path):
+    """Two epochs, read by two worker processes: every faulty row is met twice and counted once, and the run finishes."""
+    settings = {
+        "data.max_bad_fraction": 0.2, "data.workers": 2, "stages.instruct.batch_size": 8,
+        "stages.instruct.seq_len": 32, "stages.instruct.batching": "packed", "stages.instruct.slots": 1,
+        "checkpoint.every": 0, "log_every": 20,
+    }  # fmt: skip
+    config = runs.write_config(tmp_path / "config.py", config_of(folder, tmp_path / "run", **settings))
+    code, out, err = runs.finish(runs.command("train", f"--config={config}"))
+    assert (code, err) == (0, "")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["bad_samples"] == dict(sorted({**IMAGE_FAULTS, **ROW_FAULTS}.items()))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert collections.Counter(line["cause"] for line in lines) == {**IMAGE_FAULTS, **ROW_FAULTS}
+    assert {line["stage"] for line in lines} == {"instruct"}
+    assert "left out   2 format, 2 image_count, 2 no_answer, 2 path, 2 roles, 2 text, 2 too_long: " in out
+
+
+def test_above_the_limit_the_run_stops(folder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        train(config_lib.check(config_of(folder, tmp_path)))
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{folder}/rows.jsonl row 37 ")
+    assert "12 of 226 rows of stage instruct are broken so far" in sentence
+    assert "config.data.max_bad_fraction=0.001 allows 0; all are in " in sentence
