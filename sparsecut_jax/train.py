@@ -79,7 +79,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     pictures = pipeline.Images(cfg)
-    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, jax.process_index())
+    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, jax.process_index(), fresh=meta is None)
     readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
     plans = {name: make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})

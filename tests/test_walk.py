@@ -290,7 +290,9 @@ def test_digests_are_those_of_images_and_words(part_of, encode):
 
 def test_digests_of_encoded_images():
     a, b = ({"image": content, "conversations": turns("<image>", "x")} for content in (b"a", b"b"))
-    assert walk_lib._digest(a) == walk_lib._digest(dict(a)) != walk_lib._digest(b)
+    assert walk_lib._digest(a, "") == walk_lib._digest(dict(a), "") != walk_lib._digest(b, "")
+    named = {"image": "1.jpg", "conversations": []}
+    assert walk_lib._digest(named, "one") != walk_lib._digest(named, "other")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

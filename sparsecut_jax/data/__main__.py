@@ -82,11 +82,12 @@ def build_dataset() -> None:
     if not FLAGS.out:
         raise UserError("--out is missing; for example --out=DATASET")
     cfg = cli.typed_config(required=False)
-    data = dataclasses.replace(
-        cfg.data, source=FLAGS.source or cfg.data.source, images=FLAGS.images or cfg.data.images, holdout=0
-    )
-    source = sources.load_source(dataclasses.replace(cfg, data=data))
-    (part,) = source.train.values()
+    source, images = FLAGS.source or cfg.data.source, FLAGS.images or cfg.data.images
+    if cfg.data.mix and not FLAGS.source:
+        raise UserError(f"--source is missing: the config mixes {len(cfg.data.mix)} sources, build one at a time")
+    data = dataclasses.replace(cfg.data, source=source, images=images, mix={}, holdout=0)
+    stages = {name: dataclasses.replace(stage, sources=()) for name, stage in cfg.stages.items()}
+    (part,) = sources.load_source(dataclasses.replace(cfg, data=data, stages=stages)).train.values()
     progress = report.Progress(len(part), 0, "rows")
     built = build.build(
         Rows(part), part.encoded, FLAGS.out, skip=FLAGS.skip_bad, progress=lambda done, total: progress.update()

@@ -191,7 +191,8 @@ def load_source(cfg: Config) -> Source:
     kept, held = _hold_out(train, cfg.data)
     title = "+".join(map(_title, train.values()))
     tests = {}
-    for name, (_, test, _) in opened.items():
+    last = cfg.stages[cfg.run_stages[-1]].sources or tuple(mix)  # what the run ends with is what it is tested on
+    for name, (_, test, _) in ((name, opened[name]) for name in last):
         label = name or _title(train[name])
         if test is not None:
             tests[f"{label}/test"] = test
@@ -257,7 +258,8 @@ def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | No
         from sparsecut_jax.data import tfds_source
 
         rows = tfds_source.open_tfds(source, data.max_pixels)
-        part = Part(source.path, rows, rows, data.max_images)
+        named = source.path if source.split == "train" else f"{source.path} {source.split}"
+        part = Part(named, rows, rows, data.max_images)
         return _weighted(part, source), None, rows.fingerprint()
     rows = JsonRows(source.path)
     where = f"config.data.mix.{name}.images" if name else "config.data.images"

@@ -163,7 +163,7 @@ def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
         try:
             row = part.row(local)
             if digests:
-                hashes[k] = _digest(row)
+                hashes[k] = _digest(row, getattr(part.pictures, "path", ""))
             for entry in images_of(row) if look != "none" else ():
                 part.look(entry, look == "decode")
             tokens[k], images[k] = encoder.length(row)
@@ -181,10 +181,10 @@ def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
     return Bad(part.name, part.number(local), str(name), error.cause, reason)
 
 
-def _digest(row: dict) -> int:
-    """64 bits of a row's images and words: equal for rows that say the same."""
+def _digest(row: Row, folder: str) -> int:
+    """64 bits of a row's images, which are in `folder`, and words: equal for rows that say the same."""
     entries = [e if isinstance(e, str) else hashlib.sha256(e).hexdigest() for e in images_of(row)]
-    said = json.dumps([entries, row.get("system", ""), [turn["value"] for turn in row["conversations"]]])
+    said = json.dumps([folder * bool(entries), entries, row.get("system", ""), [turn["value"] for turn in row["conversations"]]])
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 

@@ -72,6 +72,7 @@ def print_written(workdir: str, seconds: float) -> None:
         "metrics.jsonl": "loss, norms and speed by step",
         "loss.png": "the loss curve",
         "shortcuts.png": "the plan as a picture",
+        "bad_samples.jsonl": "rows that were left out, and why",
         "config.json": "every setting",
         "tokenizer": "for transformers' AutoTokenizer",
         "tensorboard": "the same for TensorBoard",
@@ -80,7 +81,7 @@ def print_written(workdir: str, seconds: float) -> None:
     print(f"\nwritten to {workdir} in {seconds:.0f} s:")
     for name, told in what.items():
         if os.path.exists(os.path.join(workdir, name)):
-            print(f"  {name:<14} {told}")
+            print(f"  {name:<17} {told}")
     print(
         f'\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt="what color is the shape?"'
     )

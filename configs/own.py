@@ -1,0 +1,40 @@
+"""Rows and pictures of one's own: LLaVA's two stages, captions first if there are any, packed sequences.
+
+    python -m sparsecut_jax.data check --config=configs/own.py:source=rows.json,images=pictures
+    python -m sparsecut_jax.train --config=configs/own.py:source=rows.json,images=pictures
+    python -m sparsecut_jax.train --config=configs/own.py:source=rows.json,images=pictures,captions=blip.json,caption_images=DIR
+
+It trains the small model of configs/base.py from nothing, as a first look at data that works on a laptop; with
+--config.init.vision and --config.init.llm it trains pretrained parts. The template is this project's shortest one;
+for a pretrained LLM take its own: --config.stages.instruct.template=tokenizer.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from sparsecut_jax.config import variant_arguments
+from sparsecut_jax.types import UserError
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    args = variant_arguments(arguments, source="", images="", captions="", caption_images="")
+    if not args.source:
+        raise UserError("configs/own.py needs a source: --config=configs/own.py:source=rows.json,images=DIR")
+    config = base.get_config()
+
+    config.workdir = "runs/own"
+    # Questions may speak of left and right, and pictures differ enough.
+    config.data.update(source=args.source, images=args.images, flip=False, shift=0, holdout=0)
+    config.tokenizer.vocab_size = 4096
+
+    config.stages.instruct.update(seq_len=512, batching="packed", batch_size=8, epochs=1.0, lr=1e-3)
+    config.run_stages = ("instruct",)
+    if args.captions:
+        config.data.mix = {
+            "captions": {"path": args.captions, "images": args.caption_images or args.images},
+            "rows": {"path": args.source, "images": args.images},
+        }
+        config.run_stages = ("align", "instruct")
+        config.stages.align.update(sources=("captions",), batching="packed", seq_len=256, batch_size=8, epochs=1.0)
+        config.stages.instruct.sources = ("rows",)
+    return config
