@@ -21,8 +21,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.workdir = "runs/scenes_smoke" if args.smoke else "runs/scenes"
     # Half of the questions ask for left and right or for directions, and the places of fine things are known.
     config.data.update(source="scenes", flip=False, shift=0)
-    # Grey, and of little contrast: at CLIP's scale what is fine would be faint.
-    config.vision.update(mean=(0.5,) * 3, std=(0.1,) * 3)
     config.stages.align.update(seq_len=40, epochs=0.2)
     config.stages.instruct.update(seq_len=160, epochs=1.5)
     if args.smoke:
