@@ -20,6 +20,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     args = variant_arguments(arguments, source="", images="", captions="", caption_images="")
     if not args.source:
         raise UserError("configs/own.py needs a source: --config=configs/own.py:source=rows.json,images=DIR")
+    if args.caption_images and not args.captions:
+        raise UserError("configs/own.py has caption_images, but no captions; give both, or neither")
     config = base.get_config()
 
     config.workdir = "runs/own"
@@ -31,8 +33,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.run_stages = ("instruct",)
     if args.captions:
         config.data.mix = {
-            "captions": {"path": args.captions, "images": args.caption_images or args.images},
-            "rows": {"path": args.source, "images": args.images},
+            "captions": {"path": args.captions, "images": args.caption_images or args.images, "weight": 1.0},
+            "rows": {"path": args.source, "images": args.images, "weight": 1.0},
         }
         config.run_stages = ("align", "instruct")
         config.stages.align.update(sources=("captions",), batching="packed", seq_len=256, batch_size=8, epochs=1.0)

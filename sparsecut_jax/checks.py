@@ -11,6 +11,9 @@ from typing import Any
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import UserError
 
+MOST_THREADS = 256  # each with batches of its own that are read ahead
+MOST_WORKERS = 256
+
 
 def nearest(key: str, known: Any) -> str:
     """Text "; did you mean 'x'?" for the nearest of `known`, or nothing."""
@@ -42,6 +45,9 @@ def check_values(cfg: Config) -> None:
                 group not in ("vision", "llm") or value <= 2**24,
                 f"config.{group}.{name}={value}: expected at most 2^24",
             )
+    for key, most in {"threads": MOST_THREADS, "workers": MOST_WORKERS}.items():
+        value = getattr(cfg.data, key)
+        need(value <= most, f"config.data.{key}={value}: expected at most {most}")
     for key, value in {
         "llm.vocab_size": m.vocab_size,
         "llm.sliding_window": m.sliding_window,
@@ -143,7 +149,8 @@ def _check_data(cfg: Config, need: Callable[[bool, str], None]) -> None:
 def check_room(cfg: Config) -> None:
     """Raises UserError if a stage's rows are too short for the images."""
     tokens = cfg.tokens_per_image * cfg.data.max_images
-    for name, stage in cfg.stages.items():
+    for name in cfg.run_stages:
+        stage = cfg.stages[name]
         if stage.seq_len <= tokens:
             raise UserError(
                 f"config.stages.{name}.seq_len={stage.seq_len} leaves no room for text beside {tokens} image tokens"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -114,8 +113,15 @@ def _parse() -> None:
             name = arg.lstrip("-").partition("=")[0].split(".")
             if name[:2] == ["config", "stages"] and len(name) > 2 and repr(name[2]) in str(error.args[0]):
                 raise UserError(f"config.stages.{name[2]} is not a stage of {file!r}: {_cause(error, file)}") from error
+            if name[:3] == ["config", "data", "mix"] and len(name) > 3 and repr(name[3]) in str(error.args[0]):
+                raise UserError(
+                    f"config.data.mix.{name[3]} is no source of {file!r}; add sources in that file"
+                ) from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
+        for name in (arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:]):
+            if name.startswith("config.data.mix.") and repr(name.split(".")[-1]) in str(error):
+                raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; settings are written --config.key=value")
@@ -124,11 +130,13 @@ def _parse() -> None:
 def _config_file() -> str | None:
     """The file that --config names. Raises UserError if it is not there."""
     args = sys.argv[1:]
-    path = next((a.partition("=")[2] for a in args if a.lstrip("-").startswith("config=")), None)
-    if path is None:
-        path = next((value for flag, value in itertools.pairwise(args) if flag in ("--config", "-config")), None)
-    if path is None:
+    paths = [a.partition("=")[2] for a in args if a.lstrip("-").startswith("config=")]
+    paths += [value for flag, value in itertools.pairwise(args) if flag in ("--config", "-config")]
+    if not paths:
         return None
+    if len(paths) > 1:
+        raise UserError(f"--config is given {len(paths)} times: {', '.join(paths)}; expected once")
+    (path,) = paths
     file = path.split(":", 1)[0]
     if os.path.isdir(file):
         raise UserError(f"config file {file!r} is a folder; expected a Python file")
@@ -185,11 +193,14 @@ def _quiet(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def shown(text: str) -> str:
+    """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _fail(code: int, sentence: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    # Names in files may hold line ends and escape codes: they are shown, not obeyed.
-    sentence = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], sentence)
-    print(f"{'error: ' if code == 2 else ''}{sentence}", file=sys.stderr, flush=True)
+    print(f"{'error: ' if code == 2 else ''}{shown(sentence)}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -31,7 +31,7 @@ from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import Run, compute_dtype
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import loop, plots, report, state
+from sparsecut_jax.training import loop, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
@@ -150,6 +150,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
             raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved, and the same command goes on to the test")
 
         # -------------------------------------------------------------- results
+        from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second
+
         plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
         if cfg.eval.test and source.tests:

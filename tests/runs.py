@@ -46,6 +46,7 @@ def small(folder: Path, workdir: str | Path, **overrides) -> ConfigDict:
     config.shortcuts.count = 2
     config.tokenizer.vocab_size = 300
     config.data.update(source=str(folder / "rows.json"), images=str(folder), holdout=8, threads=1)
+    config.data.max_bad_fraction = 0.2
     for stage in config.stages.values():
         stage.update(trainable=("vision/.*", "fusion/.*", "llm/.*"), batch_size=8, lr=3e-3)
     config.stages.align.update(rows="captions", template="plain", seq_len=16, max_steps=4)

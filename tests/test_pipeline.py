@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import multiprocessing
+import os
+import signal
 import time
 
 import grain
@@ -296,6 +298,20 @@ def test_worker_processes_do_not_change_the_order(batches, parsed_flags, batchin
     many = dataclasses.replace(CONFIG, data=DataConfig(threads=1, workers=2, flip=True))
     alone = dataclasses.replace(CONFIG, data=DataConfig(threads=1, flip=True))
     assert_equal(batches(7, many, stage), batches(7, alone, stage))
+
+
+def test_signals_to_all_processes_are_left_to_the_first(split, words, parsed_flags):
+    """Systems that end a job tell every process of it; the workers are still needed for the last steps."""
+    cfg = dataclasses.replace(CONFIG, data=DataConfig(threads=1, workers=1))
+    stage = dataclasses.replace(STAGE, max_steps=30)
+    iterator = iterate(split, words, cfg, stage)
+    found = [next(iterator)]
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    found += iterator
+    iterator.close()
+    assert len(found) == 30
 
 
 def test_a_dead_worker_ends_the_run_with_its_cause(split, words, parsed_flags):

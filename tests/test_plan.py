@@ -215,3 +215,9 @@ def test_nothing_to_train_on():
 @pytest.mark.parametrize("stage", [{"epochs": 1e12}, {"max_steps": 2**31}])
 def test_a_stage_without_end(stage):
     assert refusal(lambda: plan_of(drawn(10), **stage)).startswith("the stage would draw ")
+
+
+@pytest.mark.parametrize("stage, weight", [({"epochs": 1e-9}, 1.0), ({"max_steps": 5}, 1e-9)])
+def test_a_stage_that_draws_nothing(stage, weight):
+    sentence = refusal(lambda: plan_of(drawn(10), [(np.arange(10), weight)], **stage))
+    assert " would draw 1e-08 rows, expected at least 1; raise " in sentence

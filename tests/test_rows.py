@@ -371,3 +371,17 @@ def test_is_folder(tmp_path):
 def test_a_path_that_cannot_be_asked_for(path):
     with pytest.raises(UserError, match=f"^data source '{path}' "):
         is_folder(path)
+
+
+def test_a_file_that_changes_is_not_read_at_the_old_places(opened, tmp_path):
+    """Worker processes open it later than the process that found its rows."""
+    rows = opened(b'[{"a": 1}, {"a": 2}]')
+    sent = pickle.dumps(rows)
+    with open(rows.path, "wb") as file:
+        file.write(b'[{"aaaaaaa": 1}, {"a": 2}]')
+    with pytest.raises(UserError, match=" has changed since this run opened it; start again"):
+        pickle.loads(sent)[0]
+
+
+def test_a_list_ends_with_its_own_bracket(refused):
+    assert "is not valid JSON" in refused(b'[{"a": 1}}')

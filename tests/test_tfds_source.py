@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -277,3 +278,25 @@ def test_fingerprint_knows_each_byte_of_what_build_wrote(tmp_path):
     build([row], lambda name: b"two", str(tmp_path / "two"))
     one, two = (open_tfds(SourceConfig(path=str(tmp_path / name)), 100).fingerprint() for name in ("one", "two"))
     assert one != two
+
+
+def test_metadata_that_are_no_json(load, copy):
+    (copy / "metadata.json").write_text("{")
+    with pytest.raises(UserError, match="metadata.json cannot be read"):
+        load(path=str(copy))
+
+
+def test_a_pipe_in_the_folder_is_not_waited_for(load, copy):
+    os.mkfifo(copy / "pipe")
+    with pytest.raises(UserError, match="pipe is no regular file"):
+        load(path=str(copy))
+
+
+def test_a_later_shard_that_was_cut_has_broken_rows(tmp_path):
+    build([{"id": str(i), "conversations": []} for i in range(4)], bytes, str(tmp_path / "built"), shard_rows=2)
+    file = tmp_path / "built" / "rows-train.array_record-00001"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    rows = open_tfds(SourceConfig(path=str(tmp_path / "built")), 100)
+    assert rows[1]["id"] == "1"
+    with pytest.raises(BadSample, match="the record cannot be read"):
+        rows[2]

@@ -63,6 +63,7 @@ def test_nothing_is_added_around_text(trained):
 def test_half_a_surrogate_pair_is_no_crash(trained):
     """JSON can spell "\\ud800", which is no Unicode text."""
     assert isinstance(trained.encode("a\ud800b"), tuple)
+    assert train(["a\ud800b", "c"], 260).encode("b")
 
 
 def test_decode_leaves_special_tokens_out(trained):

@@ -26,8 +26,13 @@ from sparsecut_jax.types import UserError
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
+    """24 good rows, and in front of them two whose pictures are broken."""
     folder = tmp_path_factory.mktemp("pictures")
-    runs.draw_rows(folder)
+    path = runs.draw_rows(folder)
+    (folder / "page.png").write_text("<html></html>")
+    turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
+    faults = [{"id": name, "image": name, "conversations": turns} for name in ("page.png", "nowhere.png")]
+    path.write_text(json.dumps(faults + json.loads(path.read_text())))
     return folder
 
 
@@ -62,8 +67,15 @@ def test_a_run_leaves_everything_in_its_workdir(unbroken):
         assert (unbroken / name).stat().st_size > 0, name
     assert (unbroken / "tokenizer" / "tokenizer.json").is_file()
     assert list((unbroken / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (unbroken / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(line["stage"], line["row"], line["cause"]) for line in lines} == {
+        (stage, row, cause)
+        for stage in ("align", "instruct")
+        for row, cause in ((0, "broken_image"), (1, "missing_image"))
+    }
     results = json.loads((unbroken / "results.json").read_text())
     assert results["step"] == 12
+    assert results["bad_samples"] == {"broken_image": 1, "missing_image": 1}
     assert results["rows/holdout/count"] == 16  # 8 held-out rows, 2 questions each
     assert 0 <= results["rows/holdout/accuracy"] <= 1
     lines = [line for line in read_metrics(str(unbroken)) if "loss" in line]
@@ -309,7 +321,7 @@ def test_other_data_is_refused_on_resume(unbroken, tmp_path):
     try:
         original.write_text(rows.read_text())
         config = runs.small(original.parent, tmp_path / "run")
-        with pytest.raises(UserError, match=r"holds a run on 24 rows, sha256 .*, now there are 23 rows"):
+        with pytest.raises(UserError, match=r"holds a run on 26 rows, sha256 .*, now there are 23 rows"):
             train(config_lib.check(config))
     finally:
         original.write_text(before)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,11 @@ from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
+# flag -> the commands that read it
+FLAGS_OF = {
+    "look": ("check",), "stage": ("preview", "speed"), "workers": ("speed",), "seconds": ("speed",),
+    "count": ("preview",), "source": ("build",), "images": ("build",), "out": ("build",), "skip_bad": ("build",),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +100,27 @@ def build_dataset() -> None:
     )
     progress.close()
     for error in built.skipped:
-        print(f"left out: {error}")
+        print(f"left out: {cli.shown(str(error))}")
     print(f"{built.rows:,} rows, {built.images:,} images, {built.bytes / 2**20:,.1f} MiB in {built.shards} shards, "
           f"{built.seconds:.1f} s: {FLAGS.out}")  # fmt: skip
 
 
 def main(command: str) -> None:
     if command not in COMMANDS:
-        near = checks.nearest(command, COMMANDS) if command else ""
-        raise UserError(f"{command or 'nothing'!r}: expected {', '.join(COMMANDS)}{near}; --help shows them")
+        got = f"{command!r}{checks.nearest(command, COMMANDS)}" if command else "none"
+        raise UserError(f"expected a command before all flags: {', '.join(COMMANDS)}; got {got} (--help shows them)")
+    for flag, commands in FLAGS_OF.items():
+        if FLAGS[flag].present and command not in commands:
+            instead = f"; {command} reads --config.data.{flag}" if flag in ("source", "images") else ""
+            raise UserError(f"--{flag} is a flag of {' and '.join(commands)}, not of {command}{instead}")
     if command == "build":
         build_dataset()
         return
     cfg = cli.typed_config()
-    os.makedirs(cfg.workdir, exist_ok=True)
+    try:
+        os.makedirs(cfg.workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.workdir={cfg.workdir!r} cannot be written to: {error.strerror}") from error
     opened = open_data(cfg)
     if command == "check":
         check_rows(opened.readers, FLAGS.look, cfg.workdir)
@@ -120,7 +133,14 @@ def main(command: str) -> None:
         if command == "preview":
             preview(opened.readers[stage], opened.cfg, stage, FLAGS.count)
         else:
-            speed(opened.readers[stage], opened.cfg, stage, [int(count) for count in FLAGS.workers], FLAGS.seconds)
+            speed(opened.readers[stage], opened.cfg, stage, _counts(FLAGS.workers), FLAGS.seconds)
+
+
+def _counts(given: list[str]) -> list[int]:
+    """Numbers of worker processes. Raises UserError."""
+    if not given or not all(re.fullmatch("[0-9]{1,3}", count) and int(count) <= checks.MOST_WORKERS for count in given):
+        raise UserError(f"--workers={','.join(given)!r}: expected numbers from 0 to {checks.MOST_WORKERS}, as in 0,1,2")
+    return [int(count) for count in given]
 
 
 if __name__ == "__main__":

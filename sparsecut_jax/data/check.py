@@ -9,29 +9,16 @@ import time
 
 import numpy as np
 
-from sparsecut_jax.cli import Exit
+from sparsecut_jax.cli import Exit, shown
 from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.sources import Split
-from sparsecut_jax.data.walk import Bad, Look, RowEncoder, walk
+from sparsecut_jax.data.walk import Bad, Encoders, Look, RowEncoder, walk
 from sparsecut_jax.training.report import Progress, table
 from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import CAUSES
 
 SHOWN = 3  # examples of each cause
 MEANING = {**CAUSES, "duplicate": "the same images and words as an earlier row"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoders:
-    """The stages that read the same rows, as one: a row must fit into all of them."""
-
-    stages: dict[str, RowEncoder]
-
-    def length(self, row: dict) -> tuple[int, int]:
-        for encoder in self.stages.values():
-            if not encoder.surely_fits(row):
-                encoder.length(row)
-        return 0, 0
 
 
 def check_rows(readers: dict[str, Reader], look: Look, workdir: str) -> None:
@@ -65,7 +52,7 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str) -> None:
     for cause in counts:
         examples = [bad for bad in found if bad.cause == cause][:SHOWN]
         print(f"\n{cause}, first {len(examples)} of {counts[cause]:,}:")
-        print("\n".join(f"  {_printable(bad.reason)}" for bad in examples))
+        print("\n".join(f"  {shown(bad.reason)}" for bad in examples))
     print(f"\nall of them: {path}")
     raise Exit(2, f"{len({bad.key for bad in found}):,} of {rows:,} rows have something wrong with them")
 
@@ -95,8 +82,3 @@ def _duplicates(split: Split, digests: np.ndarray) -> list[Bad]:
         reason = f"{part.name} row {part.number(local)} (id {row.get('id', '?')!r}): the same as {same}"
         found.append(Bad(part.name, part.number(local), str(row.get("id", "")), "duplicate", reason))
     return found
-
-
-def _printable(text: str) -> str:
-    """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

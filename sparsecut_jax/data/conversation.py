@@ -77,7 +77,7 @@ def _canonical(row: Any, max_images: int) -> Row:
     if turns[0]["from"] == SYSTEM:
         first, system = 1, turns[0]["value"]
     if not isinstance(system, str):
-        raise BadSample("format", f"key 'system' must be a text, got {system!r}")
+        raise BadSample("format", f"key 'system' must be a text, got {system!r:.100}")
     if len(turns) > first and turns[first]["from"] == GPT:
         first += 1
     for i in range(first, len(turns)):
@@ -114,12 +114,12 @@ def _turn(turn: Any, i: int) -> Row:
     name, value = turn.get(who), turn.get(words)
     speaker = SPEAKERS.get(name) if isinstance(name, str) else None
     if speaker is None:
-        raise BadSample("roles", f"turn {i} has {who!r}={name!r}, expected one of {', '.join(SPEAKERS)}")
+        raise BadSample("roles", f"turn {i} has {who!r}={name!r:.100}, expected one of {', '.join(SPEAKERS)}")
     text = _joined(value, speaker) if isinstance(value, list) else value
     if not isinstance(text, str):
         raise BadSample("format", f"turn {i} must be an object with a text {words!r}")
     if not isinstance(turn.get("kind", ""), str):
-        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r}, expected a text")
+        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r:.100}, expected a text")
     if text is turn.get("value") and speaker == turn.get("from"):
         return turn
     return {key: turn[key] for key in turn if key not in ("role", "content")} | {"from": speaker, "value": text}

@@ -8,9 +8,7 @@ import dataclasses
 import functools
 import gc
 import math
-import multiprocessing
-import os
-import threading
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +21,7 @@ from sparsecut_jax.data.conversation import Example, images_of
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.sources import Part, Split
-from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad
+from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import EMPTY_SLOT, BadSample, Batch, UserError
@@ -184,7 +182,7 @@ def train_batches(
     batches = numbers.map(read).to_iter_dataset(options)
     if cfg.data.workers:
         processes = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_serve)
         # Copies, so that the memory shared with a worker is free at once and not when a step is done with the batch.
         batches = batches.map(
             functools.partial(jax.tree.map, lambda x: np.array(x) if isinstance(x, np.ndarray) else x)
@@ -203,14 +201,10 @@ def closing(batches: grain.DatasetIterator) -> Iterator[None]:
         gc.collect()  # Grain's iterators refer to one another, and to memory shared with processes that are gone
 
 
-def _end_with_parent(*_: int) -> None:
-    """A worker process ends with the one that started it, even if that one was killed."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _serve(*_: int) -> None:
+    """A worker process reads on until the one that started it has no more use for it, whatever signal both get."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 def fixed_batches(reader: Reader, size: int, seq_len: int, slots: int) -> Iterator[Batch]:

@@ -80,9 +80,16 @@ def make_plan(
     Raises:
       UserError: no row is left, or the stage is too long.
     """
-    if not sum(len(rows) * weight for rows, weight in groups):
+    epoch = sum(len(rows) * weight for rows, weight in groups)
+    if not epoch:
         raise UserError("no row is left to train on")
-    drawn = stage.max_steps * stage.batch_size or stage.epochs * sum(len(rows) * weight for rows, weight in groups)
+    if epoch < 1:
+        raise UserError(
+            f"an epoch would draw {epoch:.3g} rows, expected at least 1; raise the weights in config.data.mix"
+        )
+    drawn = stage.max_steps * stage.batch_size or stage.epochs * epoch
+    if round(drawn) < 1:
+        raise UserError(f"the stage would draw {drawn:.3g} rows, expected at least 1; raise its epochs")
     if drawn > MOST:
         raise UserError(
             f"the stage would draw {drawn:.3g} rows, expected at most {MOST:,}; lower its epochs or max_steps"

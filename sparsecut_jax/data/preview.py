@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sparsecut_jax.cli import shown
 from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.plan import Plan, make_plan
 from sparsecut_jax.data.walk import walk
@@ -48,7 +49,7 @@ def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.I
     for number in range(len(plan)):
         batch, bad = read(number)
         for item in bad:
-            print(f"left out: {item.reason}")
+            print(f"left out: {shown(item.reason)}")
         for i in range(min(plan.batch_size, count - len(sheets))):
             sheets.append(_sheet(batch, i, reader, cfg.tokens_per_image))
         if len(sheets) >= count:

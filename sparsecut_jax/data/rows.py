@@ -77,6 +77,7 @@ class JsonRows(Sequence):
         self.path = path
         try:
             self.local = _local(path)
+            self.state = _state(os.stat(self.local))
             self.places = MappedArray(_places(self._bytes, path))
         except OSError as error:
             raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
@@ -86,6 +87,8 @@ class JsonRows(Sequence):
     @functools.cached_property
     def _bytes(self) -> mmap.mmap | bytes:
         with open(self.local, "rb") as file:
+            if _state(os.fstat(file.fileno())) != self.state:  # its rows are no longer where they were
+                raise UserError(f"data source {self.path!r} has changed since this run opened it; start again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(self.local) else b""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,6 +141,10 @@ def _local(path: str) -> str:
     return copy
 
 
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
 def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:
     """int64[n, 2]: first byte of each row and the one behind it."""
     begin = len(BOM) if data[: len(BOM)] == BOM else 0
@@ -178,7 +185,7 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
     places = _to_array(places)
     between = [b"", *(b"," for _ in range(len(places) - 1)), b""]
     gaps = zip([begin + 1, *places[:, 1].tolist()], [*places[:, 0].tolist(), close], strict=True)
-    whole = close >= 0 and not bytes(data[close + 1 :]).strip(SPACE)
+    whole = close >= 0 and data[close] == 93 and not bytes(data[close + 1 :]).strip(SPACE)  # 93: a bracket
     if (
         len(places)
         and whole

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsecut_jax.data.rows import JsonRows, MappedArray, Row, Subset, is_folde
 from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
+PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)
 TOKENIZER_TEXT = 5_000_000  # characters that a tokenizer is trained on, at most
 
 
@@ -70,7 +72,7 @@ class Part:
 
     def label(self, i: int, row: Any) -> str:
         """What errors call row `i`."""
-        name = f" (id {row['id']!r})" if isinstance(row, dict) and "id" in row else ""
+        name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and "id" in row else ""
         return f"{self.name} row {self.number(i)}{name}"
 
     def look(self, entry: str | bytes, decode: bool) -> None:
@@ -216,7 +218,8 @@ class Folder:
     def inside(self, name: str) -> None:
         if not self.path:
             raise BadSample("missing_image", f"it has an image, but {self.setting}, the folder of the images, is empty")
-        images.resolve(self.path, name, stat=False)
+        if not PLAIN_NAME.fullmatch(name):  # plain ones are most, and need no closer look
+            images.resolve(self.path, name, stat=False)
 
     def there(self, name: str) -> None:
         images.resolve(self.path, name)

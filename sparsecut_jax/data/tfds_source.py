@@ -43,7 +43,11 @@ def open_tfds(source: SourceConfig, max_pixels: int) -> TfdsRows:
             f"{source.path} is stored as {info.file_format.value}, which has no random access; where TensorFlow is "
             f"installed, run `tfds convert_format --dataset_version_dir={info.data_dir} --out_file_format=array_record`"
         )
-    built = (info.metadata or {}).get("format") == FORMAT
+    try:
+        metadata = info.metadata
+    except Exception as error:  # a file that is no JSON, no text, no file
+        raise UserError(f"{source.path}: metadata.json cannot be read: {_first_line(error)}") from error
+    built = isinstance(metadata, dict) and metadata.get("format") == FORMAT
     return (BuiltRows if built else MappedRows)(builder, source, max_pixels)
 
 
@@ -100,7 +104,10 @@ class TfdsRows(Sequence):
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         try:
-            return tfds.core.example_parser.ExampleParserNp(self.specs).parse_example(self.records[i])
+            record = self.records[i]
+            if not record:  # so the reader answers for what is missing in a shard that was cut
+                raise ValueError("it is empty")
+            return tfds.core.example_parser.ExampleParserNp(self.specs).parse_example(record)
         except Exception as error:  # a damaged block, a record that is no example, a feature it lacks
             raise BadSample("format", f"the record cannot be read: {_first_line(error)}") from error
 
@@ -115,8 +122,11 @@ class BuiltRows(TfdsRows):
 
     def __getitem__(self, i: int) -> Row:
         example = self._example(i)
-        row, images = json.loads(example["row"]), list(example["images"])
-        if images:
+        try:
+            row, images = json.loads(example["row"]), list(example["images"])
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadSample("text", f"the record's row is not valid JSON: {error}") from None
+        if images and isinstance(row, dict):
             key = "image" if "image" in row else "images"
             row[key] = images if isinstance(row[key], list) else images[0]
         return row
@@ -207,9 +217,14 @@ def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
         if name != source.path:
             return tfds.core.read_only_builder.builder_from_files(name, data_dir=source.data_dir or None)
         folder = epath.Path(source.path).expanduser()
+        for path in os.listdir(folder) if os.path.isdir(folder) else ():
+            if not os.path.isfile(folder / path) and not os.path.isdir(folder / path):
+                raise UserError(f"{folder / path} is no regular file")  # opening a named pipe would wait for ever
         if (folder / "dataset_info.json").exists():
             return tfds.builder_from_directory(folder)
         versions = sorted(str(path.parent) for path in folder.glob("*/dataset_info.json")) if folder.exists() else []
+    except UserError:
+        raise
     except tfds.core.DatasetNotFoundError as error:
         place = source.data_dir or "~/tensorflow_datasets"
         raise UserError(
@@ -245,7 +260,7 @@ def _check_shard(file: str, records: int) -> None:
             return
         reason = f"expected {records} records, got {found}"
     except RuntimeError as error:
-        reason = _first_line(error)
+        reason = _first_line(error) if str(error) else "it is cut short or damaged"
     hint = "; if the bucket cannot be read from here, mount it (gcsfuse) and name that folder" * ("://" in file)
     raise UserError(f"{file} cannot be read: {reason}{hint}")
 

@@ -52,8 +52,7 @@ class Tokenizer:
         return self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as broken JSON may hold, becomes "?"
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+        return tuple(self.backend.encode(_whole(text), add_special_tokens=False).ids) if text else ()
 
     @functools.lru_cache(maxsize=100)
     def split_special(self, text: str) -> tuple[str | int, ...]:
@@ -146,8 +145,13 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_whole, texts), trainer)
     return wrap(backend, pad=0, bos=1, eos=2)
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, as broken JSON may hold, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def load(path: str) -> Tokenizer:

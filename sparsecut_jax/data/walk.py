@@ -14,6 +14,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Literal
 
@@ -95,6 +97,19 @@ class RowEncoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoders:
+    """The stages that read the same rows, as one: a row must fit into all of them."""
+
+    stages: dict[str, RowEncoder]
+
+    def length(self, row: dict) -> tuple[int, int]:
+        for encoder in self.stages.values():
+            if not encoder.surely_fits(row):
+                encoder.length(row)
+        return 0, 0  # lengths are not asked for
+
+
+@dataclasses.dataclass(frozen=True)
 class Walked:
     """Lengths of all rows of a split (0 for a bad one), the bad ones, and a hash of each row's content, 0 if unasked."""
 
@@ -141,6 +156,9 @@ def walk(
                     take(chunk, found)
             except concurrent.futures.process.BrokenProcessPool as error:
                 raise UserError(f"a process that read the rows died (out of memory?): {error}") from error
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or all the other chunks would be walked first
+                raise
     return Walked(Lengths(tokens, images), bad, hashes)
 
 
@@ -149,7 +167,19 @@ _state: tuple | None = None
 
 def _start(state: tuple) -> None:
     global _state
+    end_with_parent()
     _state = state
+
+
+def end_with_parent() -> None:
+    """This process, a worker, leaves ^C to the one that started it, and ends with it, even if that one was killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
@@ -184,8 +214,9 @@ def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
 def _digest(row: Row, folder: str) -> int:
     """64 bits of a row's images, which are in `folder`, and words: equal for rows that say the same."""
     entries = [e if isinstance(e, str) else hashlib.sha256(e).hexdigest() for e in images_of(row)]
-    said = json.dumps([folder * bool(entries), entries, row.get("system", ""), [turn["value"] for turn in row["conversations"]]])
-    return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    said = [folder * bool(entries), *entries, "", row.get("system", ""), *(t["value"] for t in row["conversations"])]
+    text = "\0".join(f"{len(part)} {part}" for part in said)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress: Callable[[int], None]) -> Walked:

@@ -14,7 +14,6 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import plots
 from sparsecut_jax.types import UserError
 
 
@@ -51,6 +50,8 @@ def read_results(path: str, step: int) -> dict:
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
     """Resolved config, tokenizer and the picture of the plan."""
+    from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second, which bad input need not wait
+
     with open(os.path.join(workdir, "config.json"), "w") as file:
         file.write(config_lib.to_json(cfg) + "\n")
     if tokenizer is not None:
