@@ -17,9 +17,9 @@ from PIL import Image
 from sparsecut_jax.data import pipeline, walk
 from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data.conversation import Example, encode_row
+from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.pipeline import Images, Reader, collate, fixed_batches, train_batches
 from sparsecut_jax.data.plan import Plan, make_plan
-from sparsecut_jax.data.sources import Folder, Part, Split
 from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig

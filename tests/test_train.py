@@ -358,3 +358,20 @@ def test_a_profile_window_behind_the_last_step_is_refused(pictures, tmp_path):
 def test_a_mesh_that_does_not_fit(pictures, tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         train(config_lib.check(runs.small(pictures, tmp_path / "run", set=changes)))
+
+
+def test_a_batch_of_broken_rows_is_left_out(tmp_path):
+    """Four in a row: it is no divergence, and the run finishes."""
+    rows = runs.draw_rows(tmp_path, 12)
+    for i in range(8, 12):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    changes = {
+        "data.max_bad_fraction": 0.5, "data.holdout": 0, "eval.every": 0, "eval.test": False, "mesh.data": 8,
+        "run_stages": ("instruct",), "stages.instruct.max_steps": 4,
+    }  # fmt: skip
+    table = json.loads(rows.read_text())
+    rows.write_text(json.dumps(table[8:] * 8))
+    results = train(
+        config_lib.check(runs.small(tmp_path, tmp_path / "run", set={**changes, "data.max_bad_fraction": 1.0}))
+    )
+    assert results["step"] == 4 and results["bad_samples"] == {"broken_image": 32}

@@ -14,8 +14,8 @@ from small_tokenizers import byte_level, llama
 from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data import walk as walk_lib
 from sparsecut_jax.data.conversation import TooLong, encode_row
+from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.rows import JsonRows
-from sparsecut_jax.data.sources import Folder, Part, Split
 from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.walk import Bad, RowEncoder, walk, walk_once
 from sparsecut_jax.settings import StageConfig

@@ -25,6 +25,7 @@ from absl import flags
 from sparsecut_jax import checks, cli
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.check import check_rows
+from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
@@ -73,7 +74,7 @@ def open_data(cfg: Config) -> Opened:
 class Rows(Sequence):
     """The rows of a part, checked."""
 
-    part: sources.Part
+    part: Part
 
     def __len__(self) -> int:
         return len(self.part)

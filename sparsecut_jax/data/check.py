@@ -10,8 +10,8 @@ import time
 import numpy as np
 
 from sparsecut_jax.cli import Exit, shown
+from sparsecut_jax.data.parts import Split
 from sparsecut_jax.data.pipeline import Reader
-from sparsecut_jax.data.sources import Split
 from sparsecut_jax.data.walk import Bad, Encoders, Look, RowEncoder, walk
 from sparsecut_jax.training.report import Progress, table
 from sparsecut_jax.training.workdir import write_json

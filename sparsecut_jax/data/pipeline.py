@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,9 @@ import numpy as np
 
 from sparsecut_jax.data import images
 from sparsecut_jax.data.conversation import Example, images_of
+from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.rows import Row
-from sparsecut_jax.data.sources import Part, Split
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.settings import Config
@@ -189,6 +190,20 @@ def train_batches(
         )
     placed = batches.map(lambda found: (place(found[0]), found[1]))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=READY))
+
+
+def next_batch(batches: Iterator[tuple[Batch, list[Bad]]]) -> tuple[Batch, list[Bad]]:
+    """The next of them. Raises UserError if a process that reads them has died."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        code = re.search(r"exit code (-?\d+)", str(error))
+        if not code:
+            raise
+        raise UserError(
+            f"a process that reads the data ended with exit code {code[1]} (-9: killed, often for want of memory); "
+            "lower config.data.workers; the same command goes on from the last checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 
 import numpy as np
 
 from sparsecut_jax.data import pipeline
-from sparsecut_jax.data.pipeline import Reader, train_batches
+from sparsecut_jax.data.pipeline import Reader, next_batch, train_batches
 from sparsecut_jax.data.plan import make_plan
-from sparsecut_jax.data.walk import Bad, walk
+from sparsecut_jax.data.walk import walk
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training.report import table
 from sparsecut_jax.training.workdir import write_json
-from sparsecut_jax.types import EMPTY_SLOT, Batch, UserError
+from sparsecut_jax.types import EMPTY_SLOT
 
 FOREVER = 10_000  # batches
 
@@ -36,10 +35,10 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
         one = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=count))
         batches = train_batches(reader, plan, one, (cfg.seed, 0))
         with pipeline.closing(batches):
-            _next(batches)
+            next_batch(batches)[0]
             began, images, tokens, read = time.monotonic(), 0, 0, 0
             while time.monotonic() - began < seconds:
-                batch = _next(batches)
+                batch = next_batch(batches)[0]
                 images += int(np.sum(batch.image_start != EMPTY_SLOT))
                 tokens += int(np.sum(batch.segments > 0))
                 read += 1
@@ -56,12 +55,3 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
     ]
     print(table(["worker processes", "images/s", "tokens/s", "batches read"], rows))
     write_json(os.path.join(cfg.workdir, "data_speed.json"), told)
-
-
-def _next(batches: Iterator[tuple[Batch, list[Bad]]]) -> Batch:
-    try:
-        return next(batches)[0]
-    except RuntimeError as error:
-        if "exit code" not in str(error):
-            raise
-        raise UserError(f"a process that reads the data died, often for want of memory: {error}") from error

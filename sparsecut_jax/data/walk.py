@@ -22,9 +22,9 @@ from typing import Literal
 import numpy as np
 
 from sparsecut_jax.data.conversation import encode_row, images_of
+from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.plan import Lengths
 from sparsecut_jax.data.rows import Row
-from sparsecut_jax.data.sources import Part, Split
 from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.settings import StageConfig

@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsecut_jax import sharding
 from sparsecut_jax.data.conversation import IMAGE, Example, encode_prompt, images_of
-from sparsecut_jax.data.sources import Part
+from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.templates import get_template, stop_ids
 from sparsecut_jax.data.walk import as_bad
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until

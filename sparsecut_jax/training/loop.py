@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from sparsecut_jax.cli import Exit
+from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, StageConfig
@@ -114,7 +114,7 @@ def run_stage(
     span, at = stage.span, int(state.step)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
     log = _Log(cfg, span, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
-    pending: tuple[int, dict[str, Any]] | None = None
+    pending: tuple[int, dict[str, Any], int] | None = None  # a step, its metrics, and how many bad rows it met
     evaluated: dict[int, float] = {}
     tracing = False
     # CPU devices share a pool of threads: of two steps under way at once each could wait for the other's forever.
@@ -139,7 +139,7 @@ def run_stage(
                 jax.profiler.start_trace(f"{cfg.workdir}/profile")
                 tracing = True
             began = time.monotonic()
-            batch, bad = _next(stage.data)
+            batch, bad = next_batch(stage.data)
             log.waited += time.monotonic() - began
             stage.note_bad(bad)
             state, metrics = stage.step(state, batch)
@@ -149,7 +149,7 @@ def run_stage(
             # The step before is read only now, while this one runs: the device never waits for the host.
             if pending is not None:
                 log.step(*pending)
-            pending = (at, metrics)
+            pending = (at, metrics, len(bad))
             if at == window[1] and tracing:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -174,19 +174,6 @@ def run_stage(
     return state
 
 
-def _next(data: Iterator) -> tuple[Batch, list[Bad]]:
-    try:
-        return next(data)
-    except RuntimeError as error:
-        if "exit code" not in str(error):
-            raise
-        code = re.search(r"exit code (-?\d+)", str(error))
-        raise UserError(
-            f"a process that reads the data ended with exit code {code[1] if code else '?'} (-9: killed, often for want "
-            "of memory); lower config.data.workers; the same command goes on from the last checkpoint"
-        ) from error
-
-
 class _Log:
     """Looks at the metrics of every step, and shows and writes those of every `log_every`-th."""
 
@@ -196,22 +183,25 @@ class _Log:
         self.since, self.tokens, self.supervised, self.waited, self.steps = time.monotonic(), 0, 0, 0.0, 0
         self.all_waited, self.all_seconds = 0.0, 0.0  # of all lines but the first, which has the compilation
 
-    def step(self, step: int, metrics: dict[str, Any]) -> None:
+    def step(self, step: int, metrics: dict[str, Any], bad_rows: int) -> None:
         values = jax.device_get(metrics)
         self.tokens += int(values["tokens"])
         self.supervised += int(values["supervised_tokens"])
         self.steps += 1
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if values["supervised_tokens"] == 0:
-            raise UserError(
-                f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
-            )
-        if int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
+            if not bad_rows:
+                raise UserError(
+                    f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
+                )
+            self.progress.write(f"step {step}: all rows of its batch are broken; this update is left out")
+        if not finite and int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
             raise Exit(
                 4,
                 f"diverged: loss or gradient not finite in {BAD_UPDATES_IN_A_ROW} updates in a row, up to step {step}; "
                 f"nothing more is saved; start again in another --config.workdir with a lower config.stages.{self.span.name}.lr",
             )
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+        if not finite:
             self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")
         if step % self.cfg.log_every == 0 or step == self.span.last or step == self.span.first + 1:
             self._write(step, values)

@@ -50,7 +50,9 @@ def read_results(path: str, step: int) -> dict:
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
     """Resolved config, tokenizer and the picture of the plan."""
-    from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second, which bad input need not wait
+    from sparsecut_jax.training import (
+        plots,  # here: matplotlib takes a third of a second, which bad input need not wait
+    )
 
     with open(os.path.join(workdir, "config.json"), "w") as file:
         file.write(config_lib.to_json(cfg) + "\n")

@@ -1,0 +1,158 @@
+"""Rows of a source and the pictures they name, whatever the source; and several of them numbered through."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sparsecut_jax.data import images
+from sparsecut_jax.data.conversation import canonical, images_of
+from sparsecut_jax.data.rows import MappedArray, Row, Subset
+from sparsecut_jax.types import BadSample
+
+PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Pictures in files. `setting` is the one that names the folder."""
+
+    path: str
+    max_pixels: int
+    setting: str = ""
+
+    def inside(self, name: str) -> None:
+        if not self.path:
+            raise BadSample("missing_image", f"it has an image, but {self.setting}, the folder of the images, is empty")
+        if not PLAIN_NAME.fullmatch(name):  # plain ones are most, and need no closer look
+            images.resolve(self.path, name, stat=False)
+
+    def there(self, name: str) -> None:
+        images.resolve(self.path, name)
+
+    def open(self, name: str | bytes) -> Image.Image:
+        source = name if isinstance(name, bytes) else images.resolve(self.path, name)
+        return images.read_image(source, self.max_pixels)
+
+    def read(self, name: str) -> bytes:
+        path = images.resolve(self.path, name)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise BadSample("missing_image", f"image {path} is not there") from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of one source, by number, and how their pictures are opened.
+
+    Attributes:
+      name: of its file, in messages.
+      rows: `rows[i]` is a row in any of the spellings; nothing is held in memory that a file can hold.
+      pictures: `pictures.open(entry)` is the picture of an entry of a row, a name or encoded bytes.
+      numbers: of the rows in the whole source; None: 0, 1, 2, ...
+      weight: how often an epoch has each row.
+      captions: rows -> caption rows, for rows that are no captions themselves.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    pictures: Any
+    max_images: int
+    numbers: MappedArray | None = None
+    weight: float = 1.0
+    captions: Callable[[Sequence[Row]], Sequence[Row]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def number(self, i: int) -> int:
+        return i if self.numbers is None else int(self.numbers.values[i])
+
+    def row(self, i: int) -> Row:
+        """Row `i` in LLaVA's spelling. Raises BadSample naming it."""
+        row = {}
+        try:
+            row = self.rows[i]
+            named = self.label(i, row)
+            row = canonical(row, named, self.max_images)
+            for entry in images_of(row):
+                if isinstance(self.pictures, Folder) and isinstance(entry, str):
+                    self.pictures.inside(entry)
+        except BadSample as error:
+            if str(error).startswith(self.label(i, row)):
+                raise
+            raise BadSample(error.cause, f"{self.label(i, row)}: {error}") from None
+        return row
+
+    def label(self, i: int, row: Any) -> str:
+        """What errors call row `i`."""
+        name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and "id" in row else ""
+        return f"{self.name} row {self.number(i)}{name}"
+
+    def look(self, entry: str | bytes, decode: bool) -> None:
+        """Raises BadSample for a picture that is not there, or cannot be decoded."""
+        if decode:
+            self.pictures.open(entry)
+        elif isinstance(self.pictures, Folder) and isinstance(entry, str):
+            self.pictures.there(entry)
+
+    def encoded(self, entry: str | bytes) -> bytes:
+        """The image file as it is; of a drawn picture a PNG."""
+        if isinstance(entry, bytes):
+            return entry
+        if isinstance(self.pictures, Folder):
+            return self.pictures.read(entry)
+        file = io.BytesIO()
+        self.pictures.open(entry).save(file, "PNG")
+        return file.getvalue()
+
+    def take(self, numbers: np.ndarray) -> Part:
+        """The rows `numbers` of it."""
+        rows = Subset(self.rows, numbers)
+        return dataclasses.replace(self, rows=rows, numbers=rows.numbers)
+
+    def as_captions(self) -> Part:
+        if not self.captions:
+            return self
+        rows = self.captions(self.rows)
+        numbers = self.numbers if len(rows) == len(self) else None  # where some have no caption, these are counted
+        return dataclasses.replace(self, rows=rows, numbers=numbers, captions=None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Rows of several sources, numbered through."""
+
+    parts: tuple[Part, ...]
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        return list(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.parts else 0
+
+    def find(self, i: int) -> tuple[Part, int]:
+        """The part that row `i` is in, and its number there."""
+        which = bisect.bisect_right(self.ends, i)
+        return self.parts[which], i - (self.ends[which] - len(self.parts[which]))
+
+    def row(self, i: int) -> tuple[Part, Row]:
+        """Row `i` and where its pictures are. Raises BadSample."""
+        part, local = self.find(i)
+        return part, part.row(local)
+
+    def groups(self, usable: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """For every part, which of the rows `usable` are in it, and its weight."""
+        cuts = np.searchsorted(usable, [0, *self.ends])
+        return [(usable[a:b], part.weight) for (a, b), part in zip(itertools.pairwise(cuts), self.parts, strict=True)]
