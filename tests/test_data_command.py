@@ -191,7 +191,7 @@ def test_build_keeps_every_row_and_picture(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("args", [["chekc"], ["speed", "--config=configs/base.py", "--stage=x"]])
+@pytest.mark.parametrize("args", [["chekc"]])
 def test_one_sentence_for_what_is_missing(args):
     code, out, err = runs.finish(runs.command("data", *args))
     assert (code, out, err.count("\n")) == (2, "", 1)

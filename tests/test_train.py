@@ -15,6 +15,7 @@ import pytest
 
 import runs
 from sparsecut_jax import config as config_lib
+from sparsecut_jax import sharding
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.convert import to_hf
 from sparsecut_jax.evaluate import report_accuracy
@@ -34,6 +35,13 @@ def pictures(tmp_path_factory) -> Path:
     faults = [{"id": name, "image": name, "conversations": turns} for name in ("page.png", "nowhere.png")]
     path.write_text(json.dumps(faults + json.loads(path.read_text())))
     return folder
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Training in this process takes one of its eight devices: that compiles in a third of the time."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +154,7 @@ def test_sigterm_saves_at_the_next_step_and_exits_with_3(pictures, unbroken, tmp
     assert_same(parameters(tmp_path / "run"), parameters(unbroken))
 
 
-def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(unbroken):
+def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(unbroken, one_device):
     before = parameters(unbroken)
     results = json.loads((unbroken / "results.json").read_text())
     saved = config_lib.check(json.loads((unbroken / "config.json").read_text()))
@@ -194,7 +202,7 @@ def test_evaluate_and_generate_commands(unbroken, pictures):
     assert out.strip() != ""
 
 
-def test_divergence_stops_with_4_and_saves_nothing_bad(pictures, tmp_path):
+def test_divergence_stops_with_4_and_saves_nothing_bad(pictures, tmp_path, one_device):
     config = runs.small(
         pictures,
         tmp_path / "run",
@@ -207,7 +215,7 @@ def test_divergence_stops_with_4_and_saves_nothing_bad(pictures, tmp_path):
         assert np.isfinite(value).all(), name
 
 
-def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbroken, tmp_path, capsys):
+def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbroken, tmp_path, capsys, one_device):
     changes = {
         "init_from": str(unbroken), "init_parts": ("vision/.*", "fusion/.*"), "run_stages": ("instruct",),
         "stages.instruct.max_steps": 1, "stages.instruct.trainable": ("llm/.*",), "eval.test": False,
@@ -221,7 +229,7 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
         assert same == ("llm" not in name), name
 
 
-def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys):
+def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys, one_device):
     """What to_hf wrote decides sizes, plan and tokenizer of another run, whose config says otherwise."""
     exported = tmp_path / "exported"
     to_hf(str(unbroken), "latest", str(exported), "auto", drop_shortcuts=False, check=False)
@@ -360,13 +368,13 @@ def test_a_mesh_that_does_not_fit(pictures, tmp_path, changes, sentence):
         train(config_lib.check(runs.small(pictures, tmp_path / "run", set=changes)))
 
 
-def test_a_batch_of_broken_rows_is_left_out(tmp_path):
+def test_a_batch_of_broken_rows_is_left_out(tmp_path, one_device):
     """Four in a row: it is no divergence, and the run finishes."""
     rows = runs.draw_rows(tmp_path, 12)
     for i in range(8, 12):
         (tmp_path / f"{i}.png").write_bytes(b"")
     changes = {
-        "data.max_bad_fraction": 0.5, "data.holdout": 0, "eval.every": 0, "eval.test": False, "mesh.data": 8,
+        "data.max_bad_fraction": 0.5, "data.holdout": 0, "eval.every": 0, "eval.test": False,
         "run_stages": ("instruct",), "stages.instruct.max_steps": 4,
     }  # fmt: skip
     table = json.loads(rows.read_text())
