@@ -35,3 +35,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def tiny() -> Tiny:
     """The tiny model with its default shortcuts (4,0) (2,3) (0,6), its parameters and one jitted forward pass."""
     return Tiny.build()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The run that tests/test_train.py looks at takes half a minute: it starts now, beside the tests before those."""
+    if not session.config.option.collectonly and any("unbroken" in item.fixturenames for item in session.items):
+        import test_train
+
+        test_train.started_run()

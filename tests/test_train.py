@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import signal
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,16 +29,31 @@ from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+@functools.cache
+def drawn_pictures() -> Path:
     """24 good rows, and in front of them two whose pictures are broken."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = Path(tempfile.mkdtemp(prefix="sparsecut_jax_tests_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = runs.draw_rows(folder)
     (folder / "page.png").write_text("<html></html>")
     turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
     faults = [{"id": name, "image": name, "conversations": turns} for name in ("page.png", "nowhere.png")]
     path.write_text(json.dumps(faults + json.loads(path.read_text())))
     return folder
+
+
+@functools.cache
+def started_run() -> tuple[Path, subprocess.Popen]:
+    """Folder and process of the run that most tests here look at. tests/conftest.py starts it beside other tests."""
+    folder = Path(tempfile.mkdtemp(prefix="sparsecut_jax_tests_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = runs.write_config(folder / "config.py", runs.small(drawn_pictures(), folder / "run"))
+    return folder, runs.command("train", f"--config={config}")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Path:
+    return drawn_pictures()
 
 
 @pytest.fixture
@@ -45,11 +64,10 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def unbroken(pictures, tmp_path_factory) -> Path:
+def unbroken() -> Path:
     """Workdir of a run of one device that nobody disturbed, made by the command itself."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    config = runs.write_config(folder / "config.py", runs.small(pictures, folder / "run"))
-    code, out, err = runs.finish(runs.command("train", f"--config={config}"))
+    folder, process = started_run()
+    code, out, err = runs.finish(process)
     assert (code, err) == (0, ""), err
     (folder / "stdout.txt").write_text(out)
     return folder / "run"
@@ -117,7 +135,7 @@ def test_loss_falls(unbroken):
 
 def test_killed_and_resumed_equals_unbroken(pictures, unbroken, tmp_path):
     """SIGKILL once in the middle of a save and once between saves."""
-    config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / "run"))
+    config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / "run", set={"eval.test": False}))
     checkpoints = tmp_path / "run" / "checkpoints"
 
     def saving() -> bool:
@@ -140,7 +158,7 @@ def test_killed_and_resumed_equals_unbroken(pictures, unbroken, tmp_path):
 
 
 def test_sigterm_saves_at_the_next_step_and_exits_with_3(pictures, unbroken, tmp_path):
-    overrides = {"checkpoint.every": 0}
+    overrides = {"checkpoint.every": 0, "eval.test": False}
     config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / "run", set=overrides))
     process = runs.command("train", f"--config={config}")
     while process.poll() is None and max(losses(tmp_path / "run"), default=0) < 5:
