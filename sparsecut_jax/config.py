@@ -27,16 +27,23 @@ def default() -> ConfigDict:
 def variant_arguments(text: str, **known: Any) -> ConfigDict:
     """Arguments behind the colon of `--config=file.py:a=1,smoke`, over the defaults `known`.
 
+    A tuple in `known` lists all values of its argument, the default first.
+
     Raises:
-      UserError: an argument that is not in `known`, or a value that is not of its type.
+      UserError: an argument that is not in `known`, or a value that is not of its type or list.
     """
-    values = dict(known)
+    values = {key: value[0] if isinstance(value, tuple) else value for key, value in known.items()}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
         if key not in known:
             listing = ", ".join(known)
             raise UserError(f"config variant {key!r} is not known{nearest(key, known)}; known: {listing}")
-        if isinstance(known[key], bool):
+        if isinstance(known[key], tuple):
+            if value not in known[key]:
+                listing = " or ".join(known[key])
+                raise UserError(f"config variant {key}={value!r}: expected {listing}{nearest(value, known[key])}")
+            values[key] = value
+        elif isinstance(known[key], bool):
             if value not in ("", "True", "true", "1", "False", "false", "0"):
                 raise UserError(f"config variant {key}={value!r}: expected True or False")
             values[key] = value in ("", "True", "true", "1")

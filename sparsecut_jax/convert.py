@@ -6,7 +6,8 @@
 
 from-hf joins a vision tower, an LLM and, where --fusion names one, a projector into a workdir that evaluate, generate
 and --config.init_from read. to-hf writes the model of a workdir as safetensors with config.json, tokenizer and image
-processor: as `llava` where a LLaVA can say it (one view, no shortcuts), else as `sparsecut`, which --model reads.
+processor: as `llava` where a LLaVA can say it (one view, no shortcuts), else as `sparsecut`, which --model reads. A run
+with LoRA is written with its adapters in the LLM (--merge), or as adapters and fusion alone (--as=adapter).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sparsecut_jax.training import report, state
 from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import export, load, verify
+from sparsecut_jax.weights import adapter, export, load, verify
 from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
@@ -81,12 +82,22 @@ def from_hf(cfg: Config, out: str) -> load.Report:
     return told
 
 
-def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, check: bool) -> None:
-    """Writes the model of a run to `out`; see weights/export.py. Nothing is written where something is wrong."""
+def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, merge: bool, check: bool) -> None:
+    """Writes the model of a run to `out`; see weights/export.py and adapter.py. Nothing is left where something is wrong.
+
+    Raises:
+      UserError: flags that do not go together, or the format cannot say what the model is.
+    """
+    if kind == "adapter" and (merge or check or drop_shortcuts):
+        raise UserError("--as=adapter writes no whole model; leave out --merge, --verify and --drop-shortcuts")
     with new_folder(out) as folder:
         run = load_run(workdir, which, text=False)
         with jax.set_mesh(run.mesh):
-            told = export.write(run, folder, kind, drop_shortcuts)
+            run = adapter.merged(run) if merge else run
+            if kind == "adapter":
+                told = adapter.write_adapter(run, folder)
+            else:
+                told = export.write(run, folder, kind, drop_shortcuts)
             if check:
                 told += "\n" + verify.verify(run, folder, drop_shortcuts)
     print(told)
@@ -128,7 +139,8 @@ def main(command: str) -> None:
     elif command == "to-hf":
         if not FLAGS.workdir:
             raise UserError("--workdir is missing; for example --workdir=runs/base")
-        to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, getattr(FLAGS, "as"), FLAGS.drop_shortcuts, FLAGS.verify)
+        kind = getattr(FLAGS, "as")
+        to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, kind, FLAGS.drop_shortcuts, FLAGS.merge, FLAGS.verify)
     else:
         raise UserError(f"{command or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
 
@@ -151,5 +163,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "latest", "to-hf: latest, best or a step.")
     flags.DEFINE_enum("as", "auto", export.KINDS, "to-hf: what to write.")
     flags.DEFINE_boolean("drop_shortcuts", False, "to-hf: write a llava although shortcuts are lost, another model.")
+    flags.DEFINE_boolean("merge", False, "to-hf: add a run's adapters to the linears beside which they stand.")
     flags.DEFINE_boolean("verify", False, "to-hf: load what was written, and compare parameters and logits.")
     cli.run(lambda: main(command), __doc__)

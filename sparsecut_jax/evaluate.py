@@ -12,7 +12,7 @@ import os
 import jax
 from absl import flags
 
-from sparsecut_jax import cli
+from sparsecut_jax import cli, hosts
 from sparsecut_jax.data.sources import Source
 from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.inference.run import Run, load_run
@@ -44,10 +44,11 @@ def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
     shown = vqa.samples(answered, SAMPLES)
     rows = [[a.question, a.expected, a.answer, "" if a.correct else "wrong"] for a in shown]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
-    path = os.path.join(run.workdir, "answers.jsonl")
-    with open(path + ".tmp", "w") as file:
-        file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
-    os.replace(path + ".tmp", path)
+    if hosts.first():
+        path = os.path.join(run.workdir, "answers.jsonl")
+        with open(path + ".tmp", "w") as file:
+            file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
+        os.replace(path + ".tmp", path)
     return results
 
 
@@ -76,4 +77,5 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "Workdir of a run.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+    hosts.define_flags()
     cli.run(main, __doc__)

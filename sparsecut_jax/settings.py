@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+# What a layer keeps from forward to backward (models/remat.py); auto: "full" on accelerators, "none" on CPU.
+Remat = Literal["auto", "none", "dots", "full", "offload"]
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -29,7 +32,7 @@ class VisionConfig:
     layer_scale: bool = False  # a factor per channel after attention and after the MLP (DINOv2)
     select_layer: int = -2  # main feature, HF index into hidden_states: -2 is the last block but one
     scan_layers: bool = True
-    remat: bool = False
+    remat: Remat = "auto"
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, CLIP's
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -94,7 +97,26 @@ class LLMConfig:
     sliding_from: int = 0  # first layer with a window (Qwen2's max_window_layers)
     tie_embeddings: bool = False
     scan_layers: bool = True
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "auto"
+    replicate_kv: bool = False  # a tensor axis that kv_heads cannot be split over: every device has all of them
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of the matrices that an adapter may stand beside, without "/kernel"."""
+        attention = tuple(f"llm/layers/attention/{name}" for name in ("q", "k", "v", "out"))
+        mlp = tuple(f"llm/layers/mlp/{name}" for name in ("gate", "up", "down"))
+        return attention + mlp + (() if self.tie_embeddings else ("llm/head",))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside linears of the LLM (arXiv 2106.09685), as parameters `..._lora_a` and `..._lora_b`."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 256.0  # what they add is scaled by alpha / rank
+    dropout: float = 0.0  # of their input, in training
+    targets: tuple[str, ...] = ("llm/layers/attention/(q|k|v|out)", "llm/layers/mlp/(gate|up|down)")  # regexes on
+    # `LLMConfig.linears`
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ class InitConfig:
 class MeshConfig:
     """Devices along each mesh axis; one size may be -1, what is left over."""
 
+    replica: int = 1  # copies of the model across slices, which slow links join
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -199,6 +222,7 @@ class StageConfig:
     accumulate: int = 1  # micro-batches the batch is cut into
     trainable: tuple[str, ...] = ("fusion/.*", "llm/.*")  # regexes on parameter paths
     lr: float = 2e-5
+    lr_of: dict[str, float] = field(default_factory=dict)  # other rates, by regexes that paths begin with
     warmup: float = 0.03  # share of the steps
     final_lr: float = 0.0  # share of lr at the end of the cosine
     weight_decay: float = 0.0
@@ -231,8 +255,10 @@ class Config:
     init_parts: tuple[str, ...] = ("vision/.*", "fusion/.*", "llm/.*")  # regexes: what is taken from it
     init: InitConfig = InitConfig()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 except on CPU
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of stored parameters; auto: float32, and `convert`
-    # keeps what the files hold. Small updates are lost in bfloat16.
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of stored parameters; auto: float32 where they are
+    # trained, since small updates are lost in bfloat16, else `dtype`; `convert` keeps what the files hold.
+    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = "auto"  # models/attention.py
+    loss_chunk: int = 256  # positions of a row whose logits exist at one time
     log_every: int = 10
     profile: str = ""  # "START:STOP", optimizer steps to trace
     run_stages: tuple[str, ...] = ("align", "instruct")  # names in `stages`, in this order
@@ -241,6 +267,7 @@ class Config:
     fusion: FusionConfig = FusionConfig()
     shortcuts: ShortcutConfig = ShortcutConfig()
     llm: LLMConfig = LLMConfig()
+    lora: LoraConfig = LoraConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

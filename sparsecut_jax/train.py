@@ -5,7 +5,10 @@
     python -m sparsecut_jax.train --config=configs/base.py --config.workdir=runs/mine --config.llm.layers=12
 
 Where the workdir has a checkpoint the run goes on from it. Exit codes: 2 something to mend, 3 stopped by
-SIGTERM after saving, 4 diverged.
+SIGTERM after saving, 4 diverged, 5 another process of the run is gone.
+
+Several processes, each with its own devices, make one run with the same command and
+    --coordinator=HOST:PORT --processes=N --process=I      I = 0 to N-1; TPU slices and SLURM need no flags
 """
 
 from __future__ import annotations
@@ -21,21 +24,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecut_jax import checks, cli, sharding
+from sparsecut_jax import backends, checks, cli, hosts, placing, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.plan import Plan, make_plan
 from sparsecut_jax.data.walk import FEW, RowEncoder, walk_once
 from sparsecut_jax.evaluate import report_accuracy
-from sparsecut_jax.inference.run import Run, compute_dtype
+from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
-from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
 from sparsecut_jax.types import UserError
@@ -54,7 +57,6 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ devices
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
-    dtype = compute_dtype(cfg, mesh)
 
     # ------------------------------------------------------------------ where the run stands
     asked = cfg
@@ -70,7 +72,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
     parts = weights.open_sources(cfg.init) if meta is None else {}
     cfg = weights.resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
     checks.check_room(cfg)
-    check_mesh(cfg, mesh)
+    sharding.check_mesh(cfg, mesh.shape)
+    backends.resolve(cfg, sharding.platform(mesh))
 
     # ------------------------------------------------------------------ data
     source = sources.load_source(cfg)
@@ -78,17 +81,26 @@ def run_stages(cfg: Config) -> dict[str, float]:
         check_same_data(meta["data"], source.fingerprint, cfg)
     tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
+    sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
     pictures = pipeline.Images(cfg)
-    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, jax.process_index(), fresh=meta is None)
+    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
     readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
     plans = {name: make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
-    model = build_model(cfg, dtype, ("shortcut_ratio",))
-    abstract = state.abstract_params(model, cfg, mesh)
-    trained = {s.name: opt.part_sizes(opt.split(abstract, s.stage.trainable)[0]) for s in spans}
-    print(report.heading(mesh, model.plan, abstract, trained, dtype), flush=True)
+    branched = any(plan.branched for plan in plans.values())
+    here = backends.resolve(cfg, sharding.platform(mesh), branched)  # what checkpoints hold stays free of platforms
+    dtype = backends.compute_dtype(here)
+    model = build_model(here, dtype, ("shortcut_ratio",))
+    abstract_of = lambda name: state.abstract_params(model, cfg, mesh, state.stage_dtypes(here, name))
+    abstract = abstract_of(meta["stage"] if meta else spans[0].name)
+    for s in spans:
+        opt.rates(opt.split(abstract, s.stage.trainable)[0], s.stage)
+    states = {
+        s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage), mesh) for s in spans
+    }
+    print(report.heading(mesh, model.plan, abstract, states, dtype), flush=True)
     print_data(source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
@@ -100,33 +112,34 @@ def run_stages(cfg: Config) -> dict[str, float]:
             if parts:
                 print(told)
             if cfg.init_from:
-                params, told = state.init_from(cfg.init_from, cfg.init_parts, params)
+                params, told = state.init_from(cfg, params)
                 print(told)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
-        write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
+        if hosts.first():
+            write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
         writer = report.MetricsWriter(cfg.workdir, step)
         placed = sharding.batch_sharding(mesh)
-        place = lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
         names = [span.name for span in spans]
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
             tx = opt.adamw(span.stage)
-            target = state.abstract_state(abstract, span.stage.trainable, tx, mesh)
+            target = states[span.name]
+            held = placing.rows_here(placed, span.stage.batch_size)
             data = pipeline.train_batches(
-                readers[span.name], plans[span.name], cfg, (cfg.seed, span.first), step - span.first,
-                jax.process_index(), jax.process_count(), place,
+                readers[span.name], plans[span.name], cfg, (cfg.seed, span.first), step - span.first, held,
+                functools.partial(placing.place, placed=placed, rows=held, count=span.stage.batch_size),
             )  # fmt: skip
             if params is None:
                 current = checkpoints.restore_state(resumed, target)
             else:
                 current = state.begin_stage(target, params, span.stage.trainable, tx, step, skipped)
             step_fn = make_train_step(
-                model, span.stage.trainable, tx, opt.schedule(span.stage, span.last - span.first),
-                span.first, span.stage.accumulate, cfg.seed,
+                model, span.stage, tx, opt.schedule(span.stage, span.last - span.first),
+                span.first, cfg.seed, cfg.loss_chunk,
             )  # fmt: skip
             stage = loop.Stage(
                 span=span,
-                step=jax.jit(step_fn, donate_argnums=0),
+                step=jax.jit(step_fn, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh))),
                 data=data,
                 note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
                 holdout_loss=make_holdout_loss(model, source, span.name, cfg, tokenizer, pictures, mesh),
@@ -146,55 +159,33 @@ def run_stages(cfg: Config) -> dict[str, float]:
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
         stop.restore()
-        if stop.asked:
+        if stop.asked(step + 1):
             raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved, and the same command goes on to the test")
 
         # -------------------------------------------------------------- results
-        from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second
+        if hosts.first():
+            from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second
 
-        plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
+            plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
         if cfg.eval.test and source.tests:
-            run = Run(cfg.workdir, step, cfg, mesh, build_model(cfg, dtype), params, tokenizer, pictures)
+            run = Run(cfg.workdir, step, cfg, mesh, build_model(here, dtype), params, tokenizer, pictures)
             results |= report_accuracy(run, source)
     results["seconds"] = clock()
     path = os.path.join(cfg.workdir, "results.json")
-    write_json(path, {**read_results(path, step), **results})
+    if hosts.first():
+        write_json(path, {**read_results(path, step), **results})
     print_written(cfg.workdir, results["seconds"])
     return results
-
-
-def check_mesh(cfg: Config, mesh: Mesh) -> None:
-    """Raises UserError for a mesh that does not fit heads, widths or batches."""
-    tensor, ways = mesh.shape["tensor"], sharding.data_parallel(mesh)
-    for key, value in {
-        "vision.heads": cfg.vision.heads,
-        "vision.mlp_dim": cfg.vision.mlp_dim,
-        "llm.heads": cfg.llm.heads,
-        "llm.kv_heads": cfg.llm.kv_heads,
-        "llm.mlp_dim": cfg.llm.mlp_dim,
-    }.items():
-        if value % tensor:
-            raise UserError(f"config.{key}={value} cannot be split over mesh axis tensor={tensor}")
-    batches = {
-        f"stages.{n}.batch_size / accumulate": cfg.stages[n].batch_size // cfg.stages[n].accumulate
-        for n in cfg.run_stages
-    }
-    for key, value in batches.items():
-        if value % ways:
-            raise UserError(
-                f"config.{key} = {value} rows cannot be split over the {ways} devices of mesh axes data x fsdp; "
-                f"choose a multiple of {ways}"
-            )
 
 
 def as_saved(cfg: Config, saved: dict) -> Config:
     """The config of a resumed run, with the sizes that its pretrained parts gave it at the start."""
     old = config_lib.check(saved)
     data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
-    return dataclasses.replace(
-        cfg, vision=old.vision, fusion=old.fusion, shortcuts=old.shortcuts, llm=old.llm, data=data
-    )
+    vision = dataclasses.replace(old.vision, remat=cfg.vision.remat)
+    llm = dataclasses.replace(old.llm, remat=cfg.llm.remat, replicate_kv=cfg.llm.replicate_kv)
+    return dataclasses.replace(cfg, vision=vision, fusion=old.fusion, shortcuts=old.shortcuts, llm=llm, data=data)
 
 
 def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
@@ -223,10 +214,12 @@ def make_stage_plan(
     split = reader.split
     progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
     kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
-    walked = walk_once(kept, split, reader.encode, source.fingerprint, progress.update if progress else lambda n: None)
+    update = progress.update if progress else lambda n: None
+    with hosts.in_turn(f"rows {name}"):  # the others find what the first process has kept
+        walked = walk_once(kept, split, reader.encode, source.fingerprint, update)
     if progress:
         progress.close()
-    bad_samples.add(name, walked.bad, len(split))
+    bad_samples.add(name, walked.bad, len(split), write=hosts.first())
     usable = walked.lengths.usable
     if not len(usable):
         raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
@@ -241,18 +234,19 @@ def make_holdout_loss(
         return None
     stage = cfg.stages[name]
     reader = make_reader(source, name, cfg, tokenizer, pictures, holdout=True)
-    size = stage.batch_size // stage.accumulate
-    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images))
-    if not batches:
+    size, placed = stage.batch_size // stage.accumulate, sharding.batch_sharding(mesh)
+    held = placing.rows_here(placed, size)
+    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, held))
+    if not placing.gather(np.array([batch.loss_mask.any() for batch in batches])).any():
         return None
-    placed = sharding.batch_sharding(mesh)
 
     @jax.jit
     def sums(params, batch):
-        return cross_entropy(model.apply({"params": params}, batch)[0], batch)
+        return summed_loss(model, params, batch, cfg.loss_chunk)[:2]
 
     def holdout_loss(params) -> float:
-        found = np.array([jax.device_get(sums(params, jax.device_put(batch, placed))) for batch in batches])
+        on_devices = (placing.place(batch, placed, held, size) for batch in batches)
+        found = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
         return float(found[:, 0].sum() / found[:, 1].sum())
 
     return holdout_loss
@@ -265,8 +259,9 @@ def print_data(
     print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} to test")
     for s in spans:
         plan = plans[s.name]
+        rates = "".join(f", of {pattern} {rate:g}" for pattern, rate in s.stage.lr_of.items())
         print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} sequences, {s.stage.rows} "
-              f"{s.stage.batching}, {plan.useful:.0%} of the positions useful, lr {s.stage.lr:g}")  # fmt: skip
+              f"{s.stage.batching}, {plan.useful:.0%} of the positions useful, lr {s.stage.lr:g}{rates}")  # fmt: skip
     if counted := bad_samples.counts():
         listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
         print(f"left out   {listing}: {bad_samples.path}")
@@ -275,4 +270,5 @@ def print_data(
 
 if __name__ == "__main__":
     cli.define_config()
+    hosts.define_flags()
     cli.run(lambda: train(cli.typed_config()), __doc__, resumes=True)

@@ -66,11 +66,12 @@ class Batch:
     tokens: jax.Array  # int32[B, T]; the id at image positions is ignored
     loss_mask: jax.Array  # uint8[B, T]; 1 where tokens[b, t] is to be predicted (answers and their end token)
     segments: jax.Array  # int32[B, T]; 0 padding
-    branches: jax.Array  # int32[B, T]
+    branches: jax.Array | None  # int32[B, T]; None where all of them are 0
     positions: jax.Array  # int32[B, T]; rotary position
     views: jax.Array  # uint8[B, M, V, S, S, 3]
     image_start: jax.Array  # int32[B, M]; first of N image positions, -1 where the slot is empty
     extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # named arrays that some fusion may need
+    most_segments: int = flax.struct.field(pytree_node=False, default=0)  # of a sequence, at most; 0: not known
 
 
 @flax.struct.dataclass
@@ -78,7 +79,7 @@ class TrainState:
     """Everything an update reads and writes."""
 
     step: jax.Array  # int32[]; optimizer steps of the whole run, skipped ones included
-    params: dict[str, Any]  # {"vision", "fusion", "llm"}, float32 masters
+    params: dict[str, Any]  # {"vision", "fusion", "llm"}; float32 masters of what is trained, the rest as it is computed
     opt_state: Any  # of the trainable parameters of this stage only
     skipped: jax.Array  # int32[]; updates left out because loss or gradient was not finite
     streak: jax.Array  # int32[]; how many of the latest updates in a row were left out

@@ -1,6 +1,6 @@
 """Eight CPU devices, whatever the machine has, and full float32 products; to be set before JAX starts.
 
-Compiling is most of what the tests do, and LLVM's optimisations are half of that: they are off. What one test or
+Compiling is most of what the tests do, and LLVM's optimisations and fused loops are most of that: they are off. What one test or
 command has compiled the others find in a cache, which lives as long as the tests run.
 """
 
@@ -16,7 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "32"  # threads for eight devices that wait for one another; with few a busy machine locks up
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         os.environ.get("XLA_FLAGS", ""),  # wins over the line above
         "--xla_force_host_platform_device_count=8",
     ]

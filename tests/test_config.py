@@ -63,7 +63,7 @@ def test_int_is_taken_for_float_and_list_for_tuple():
 @pytest.mark.parametrize(
     ("key", "value", "start"),
     [
-        ("sead", 1, "config.sead is not a setting; did you mean 'seed'?; known: checkpoint, data, "),
+        ("sead", 1, "config.sead is not a setting; did you mean 'seed'?; known: attention, checkpoint, data, "),
         ("vision.image_sise", 1, "config.vision.image_sise is not a setting; did you mean 'image_size'?; known: "),
         ("stages.align.lrr", 1, "config.stages.align.lrr is not a setting; did you mean 'lr'?; known: accumulate, "),
         ("llm.qqqq", 1, "config.llm.qqqq is not a setting; known: activation, "),
@@ -82,7 +82,7 @@ def test_misspelt_key(key, value, start):
         ("stages.align.lr", True, "config.stages.align.lr=True: expected float, got bool"),
         ("stages.align.lr", "1e-3", "config.stages.align.lr='1e-3': expected float, got str"),
         ("stages.align.lr", None, "config.stages.align.lr=None: expected float, got NoneType"),
-        ("vision.remat", 1, "config.vision.remat=1: expected bool, got int"),
+        ("vision.scan_layers", 1, "config.vision.scan_layers=1: expected bool, got int"),
         ("workdir", 3, "config.workdir=3: expected str, got int"),
         ("run_stages", "align", "config.run_stages='align': expected a tuple, got str"),
         ("shortcuts.vit_levels", (0, 1.5), "config.shortcuts.vit_levels[1]=1.5: expected int, got float"),
@@ -273,19 +273,25 @@ def test_variant_arguments(text, expected):
     assert type(arguments.rate) is float
 
 
+def test_a_tuple_lists_the_values_of_a_variant_argument():
+    assert variant_arguments("", stage=("first", "last")).stage == "first"
+    assert variant_arguments("stage=last", stage=("first", "last")).stage == "last"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("smoek", "config variant 'smoek' is not known; did you mean 'smoke'?; known: size, smoke"),
-        ("qqq=1", "config variant 'qqq' is not known; known: size, smoke"),
+        ("smoek", "config variant 'smoek' is not known; did you mean 'smoke'?; known: size, smoke, stage"),
+        ("qqq=1", "config variant 'qqq' is not known; known: size, smoke, stage"),
         ("smoke=maybe", "config variant smoke='maybe': expected True or False"),
         ("size=1.5", "config variant size='1.5': expected int"),
         ("size", "config variant size='': expected int"),
+        ("stage=lastt", "config variant stage='lastt': expected first or last; did you mean 'last'?"),
     ],
 )
 def test_wrong_variant_arguments(text, expected):
     with pytest.raises(UserError) as caught:
-        variant_arguments(text, size=1, smoke=False)
+        variant_arguments(text, size=1, smoke=False, stage=("first", "last"))
     assert str(caught.value) == expected
 
 
@@ -294,7 +300,7 @@ def test_wrong_variant_arguments(text, expected):
     [
         ("config.seed", "3"),
         ("config.stages.align.lr", "1e-3"),
-        ("config.vision.remat", "True"),
+        ("config.vision.pre_norm", "True"),
         ("config.run_stages", "('align',)"),
         ("config.dtype", "float32"),
     ],
@@ -313,7 +319,7 @@ def test_good_override(name, value):
         ("config.stages", "3", "config.stages is a group of settings; set one of them, config.stages.KEY=value"),
         ("config.seed", "1.5", "config.seed='1.5': expected int"),
         ("config.stages.align.lr", "fast", "config.stages.align.lr='fast': expected float"),
-        ("config.vision.remat", "maybe", "config.vision.remat='maybe': expected True or False"),
+        ("config.vision.pre_norm", "maybe", "config.vision.pre_norm='maybe': expected True or False"),
     ],
 )
 def test_wrong_override(name, value, expected):

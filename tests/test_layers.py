@@ -11,7 +11,6 @@ from sparsecut_jax.models.layers import (
     Linear,
     MultiHeadAttention,
     RMSNorm,
-    attention,
     rotary_table,
     rotate,
 )
@@ -24,48 +23,6 @@ def normal(*shape, seed=0):
 
 def close(got, expected, atol=1e-5):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=1e-5, atol=atol)
-
-
-MASK = np.array([  # T = 4 queries, S = 5 keys
-    [1, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0],
-    [0, 1, 1, 0, 1],
-    [1, 1, 1, 1, 1],
-])  # fmt: skip
-
-
-@pytest.mark.parametrize("groups", [6, 3, 2, 1])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention(groups, masked):
-    """6 query heads over 6, 3, 2 or 1 KV heads; rows of the batch have masks of their own."""
-    q, k, v = normal(2, 4, 6, 8), normal(2, 5, groups, 8, seed=1), normal(2, 5, groups, 8, seed=2)
-    mask = np.stack([MASK, MASK[::-1]]).astype(bool) if masked else None
-    out = attention(q, k, v, mask)
-    for b in range(2):
-        close(
-            out[b], reference.attend(*(x[b].astype(np.float64) for x in (q, k, v)), None if mask is None else mask[b])
-        )
-
-
-def test_attention_of_large_scores():
-    """The softmax does not overflow."""
-    q, k, v = 100 * normal(1, 3, 1, 8), 100 * normal(1, 3, 1, 8, seed=1), normal(1, 3, 1, 8, seed=2)
-    close(attention(q, k, v)[0], reference.attend(*(x[0].astype(np.float64) for x in (q, k, v))))
-
-
-def test_attention_of_a_position_that_sees_nothing():
-    """The mean of v, no NaN."""
-    v = normal(1, 5, 2, 8)
-    out = attention(normal(1, 3, 4, 8), normal(1, 5, 2, 8), v, np.zeros((1, 3, 5), bool))
-    close(out[0, 1], np.repeat(v[0].mean(0), 2, axis=0))
-
-
-def test_attention_of_bfloat16():
-    """Scores and softmax in float32, result in bfloat16."""
-    q, k, v = (jnp.asarray(normal(1, 64, 2, 16, seed=i), jnp.bfloat16) for i in range(3))
-    out = attention(q, k, v)
-    assert out.dtype == jnp.bfloat16
-    close(out[0], reference.attend(*(np.asarray(x[0], np.float64) for x in (q, k, v))), atol=0.01)
 
 
 @pytest.mark.parametrize("same", [True, False])

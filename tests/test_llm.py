@@ -27,7 +27,7 @@ def inputs():
     return dict(
         x=rng.standard_normal((B, T, 32)).astype(np.float32),
         positions=np.stack([np.arange(T), np.arange(T) + 5]).astype(np.int32),
-        mask=np.tril(np.ones((B, T, T), bool)),
+        sight=np.tril(np.ones((B, T, T), bool)),
         bank=rng.standard_normal((3, B, M, N, 32)).astype(np.float32),
         image_start=START,
     )
@@ -57,7 +57,7 @@ def run(cfg, plan, params, inputs, intermediates=()):
 
 def expected(cfg, params, inputs, position="pre"):
     shortcuts = [(layer, inputs["bank"][row]) for row, layer in SOURCES]
-    return reference.decoder(params, inputs["x"], inputs["positions"], inputs["mask"], cfg, shortcuts, START, position)
+    return reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], cfg, shortcuts, START, position)
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])
@@ -80,9 +80,9 @@ def test_before_and_after_a_layer_differ(params, inputs):
 
 def test_decoder_without_shortcuts(params, inputs):
     """No bank, no slots: the same parameters, the plain decoder."""
-    plain = {name: inputs[name] for name in ("x", "positions", "mask")}
+    plain = {name: inputs[name] for name in ("x", "positions", "sight")}
     logits, seen = run(CFG, dataclasses.replace(PLAN, pairs=()), params, plain, ("hidden", "shortcut_ratio"))
-    right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["mask"], CFG)
+    right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], CFG)
     np.testing.assert_allclose(logits, right, rtol=1e-5, atol=5e-5)
     assert set(seen) == {"hidden"}
 
@@ -95,7 +95,7 @@ def test_tied_embeddings(inputs):
     assert set(params) == {"embedding", "layers", "norm"}
     logits, _ = run(cfg, plan, params, inputs)
     shortcuts = [(0, inputs["bank"][0]), (1, inputs["bank"][1])]
-    right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["mask"], cfg, shortcuts, START)
+    right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], cfg, shortcuts, START)
     np.testing.assert_allclose(logits, right, rtol=1e-5, atol=5e-5)
 
 
@@ -152,7 +152,7 @@ def test_cache_in_pieces_equals_one_pass(params, inputs):
 
     cache = empty_cache(CFG, B, T + 3, jnp.float32)  # longer than needed
     assert cache.k.shape == cache.v.shape == (7, B, T + 3, 2, 8)
-    mask = np.pad(inputs["mask"], ((0, 0), (0, 0), (0, 3)))
+    mask = np.pad(inputs["sight"], ((0, 0), (0, 0), (0, 3)))
     pieces = []
     for begin, end in [(0, 17), (17, 21), (21, 22), (22, 23), (23, 24)]:
         at = slice(begin, end)

@@ -1,9 +1,15 @@
 """Next-token cross-entropy: sums over the supervised tokens of the whole batch."""
 
-import jax
-import numpy as np
+import re
 
-from sparsecut_jax.training.losses import cross_entropy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsecut_jax import sharding
+from sparsecut_jax.training import losses
+from sparsecut_jax.training.losses import chunked_cross_entropy, cross_entropy
 from tiny import make_batch
 
 
@@ -82,3 +88,109 @@ def test_large_logits():
     logits = np.array([[[1e4, 0, -1e4], [0, 0, 0]]], np.float32)
     total, _ = cross_entropy(logits, batch_of([[0, 1]], [[0, 1]]))
     np.testing.assert_allclose(total, 1e4)
+
+
+# --- in chunks ---
+
+
+def drawn(b=4, t=10, d=6, w=11):
+    rng = np.random.default_rng(1)
+    hidden, words = rng.standard_normal((b, t, d)).astype(np.float32), rng.standard_normal((d, w)).astype(np.float32)
+    return hidden, words, batch_of(rng.integers(0, w, (b, t)), rng.integers(0, 2, (b, t)))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 256])
+def test_chunks_equal_the_whole(chunk):
+    """Sum, count and gradients; 3 does not divide 10 positions."""
+    hidden, words, batch = drawn()
+    whole = lambda hidden, words: cross_entropy(jnp.einsum("BTD,DW->BTW", hidden, words), batch)
+    chunks = lambda hidden, words: chunked_cross_entropy(hidden, words, batch, chunk)
+    (total, count), grads = jax.value_and_grad(chunks, (0, 1), has_aux=True)(hidden, words)
+    (right_total, right_count), right = jax.value_and_grad(whole, (0, 1), has_aux=True)(hidden, words)
+    np.testing.assert_allclose(total, right_total, rtol=1e-6)
+    assert count == right_count == batch.loss_mask[:, 1:].sum()
+    for got, expected in zip(grads, right, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def sharded_gradients(shape, chunk, t=64, w=512):
+    """Compiled gradients of 8 rows on a mesh of (data, fsdp, tensor) devices, head [16, W] split as the model's is."""
+    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    struct = lambda shape, *axes: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, sharding.spec(axes))
+    )
+    _, _, batch = drawn(8, t)
+    grads = jax.grad(lambda hidden, words: chunked_cross_entropy(hidden, words, batch, chunk)[0], (0, 1))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(grads).lower(struct((8, t, 16), "batch"), struct((16, w), "embed", "vocab"))
+        return lowered.compile()
+
+
+def test_whole_logits_never_exist():
+    """Of 8 rows on 8 devices, 4096 positions and 512 words, one device's logits alone would be 8 MiB."""
+    whole, chunked = (sharded_gradients((1, 8, 1), chunk, t=4096) for chunk in (4096, 128))
+    assert whole.memory_analysis().temp_size_in_bytes > 4096 * 512 * 4
+    assert chunked.memory_analysis().temp_size_in_bytes < 4096 * 512 * 4 / 4
+    assert "f32[1,1,4096,512]" in whole.as_text() and "4096,512]" not in chunked.as_text()
+
+
+def loops(text):
+    """The bodies of the while loops in HLO text, and all they call, as one text."""
+    computations = {}
+    for block in text.split("\n\n"):
+        name = block.strip().removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+        computations[name] = block
+    found, todo = {}, re.findall(r"body=%([\w.-]+)", text)
+    while todo:
+        name = todo.pop()
+        if name not in found and name in computations:
+            found[name] = computations[name]
+            todo += re.findall(r"(?:calls|to_apply|body)=%([\w.-]+)", computations[name])
+    return "\n".join(found.values())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (2, 2, 2)])
+def test_the_head_is_collected_once(shape):
+    """No matrix crosses devices inside the loop over chunks, neither the head nor its gradient."""
+    text = sharded_gradients(shape, 16).as_text()
+    matrix = f"16,{512 // shape[2]}]"
+    assert "dot(" in loops(text) and matrix in loops(text)
+    inside = [line for line in loops(text).splitlines() if "all-gather(" in line or "all-reduce(" in line]
+    assert [line for line in inside if matrix in line] == []
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
+def test_no_device_holds_the_gradient_of_the_head(monkeypatch, shape):
+    """Split over fsdp, it is made and summed 64 words at a time; the head itself is collected, once."""
+    monkeypatch.setattr(losses, "BLOCK", 64)
+    text = sharded_gradients(shape, 16).as_text()
+    summed = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-reduce|reduce-scatter)\(", text)
+    assert "16,64" in summed and not [dims for dims in summed if "512" in dims]
+    assert len(re.findall(r"= f32\[[\d,]*16,512\]\S* all-gather\(", text)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (2, 2, 2), (8, 1, 1)])
+def test_chunks_on_meshes(monkeypatch, shape):
+    """Sum and gradients of one device, with 11 = 11 blocks of one word where the head is split."""
+    monkeypatch.setattr(losses, "BLOCK", 4)
+    hidden, words, batch = drawn(8, d=8, w=22)
+    run = lambda hidden, words: chunked_cross_entropy(hidden, words, batch, 3)
+    right, right_grads = jax.value_and_grad(run, (0, 1), has_aux=True)(hidden, words)
+    mesh = sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    with jax.set_mesh(mesh):
+        got, grads = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(hidden, words)
+    np.testing.assert_allclose(got, right, rtol=1e-5)
+    for one, expected in zip(grads, right_grads, strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_not_trained_costs_nothing():
+    """Of the three products of a chunk only the logits and the gradient of the hidden state are left."""
+    hidden, words, batch = drawn(2, 64, 32, 512)
+
+    def flops(arguments):
+        grads = jax.grad(lambda hidden, words: chunked_cross_entropy(hidden, words, batch, 64)[0], arguments)
+        return jax.jit(grads).lower(hidden, words).compile().cost_analysis()["flops"]
+
+    product = 2 * hidden.size * 512
+    assert flops((0, 1)) > 3 * product > flops(0) > 2 * product

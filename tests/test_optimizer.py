@@ -51,7 +51,7 @@ def test_a_pattern_matches_the_whole_path_of_something(pattern):
 def test_decayed_paths(tiny):
     """Matrices, and nothing else. Every path of the model is named."""
     flat, _ = opt.split(tiny.params, (".*",))
-    assert {path for path in flat if opt.decayed(path)} == {
+    assert {path for path in flat if opt.is_matrix(path)} == {
         "vision/patch_embedding/kernel",
         "vision/position_embedding",
         "vision/blocks/attention/q_kernel",
@@ -72,7 +72,7 @@ def test_decayed_paths(tiny):
         "llm/layers/mlp/up/kernel",
         "llm/layers/mlp/down/kernel",
     }
-    assert {path for path in flat if not opt.decayed(path)} == {
+    assert {path for path in flat if not opt.is_matrix(path)} == {
         "vision/class_embedding",
         "vision/pre_norm/scale",
         "vision/pre_norm/bias",
@@ -92,7 +92,7 @@ def test_decayed_paths(tiny):
         "llm/layers/norm1/scale",
         "llm/layers/norm2/scale",
     }
-    assert not opt.decayed("fusion/fuse/norm1/scale") and not opt.decayed("fusion/fuse/attention/q_bias")
+    assert not opt.is_matrix("fusion/fuse/norm1/scale") and not opt.is_matrix("fusion/fuse/attention/q_bias")
 
 
 def rates(steps, **settings):
@@ -175,3 +175,53 @@ def test_part_norms():
         "fusion/fuse/x": jnp.array([2.0, -2.0, 1.0]),
     }
     assert {part: float(norm) for part, norm in opt.part_norms(flat).items()} == {"llm": 5.0, "fusion": 3.0}
+
+
+# --- other rates ---
+
+
+@pytest.mark.parametrize(
+    "lr_of, expected",
+    [
+        ({}, {}),
+        ({"fusion": 1e-4}, {"fusion/fuse/projector/fc1/kernel": 5.0}),
+        (
+            {"fusion": 2e-5, "llm/layers": 1e-5},
+            {"fusion/fuse/projector/fc1/kernel": 1.0, "llm/layers/attention/q": 0.5},
+        ),
+        ({"(vision|llm)/(blocks/fc1/bias|embedding)": 4e-5}, {"vision/blocks/fc1/bias": 2.0, "llm/embedding": 2.0}),
+    ],
+)
+def test_rates(lr_of, expected):
+    """Shares of lr=2e-5, for whole names at the beginning of a path."""
+    assert opt.rates(VISION | FUSION | LLM, StageConfig(lr=2e-5, lr_of=lr_of)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "lr_of, sentence",
+    [
+        ({"fus": 1e-4}, "lr_of has 'fus', which begins no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
+        ({"vision": 1e-4}, "lr_of has 'vision', which begins no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
+        ({"llm/emb.*": 1e-4, "llm": 1e-5}, "lr_of has two rates for llm/embedding; the second is 1e-05 by 'llm'"),
+    ],
+)  # fmt: skip
+def test_rates_that_name_nothing_or_the_same_twice(lr_of, sentence):
+    with pytest.raises(UserError) as caught:
+        opt.rates(LLM, StageConfig(lr_of=lr_of))
+    assert str(caught.value) == sentence
+
+
+def test_a_rate_of_its_own_scales_the_update_and_its_decay():
+    """And nothing else; without lr_of the optimizer's state is what it was."""
+    params = {"llm/head": jnp.array([[1.0, -2.0]]), "fusion/fuse/projector/fc1/kernel": jnp.array([[3.0, 4.0]])}
+    grads = {path: 0.1 * leaf for path, leaf in params.items()}
+    plain = StageConfig(lr=2e-4, weight_decay=0.1)
+    (one, state), (other, _) = (
+        opt.adamw(stage).update(grads, opt.adamw(stage).init(params), params)
+        for stage in (plain, StageConfig(lr=2e-4, weight_decay=0.1, lr_of={"fusion": 2e-5}))
+    )
+    np.testing.assert_array_equal(other["llm/head"], one["llm/head"])
+    np.testing.assert_allclose(
+        other["fusion/fuse/projector/fc1/kernel"], [[0.13, 0.14]], rtol=1e-5
+    )  # 0.1 * (1 + 0.1 w)
+    assert len(state) == 3

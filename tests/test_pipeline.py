@@ -25,7 +25,7 @@ from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
 from sparsecut_jax.training.losses import cross_entropy
-from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.types import Batch
 
 ROWS = 10
 SIZE = 4
@@ -336,18 +336,16 @@ def test_a_dead_worker_ends_the_run_with_its_cause(split, words, parsed_flags):
 @pytest.mark.parametrize("batching", ["rows", "packed", "buckets"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_global_batches(batches, count, batching):
-    """Whatever their number: process p has the p-th of equal blocks of every batch."""
+    """Whatever their number, each reads the rows it is told to, and the batch is the same."""
     stage = dataclasses.replace(STAGE, batching=batching, buckets=(36,))
     cfg = dataclasses.replace(CONFIG, data=DataConfig(threads=1, flip=True, shift=1))
     whole = batches(8, cfg, stage)
-    parts = [batches(8, cfg, stage, process_index=i, process_count=count) for i in range(count)]
-    joined = [jax.tree.map(lambda *blocks: np.concatenate(blocks), *pieces) for pieces in zip(*parts, strict=True)]
-    assert_equal(joined, whole)
-
-
-def test_batch_that_processes_cannot_share(batches):
-    with pytest.raises(UserError, match="^batch_size=4 cannot be split over 3 processes$"):
-        batches(1, process_index=0, process_count=3)
+    held = [np.arange(i, 4, count) for i in range(count)]
+    for rows in held:
+        assert_equal(
+            batches(8, cfg, stage, here=rows),
+            [jax.tree.map(lambda x: x[rows], batch) for batch in whole],
+        )
 
 
 @pytest.mark.parametrize("batching", ["rows", "packed", "buckets"])
@@ -371,7 +369,7 @@ def test_ten_kills_in_two_epochs_of_packed_rows(tmp_path, words):
     for first, last in itertools.pairwise([0, *kills, total]):
         hosts = int(rng.choice([1, 2, 4]))
         for host in range(hosts):
-            iterator = iterate(split, words, CONFIG, stage, first, process_index=host, process_count=hosts)
+            iterator = iterate(split, words, CONFIG, stage, first, here=np.arange(host, 4, hosts))
             seen += row_numbers([batch for batch, _ in itertools.islice(iterator, last - first)], words)
             iterator.close()
     assert np.bincount(seen).tolist() == [2] * 200
@@ -425,8 +423,20 @@ def test_fixed_batches(split, words):
 def test_fixed_batches_leave_out_what_is_broken(split, words, tmp_path):
     rows = make_rows(tmp_path)
     (tmp_path / "3.png").write_bytes(b"<html>")
-    (batch,) = fixed_batches(reader_of(split_of(rows, tmp_path), words), 9, 64, 1)
-    assert [pieces[0] for pieces in answers(batch, words)] == [f"row {i}" for i in range(ROWS) if i != 3]
+    (batch,) = fixed_batches(reader_of(split_of(rows, tmp_path), words), ROWS, 64, 1)
+    assert [pieces[:1] for pieces in answers(batch, words)] == [[f"row {i}"] if i != 3 else [] for i in range(ROWS)]
+
+
+def test_fixed_batches_of_two_processes(split, words, monkeypatch):
+    """Each opens the pictures of its own rows."""
+    opened = []
+    read = Images.read
+    monkeypatch.setattr(Images, "read", lambda self, part, entry: opened.append(entry) or read(self, part, entry))
+    whole = list(fixed_batches(reader_of(split, words), 4, 64, 1))
+    opened.clear()
+    found = list(fixed_batches(reader_of(split, words), 4, 64, 1, np.array([1, 2])))
+    assert_equal(found, [jax.tree.map(lambda x: x[1:3], batch) for batch in whole])
+    assert opened == [f"{i}.png" for i in (1, 2, 5, 6, 9)]
 
 
 def test_no_rows_no_batches(split, words):
@@ -482,6 +492,6 @@ def test_what_goes_to_a_worker_is_small(split, words):
     import cloudpickle
 
     reader = reader_of(split, words)
-    read = pipeline.BatchReader(reader, plan_of(reader, dataclasses.replace(STAGE, max_steps=10_000)), (0,), 0, 1)
+    read = pipeline.BatchReader(reader, plan_of(reader, dataclasses.replace(STAGE, max_steps=10_000)), (0,), np.arange(4))
     reader.pictures.read(split.parts[0], "3.png")
     assert len(cloudpickle.dumps(grain.MapDataset.range(10).map(read))) < 40_000  # the tokenizer, and ten rows

@@ -268,7 +268,7 @@ def test_sizes_come_from_the_sources(tmp_path):
     assert (m.vocab_size, m.width, m.layers, m.heads, m.kv_heads, m.head_dim, m.mlp_dim) == (96, 32, 6, 4, 2, 8, 48)
     assert (m.family, m.rope_theta, m.max_positions, m.tie_embeddings) == ("llama", 5e4, 64, False)
     # what no file says stays as it was asked
-    assert (v.select_layer, v.scan_layers, m.remat) == (-2, True, "none")
+    assert (v.select_layer, v.scan_layers, m.remat) == (-2, True, "auto")
     assert (cfg.fusion, cfg.shortcuts, cfg.data) == (before.fusion, before.shortcuts, before.data)
 
 

@@ -1,6 +1,8 @@
-"""Meshes: the same losses and gradients on every one, and no activation gathered over devices."""
+"""Meshes: the same losses and gradients on every one, no activation gathered over devices, nothing large whole."""
 
+import dataclasses
 import itertools
+import math
 import re
 
 import jax
@@ -9,18 +11,30 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from sparsecut_jax import sharding
+from configs import siglip_qwen, sparsecut
+from sparsecut_jax import backends, sharding
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training.step import make_train_step
-from sparsecut_jax.types import TrainState, UserError
-from tiny import IMAGE, make_batch, params_of, tiny_config
+from sparsecut_jax.training import state
+from sparsecut_jax.training.step import make_gradients, make_train_step
+from sparsecut_jax.types import TrainState
+from tiny import IMAGE, make_batch, params_of, refusal, tiny_config
 
-MESHES = [(2, 2, 2), (8, 1, 1), (1, 8, 1)]  # data, fsdp, tensor
+# replica, data, fsdp, tensor: every way to lay out eight devices without replicas, and two with
+MESHES = [(1, 2, 2, 2), (1, 8, 1, 1), (1, 1, 8, 1)]
+OTHERS = [
+    (1, 1, 1, 8), (1, 4, 2, 1), (1, 4, 1, 2), (1, 2, 4, 1), (1, 1, 4, 2), (1, 2, 1, 4), (1, 1, 2, 4),
+    (2, 1, 4, 1), (2, 2, 1, 2),
+]  # fmt: skip
+STAGE = StageConfig(trainable=(".*",))
 # T = 22: eleven is a factor of no parameter's axis, so activations cannot pass for parameters.
-B, T = 8, 22
+B, T, CHUNK = 8, 22, 16
 ROWS = [[1, 5, IMAGE, 7, 8, 9], [1, 20, 21, 22, 23, 24], [1, IMAGE, 11, IMAGE, 13], [1, 4, IMAGE, 31, 32, 33, 34]] * 2
 ANSWERS = [2, 5, 1, 4, 3, 1, 1, 2]
 
@@ -46,7 +60,7 @@ def problem():
     )
     model = build_model(cfg)
     batch = make_batch(ROWS, length=T, answers=ANSWERS)
-    step = make_train_step(model, (".*",), recorder(), lambda _: 0.1, first_step=0, accumulate=1, seed=0)
+    step = make_train_step(model, STAGE, recorder(), lambda _: 0.1, first_step=0, seed=0, loss_chunk=CHUNK)
     return model, params_of(model, batch), batch, step
 
 
@@ -63,7 +77,8 @@ def boxed(model, batch):
 def single(problem):
     """(loss, gradients) of one device."""
     _, params, batch, step = problem
-    state, metrics = jax.jit(step)(state_of(params), batch)
+    alone = jax.jit(step).lower(state_of(params), batch).compile()
+    state, metrics = alone(state_of(params), batch)
     return metrics["loss"], jax.tree.map(np.asarray, state.opt_state)
 
 
@@ -97,7 +112,7 @@ def test_gradients_are_those_of_one_device(meshed, single):
 
 
 def test_gradients_are_sharded_like_their_parameters(meshed):
-    data, fsdp, tensor = meshed[0]
+    _, _, fsdp, tensor = meshed[0]
     grads = meshed[4]
     assert grads["llm/layers/attention/q"].addressable_shards[0].data.shape == (3, 32 // fsdp, 4 // tensor, 8)
     assert grads["llm/embedding"].addressable_shards[0].data.shape == (64 // tensor, 32 // fsdp)
@@ -105,26 +120,28 @@ def test_gradients_are_sharded_like_their_parameters(meshed):
 
 def test_constraints_reach_the_compiler(meshed):
     """They are in the lowered program, and in the compiled one hidden states are rows of one device."""
-    (data, fsdp, tensor), compiled, lowered, *_ = meshed
+    (replica, data, fsdp, tensor), compiled, lowered, *_ = meshed
     assert len(re.findall(r"sdy\.sharding_constraint|custom_call @Sharding", lowered)) >= 10
-    rows = B // (data * fsdp)
+    rows = B // (replica * data * fsdp)
     assert f"f32[{rows},{T},32]" in compiled
     assert f"f32[{rows},{T},{48 // tensor}]" in compiled  # hidden units of the MLP
-    assert f"f32[{rows},{T},{64 // tensor}]" in compiled  # logits
-    for width in (32, 48, 64):
-        assert f"f32[{B},{T},{width}]" not in compiled
+    assert re.search(rf"f32\[(1,)?{rows},{CHUNK},{64 // tensor}\]", compiled)  # logits of a part of the positions
+    for length, width in itertools.product((T, CHUNK), (32, 48, 64)):
+        assert f"{B},{length},{width}]" not in compiled
 
 
 def gathered_activations(text, allowed):
-    """All-gathers in HLO text whose result is not of a shape in `allowed`: [(shape, op_name)]."""
+    """All-gathers in HLO text whose result is not of a shape in `allowed`: [(shape, op_name)]. Word ids do not count."""
     found = []
     for line in text.splitlines():
         match = re.search(r"= (.+?) all-gather(?:-start)?\(", line)
         if not match:
             continue
         name = re.search(r'op_name="([^"]*)"', line)
-        shapes = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", match[1])]
-        assert shapes, line
+        shapes = [
+            tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\b(?!s32)\w+\[([\d,]*)\]", match[1])
+        ]
+        assert shapes or "s32[" in match[1], line
         if "all-gather-start(" in line:
             shapes = shapes[len(shapes) // 2 :]  # operands, then results
         found += [(shape, name[1] if name else "") for shape in shapes if shape not in allowed]
@@ -133,7 +150,7 @@ def gathered_activations(text, allowed):
 
 def parameter_shapes(params, sizes):
     """Shapes of parameters, of one layer of a stack, and of shards of both along the axes of the mesh."""
-    ways = {a * b * c for a, b, c in itertools.product(*((1, size) for size in sizes))}
+    ways = {math.prod(taken) for taken in itertools.product(*((1, size) for size in sizes))}
     shapes = set()
     for path, leaf in opt.split(params, (".*",))[0].items():
         stacked = "blocks/" in path or "layers/" in path
@@ -151,7 +168,7 @@ def test_no_activation_is_gathered(meshed, problem):
 
 def test_parameters_are_gathered_where_they_are_split(meshed):
     """Else the test above would look at nothing."""
-    (_, fsdp, tensor), compiled, *_ = meshed
+    (_, _, fsdp, tensor), compiled, *_ = meshed
     assert ("all-gather" in compiled) == (fsdp * tensor > 1)
 
 
@@ -173,13 +190,14 @@ def test_a_planted_gather_is_found(problem, sizes):
 
 
 def test_reading_hlo():
-    """Plain, asynchronous and combined all-gathers; what is allowed is not reported."""
+    """Plain, asynchronous and combined all-gathers; what is allowed is not reported, nor are ids."""
     text = """
   %a = f32[8,22,32]{2,1,0} all-gather(%x), dimensions={0}, metadata={op_name="jit(f)/tanh" stack_frame_id=1}
   %b = f32[32,48]{1,0} all-gather(%y), dimensions={0}, metadata={op_name="jit(f)/dot"}
   %c = (f32[2,22]{1,0}, f32[8,22]{1,0}) all-gather-start(%z), dimensions={0}
   %d = f32[8,22]{1,0} all-gather-done(%c)
-  ROOT %e = (f32[32,48]{1,0}, s32[8]{0}) all-gather(%u, %v), dimensions={0}
+  ROOT %e = (f32[32,48]{1,0}, u8[8]{0}) all-gather(%u, %v), dimensions={0}
+  %g = s32[8,22]{1,0} all-gather(%w), dimensions={0}
   %f = f32[4,22]{1,0} all-reduce(%all-gather), metadata={op_name="all-gather(x)"}
 """
     assert gathered_activations(text, {(32, 48)}) == [((8, 22, 32), "jit(f)/tanh"), ((8, 22), ""), ((8,), "")]
@@ -195,12 +213,92 @@ def test_activations_do_not_look_like_parameters(problem):
                 assert not {(rows, T, width), (rows * T, width)} & allowed
 
 
+# --- every mesh of eight devices ---
+
+
+@pytest.fixture(scope="module")
+def two_layers():
+    """(boxes, parameters, batch, function of the latter, its loss and gradients on one device), attention as on CPUs.
+
+    A tensor axis of four or eight has all of the two KV heads on every device.
+    """
+    cfg = backends.resolve(tiny_config(
+        vision=dict(layers=2, heads=8),
+        fusion=dict(name="mlp"),
+        llm=dict(layers=2, heads=8, kv_heads=2, head_dim=4, qkv_bias=True, replicate_kv=True),
+        shortcuts=dict(density="explicit", vit_levels=(1,), llm_layers=(1,)),
+    ))  # fmt: skip
+    model = build_model(cfg)
+    batch = make_batch(ROWS[:2] * 4, length=T, slots=1)
+    params = params_of(model, batch)
+    gradients = make_gradients(model, accumulate=1, loss_chunk=CHUNK)
+
+    def loss_and_gradients(params, batch):
+        moving, frozen = opt.split(params, (".*",))
+        total, count, grads, _ = gradients(moving, frozen, batch, jax.random.key(0))
+        return total / count, grads
+
+    alone = jax.jit(loss_and_gradients).lower(params, batch).compile()
+    return boxed(model, batch), params, batch, loss_and_gradients, alone(params, batch)
+
+
+@pytest.mark.parametrize("sizes", OTHERS, ids=str)
+def test_every_mesh_gives_what_one_device_gives(two_layers, sizes):
+    boxes, params, batch, function, expected = two_layers
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        shardings = sharding.param_shardings(boxes, mesh)
+        placed = jax.device_put((params, batch), (shardings, sharding.batch_sharding(mesh)))
+        outs = sharding.replicated(mesh), opt.split(shardings, (".*",))[0]
+        compiled = jax.jit(function, out_shardings=outs).lower(*placed).compile()
+        loss, grads = compiled(*placed)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    for path, grad in expected[1].items():
+        off = np.linalg.norm(np.asarray(grads[path]) - grad)
+        assert off <= 1e-4 * np.linalg.norm(grad) + 1e-6, path  # a bias of keys has none, but for rounding
+    replica, data, fsdp, tensor = sizes
+    shapes = {path: grads[f"llm/layers/attention/{path}"].addressable_shards[0].data.shape for path in ("q", "k")}
+    assert shapes == {"q": (2, 32 // fsdp, 8 // tensor, 4), "k": (2, 32 // fsdp, 1 if tensor == 2 else 2, 4)}
+    if tensor == 8:  # keys and values as a device attends with them: one head, and never all eight
+        assert f"f32[{B},{T},8,4]" not in compiled.as_text()
+        assert f"f32[{B},{T},1,4]" in compiled.as_text()
+
+
+def test_generation_with_whole_kv_heads():
+    """Eight devices, two KV heads: the cache keeps the two, and the words are those of one device."""
+    cfg = tiny_config(
+        vision=dict(layers=2, heads=8),
+        fusion=dict(name="mlp"),
+        llm=dict(layers=2, heads=8, kv_heads=2, head_dim=4, replicate_kv=True),
+        shortcuts=dict(density="explicit", vit_levels=(1,), llm_layers=(1,)),
+    )
+    model = build_model(cfg)
+    batch = make_batch([[1, IMAGE, 5, 7]], length=13, slots=1)
+    params = params_of(model, batch)
+    asked = batch.tokens, np.array([12], np.int32), batch.image_start
+
+    def answer(params):
+        encoded = encode_images(model, params, batch.views)
+        return generate(model, params, *asked, encoded, max_new_tokens=3, return_logits=True)
+
+    alone, mesh = answer(params), mesh_of((1, 1, 1, 8))
+    with jax.set_mesh(mesh):
+        spread = answer(jax.device_put(params, sharding.param_shardings(boxed(model, batch), mesh)))
+    np.testing.assert_array_equal(spread[0], alone[0])
+    np.testing.assert_allclose(spread[1], alone[1], atol=1e-4)
+
+
+def test_meshes_are_all_there_are():
+    sizes = [(1, *s) for s in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(s) == 8]
+    assert len(sizes) == 10 and set(sizes) <= {*MESHES, *OTHERS}
+
+
 # --- shardings of parameters ---
 
 
 def test_param_shardings(problem):
     model, _, batch, _ = problem
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of((1, 2, 2, 2))
     tree = sharding.param_shardings(boxed(model, batch), mesh)
     specs = {path: leaf.spec for path, leaf in opt.split(tree, (".*",))[0].items()}
     assert all(leaf.mesh == mesh for leaf in jax.tree.leaves(tree))
@@ -230,7 +328,7 @@ def test_param_shardings(problem):
 
 
 def test_an_unboxed_leaf_is_replicated():
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of((1, 2, 2, 2))
     tree = {"box": nn.LogicallyPartitioned(np.zeros((4, 4)), ("embed", "mlp")), "plain": np.zeros(3)}
     made = sharding.param_shardings(tree, mesh)
     assert made["box"].spec == P("fsdp", "tensor")
@@ -241,16 +339,20 @@ def test_an_unboxed_leaf_is_replicated():
 
 
 def test_spec():
-    assert sharding.spec(("batch", "length", "act_embed")) == P(("data", "fsdp"), None, None)
+    assert sharding.spec(("batch", "length", "act_embed")) == P(("replica", "data", "fsdp"), None, None)
     assert sharding.spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
     assert sharding.spec((None, "vocab")) == P(None, "tensor")
 
 
 def test_an_unknown_name_raises():
-    with pytest.raises(KeyError, match=r"unknown logical axis 'embd' in \('embd', 'mlp'\); known: batch, length"):
+    with pytest.raises(KeyError, match=r"unknown logical axis 'embd' in \('embd', 'mlp'\); known: batch, "):
         sharding.spec(("embd", "mlp"))
     with pytest.raises(KeyError, match="unknown logical axis 'bach'"):
         sharding.constrain(jnp.zeros((2, 2)), "bach", None)
+    with pytest.raises(KeyError, match="unknown logical axis 'embd'"):
+        sharding.param_shardings(
+            {"a": nn.LogicallyPartitioned(np.zeros((4, 4)), ("embd", "mlp"))}, mesh_of((1, 2, 2, 2))
+        )
 
 
 @pytest.mark.parametrize(
@@ -272,11 +374,116 @@ def test_constrain_without_a_mesh_is_the_identity():
     assert "sharding" not in jax.jit(lambda x: sharding.constrain(x, "batch", None)).lower(x).as_text()
 
 
+def test_kv_heads_that_cannot_be_split_are_whole():
+    layout = jax.jit(lambda x: sharding.constrain(x, "batch", None, "act_kv_heads", None))
+    with jax.set_mesh(mesh_of((1, 2, 1, 4))):
+        assert layout(jnp.ones((2, 3, 8, 4))).addressable_shards[0].data.shape == (1, 3, 2, 4)
+        assert layout(jnp.ones((2, 3, 2, 4))).addressable_shards[0].data.shape == (1, 3, 2, 4)
+
+
 def test_constrain_on_a_mesh():
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of((1, 2, 2, 2))
     with jax.set_mesh(mesh):
         out = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "act_mlp"))(jnp.ones((8, 3, 4)))
     assert out.addressable_shards[0].data.shape == (2, 3, 2)
+
+
+# --- what each device holds ---
+
+
+def states(config, sizes):
+    """{path in the train state: (shape, dtype, sharding)} of the first stage on a mesh of devices that need not exist."""
+    cfg = backends.resolve(config_lib.check(config), "tpu")
+    name = cfg.run_stages[0]
+    mesh = AbstractMesh(sizes, sharding.MESH_AXES)
+    params = state.abstract_params(build_model(cfg), cfg, mesh, state.stage_dtypes(cfg, name))
+    found = state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name]), mesh)
+    keys = lambda path: "/".join(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
+    return {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+# What is left whole on some devices although it is larger than 64 KiB: vectors, and two matrices of the tower's first
+# layer under tensor alone. Paths as regexes.
+NORMS = {r".*norm\d?/(scale|bias)"}
+TOWER_BIASES = {r"params/vision/blocks/attention/(q|k|v|out)_bias", r"params/vision/blocks/fc[12]/bias"}
+FIRST_LAYER = {r"params/vision/(position_embedding|patch_embedding/kernel)"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (1, 1, 1, 8), (1, 1, 4, 2), (2, 2, 4, 2), (1, 2, 128, 1)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: sparsecut.get_config("size=7b,stage=finetune"),
+        lambda: sparsecut.get_config("size=13b,stage=lora"),
+        lambda: siglip_qwen.get_config("stage=finetune"),
+    ],
+    ids=["7b", "13b lora", "siglip_qwen"],
+)
+def test_nothing_large_is_whole(config, sizes):
+    """Of the released configs at their full sizes: parameters, frozen ones too, and moments."""
+    kept = NORMS | TOWER_BIASES | (FIRST_LAYER if sizes[3] > 1 else set())
+    ways, whole = math.prod(sizes[2:]), 0
+    for path, leaf in states(config(), sizes).items():
+        size = leaf.size * leaf.dtype.itemsize
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if size > 2**16 and here * ways != size:
+            assert any(re.fullmatch(pattern, path) for pattern in kept), (path, leaf.shape, leaf.sharding.spec)
+            whole += here
+    assert whole < 2**23
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        (
+            lambda: siglip_qwen.get_config("stage=finetune"),
+            "mesh(data=1, fsdp=256, tensor=1) cannot split parameter vision/blocks/attention/k_kernel of shape "
+            "(27, 1152, 16, 72) as P(None, 'fsdp', 'tensor', None); mesh(data=2, fsdp=128, tensor=1) can",
+        ),
+        (
+            lambda: sparsecut.get_config("size=7b,stage=lora"),
+            "mesh(data=1, fsdp=256, tensor=1) cannot split parameter llm/layers/attention/k_lora_b of shape "
+            "(32, 128, 32, 128) as P(None, 'fsdp', 'tensor', None); mesh(data=2, fsdp=128, tensor=1) can",
+        ),
+    ],
+    ids=["siglip", "lora"],
+)
+def test_a_large_parameter_that_cannot_be_split_is_refused(config, sentence):
+    assert refusal(states, config(), (1, 1, 256, 1)) == sentence
+    states(config(), (1, 2, 128, 1))
+
+
+def test_common_models_are_split_over_256_devices():
+    leaves = states(sparsecut.get_config("size=7b,stage=finetune"), (1, 1, 256, 1))
+    shapes = {path: leaves[f"params/{path}"].sharding.shard_shape(leaves[f"params/{path}"].shape) for path in (
+        "vision/blocks/fc1/kernel", "vision/position_embedding", "fusion/fuse/projector/fc1/kernel", "llm/head",
+    )}  # fmt: skip
+    assert shapes == {
+        "vision/blocks/fc1/kernel": (24, 4, 4096),
+        "vision/position_embedding": (577, 4),
+        "fusion/fuse/projector/fc1/kernel": (20, 4096),
+        "llm/head": (16, 32000),
+    }
+
+
+def test_where_an_axis_cannot_be_split():
+    """Another axis is; else a small parameter is whole, and a large one refused."""
+    mesh = AbstractMesh((1, 1, 8, 4), sharding.MESH_AXES)
+    box = lambda shape, *names: {"a": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)}
+    layout = lambda *given: sharding.param_shardings(box(*given), mesh)["a"].spec
+    assert layout((16, 12), "embed", "mlp") == P("fsdp", "tensor")
+    assert layout((12, 96), "embed", "mlp") == P(None, ("tensor", "fsdp"))
+    assert layout((16, 12, 24), "layers", "embed", "head_dim") == P(None, None, "fsdp")
+    assert layout((16, 12), "layers", "embed") == P(None, None)  # not over layers: the loop would collect them
+    assert layout((16, 2, 64), "embed", "kv_heads", "head_dim") == P("fsdp", None, None)
+    assert layout((16, 8, 64), "embed", "kv_heads", "head_dim") == P("fsdp", "tensor", None)
+    assert layout((1024, 4092), "norm", "embed") == P("fsdp", None)
+    assert layout((1023, 4092), "norm", "embed") == P(None, None)
+    assert refusal(layout, (1027, 4092), "norm", "embed") == (
+        "mesh(data=1, fsdp=8, tensor=4) cannot split parameter a of shape (1027, 4092) as P(None, 'fsdp'); "
+        "mesh(data=2, fsdp=4, tensor=4) can"
+    )
+    assert refusal(layout, (1027, 4095), "norm", "mlp").endswith("; choose mesh sizes that divide its axes")
 
 
 # --- meshes ---
@@ -284,43 +491,215 @@ def test_constrain_on_a_mesh():
 
 @pytest.mark.parametrize(
     "sizes, shape",
-    [((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((2, 2, -1), (2, 2, 2)), ((2, 4, 1), (2, 4, 1))],
+    [
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((1, 1, -1, 2), (1, 1, 4, 2)),
+        ((1, 2, 2, -1), (1, 2, 2, 2)),
+        ((-1, 1, 4, 1), (2, 1, 4, 1)),
+        ((1, 2, 4, 1), (1, 2, 4, 1)),
+    ],
 )
 def test_make_mesh(sizes, shape):
     mesh = mesh_of(sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("replica", "data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-    assert sharding.data_parallel(mesh) == shape[0] * shape[1]
+    assert sharding.data_parallel(mesh) == shape[0] * shape[1] * shape[2]
+
+
+def test_sizes_of_a_mesh_of_devices_that_are_not_here():
+    sizes = sharding.mesh_sizes(dict(data=-1, fsdp=32), 256, "tpu")
+    assert sizes == {"replica": 1, "data": 8, "fsdp": 32, "tensor": 1}
+    assert refusal(sharding.mesh_sizes, dict(data=3, fsdp=32), 256, "tpu") == (
+        "mesh(data=3, fsdp=32, tensor=1) asks for 96 devices, but there are 256 tpu devices; "
+        "change config.mesh so that its sizes multiply to 256, for example mesh(data=4, fsdp=32, tensor=2)"
+    )
 
 
 def test_make_mesh_of_some_devices():
     mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1), jax.devices()[:3])
-    assert mesh.devices.shape == (3, 1, 1)
+    assert mesh.devices.shape == (1, 3, 1, 1)
 
 
 @pytest.mark.parametrize(
-    "sizes, asked",
+    "sizes, asked, instead",
     [
-        ((2, 2, 1), "mesh(data=2, fsdp=2, tensor=1) asks for 4"),
-        ((3, -1, 1), "mesh(data=3, fsdp=-1, tensor=1) asks for 6"),
-        ((16, -1, 1), "mesh(data=16, fsdp=-1, tensor=1) asks for 16"),
+        ((1, 2, 2, 1), "mesh(data=2, fsdp=2, tensor=1) asks for 4", "mesh(data=2, fsdp=2, tensor=2)"),
+        ((1, 3, -1, 1), "mesh(data=3, fsdp=-1, tensor=1) asks for 6", "mesh(data=4, fsdp=2, tensor=1)"),
+        ((1, 16, -1, 1), "mesh(data=16, fsdp=-1, tensor=1) asks for 16", "mesh(data=8, fsdp=1, tensor=1)"),
+        (
+            (2, 1, 1, 3),
+            "mesh(replica=2, data=1, fsdp=1, tensor=3) asks for 6",
+            "mesh(replica=2, data=1, fsdp=1, tensor=4)",
+        ),
     ],
 )
-def test_sizes_must_multiply_to_the_devices(sizes, asked):
-    rest = " devices, but there are 8 cpu devices; change config.mesh so that its sizes multiply to 8"
-    with pytest.raises(UserError, match=re.escape(asked + rest)):
-        mesh_of(sizes)
+def test_sizes_must_multiply_to_the_devices(sizes, asked, instead):
+    assert refusal(mesh_of, sizes) == (
+        f"{asked} devices, but there are 8 cpu devices; change config.mesh so that its sizes multiply to 8, "
+        f"for example {instead}"
+    )
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (8, 1, -2)])
+@pytest.mark.parametrize("sizes", [(1, -1, -1, 1), (1, 0, 1, 1), (1, 8, 1, -2)])
 def test_sizes_must_be_positive(sizes):
-    asked = "mesh(data={}, fsdp={}, tensor={})".format(*sizes)
-    with pytest.raises(UserError, match=re.escape(f"{asked}: sizes must be positive, and at most one of them -1")):
-        mesh_of(sizes)
+    asked = "mesh(data={1}, fsdp={2}, tensor={3})".format(*sizes)
+    assert refusal(mesh_of, sizes) == (
+        f"{asked}: sizes must be positive, and at most one of them -1 (what is left over)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh reads of a device: a TPU's place in its slice, a GPU's node."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def slices_of(count, side):
+    """`count` slices of side x side chips, the slices mixed up."""
+    places = list(itertools.product(range(side), range(side), range(count)))
+    return [Device(i, s, coords=(x, y, 0)) for i, (x, y, s) in enumerate(places)]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 16, 1), (2, 2, 4, 2), (4, 1, 8, 1), (2, 1, 2, 8)])
+def test_replicas_lie_in_slices(shape):
+    grid = sharding.device_grid(shape, slices_of(2, 4))
+    assert grid.shape == shape and len(set(grid.flat)) == 32
+    for i, replica in enumerate(grid):
+        assert {device.slice_index for device in replica.flat} == {i * 2 // shape[0]}
+
+
+def test_slices_need_replicas():
+    assert refusal(sharding.device_grid, (1, 1, 32, 1), slices_of(2, 4)) == (
+        "config.mesh.replica=1 does not go with 2 slices of 16 devices, which slow links join; "
+        "expected config.mesh.replica=2 or a multiple of it"
+    )
+    assert refusal(sharding.make_mesh, dict(replica=2, data=3, fsdp=8), slices_of(3, 4)).startswith(
+        "config.mesh.replica=2 "
+    )
+
+
+def test_nodes_of_gpus_need_no_replicas():
+    gpus = [Device(i, i // 4, "gpu", "NVIDIA H100 80GB HBM3") for i in range(8)]
+    assert [d.id for d in sharding.device_grid((1, 1, 8, 1), gpus[::-1]).flat] == list(range(8))
+    assert [[d.id for d in r.flat] for r in sharding.device_grid((2, 1, 4, 1), gpus)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "topology, slices, sizes, shape",
+    [
+        ("v5e:4x4", 2, dict(replica=-1, data=1, fsdp=8, tensor=2), (2, 1, 8, 2)),
+        ("v5e:8x8", 1, dict(data=1, fsdp=-1), (1, 1, 64, 1)),
+        ("v6e:8x8", 1, dict(data=1, fsdp=-1, tensor=4), (1, 1, 16, 4)),
+        ("v5p:4x4x4", 1, dict(data=2, fsdp=-1, tensor=2), (1, 2, 16, 2)),
+    ],
+)
+def test_a_mesh_of_tpus_that_are_not_here(monkeypatch, topology, slices, sizes, shape):
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    described = {} if slices == 1 else {"num_slices": slices}
+    devices = topologies.get_topology_desc(topology, platform="tpu", **described).devices
+    mesh = sharding.make_mesh(sizes, devices)
+    assert mesh.devices.shape == shape
+    assert [{getattr(d, "slice_index", 0) for d in replica.flat} for replica in mesh.devices] == [
+        {i} for i in range(slices)
+    ]
+    if slices > 1:
+        assert "expected config.mesh.replica=2 or" in refusal(
+            sharding.make_mesh, {**sizes, "replica": 1, "data": 2}, devices
+        )
+
+
+def test_ways():
+    mesh = mesh_of((2, 1, 2, 2))
+    assert [sharding.ways(name, mesh) for name in ("batch", "embed", "kv_heads", "norm")] == [4, 2, 2, 1]
+    assert sharding.ways("batch") == sharding.data_parallel() == 1
+    with jax.set_mesh(mesh):
+        assert sharding.ways("act_heads") == 2 and sharding.data_parallel() == 4
 
 
 def test_layouts():
-    mesh = mesh_of((2, 2, 2))
-    assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
+    mesh = mesh_of((2, 1, 2, 2))
+    assert sharding.batch_sharding(mesh).spec == P(("replica", "data", "fsdp"))
     assert sharding.replicated(mesh).spec == P()
+
+
+# --- what a mesh asks of a config ---
+
+
+def check(sizes, batches=(32, 64), **groups):
+    """`check_mesh` of the tiny model, made so that four tensor devices can have it."""
+    stages = {name: dict(batch_size=size) for name, size in zip(("align", "instruct"), batches, strict=True)}
+    groups["vision"] = {"heads": 4, **groups.get("vision", {})}
+    groups["llm"] = {"heads": 8, "kv_heads": 4, **groups.get("llm", {})}
+    cfg = tiny_config(stages=stages, **groups)
+    sharding.check_mesh(cfg, dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 1, 2), (1, 1, 8, 4), (2, 2, 8, 1), (1, 16, 1, 2)], ids=str)
+def test_meshes_that_fit(sizes):
+    check(sizes)
+
+
+def test_a_vocabulary_that_is_not_known_yet_fits():
+    check((1, 1, 1, 4), llm=dict(vocab_size=0))
+
+
+def test_whole_kv_heads_fit_every_mesh():
+    check((1, 1, 1, 8), vision=dict(heads=8), llm=dict(kv_heads=2, replicate_kv=True))
+
+
+@pytest.mark.parametrize(
+    "tensor, groups, sentence",
+    [
+        (3, {}, "config.vision.heads=4 cannot be split over mesh axis tensor=3; expected tensor=1 or 2 or 4"),
+        (8, {}, "config.vision.heads=4 cannot be split over mesh axis tensor=8; expected tensor=1 or 2 or 4"),
+        (4, dict(vision=dict(mlp_dim=42)), "config.vision.mlp_dim=42 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(heads=6, kv_heads=2)), "config.llm.heads=6 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(mlp_dim=50)), "config.llm.mlp_dim=50 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(vocab_size=99)), "config.llm.vocab_size=99 cannot be split over mesh axis tensor=4; expected tensor=1"),
+        (
+            2,
+            dict(fusion=dict(name="cross_attention")),
+            "config.vision.width // 64=1 cannot be split over mesh axis tensor=2; expected tensor=1",
+        ),
+        (
+            4,
+            dict(llm=dict(kv_heads=2)),
+            "config.llm.kv_heads=2 cannot be split over mesh axis tensor=4; expected tensor=1 or 2, or "
+            "config.llm.replicate_kv=True, which gives every device all of them",
+        ),
+    ],
+)  # fmt: skip
+def test_a_tensor_axis_that_does_not_fit(tensor, groups, sentence):
+    assert refusal(lambda: check((1, 1, 1, tensor), **groups)) == sentence
+
+
+@pytest.mark.parametrize(
+    "sizes, batches, accumulate, sentence",
+    [
+        ((1, 8, 2, 1), (8, 64), 1, "align.batch_size / accumulate = 8 rows cannot be split over the 16 devices of mesh axes "
+         "replica x data x fsdp; expected batch_size=16"),
+        ((2, 2, 4, 2), (40, 64), 1, "align.batch_size / accumulate = 40 rows cannot be split over the 16 devices of mesh axes "
+         "replica x data x fsdp; expected batch_size=32 or 48"),
+        ((1, 1, 32, 1), (128, 64), 8, "align.batch_size / accumulate = 16 rows cannot be split over the 32 devices of mesh axes "
+         "replica x data x fsdp; expected batch_size=256, or accumulate=4"),
+        ((1, 1, 32, 1), (32, 40), 1, "instruct.batch_size / accumulate = 40 rows cannot be split over the 32 devices of mesh axes "
+         "replica x data x fsdp; expected batch_size=32 or 64"),
+    ],
+)  # fmt: skip
+def test_batches_that_do_not_fit(sizes, batches, accumulate, sentence):
+    cfg = tiny_config(stages={
+        "align": dict(batch_size=batches[0], accumulate=accumulate), "instruct": dict(batch_size=batches[1]),
+    })  # fmt: skip
+    named = dict(zip(sharding.MESH_AXES, (*sizes[:3], 1), strict=True))
+    assert refusal(sharding.check_mesh, cfg, named) == f"config.stages.{sentence}"

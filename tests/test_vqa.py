@@ -52,7 +52,7 @@ def test_a_question_is_asked_as_it_is_trained_on(row):
     row["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(row["said"])]
     run = SimpleNamespace(tokenizer=byte_level(), template="vicuna_v1", config=SimpleNamespace(tokens_per_image=2))
     trained = encode_row(row, run.tokenizer, TEMPLATES[run.template], 2, 1000)
-    for branch, question in enumerate(questions([row], run), start=1):
+    for branch, question in enumerate(questions({0: row}, run), start=1):
         seen = trained.tokens[(trained.branches == 0) | (trained.branches == branch)].tolist()
         prompt = question.prompt.tokens.tolist()
         assert prompt == seen[: len(prompt)]

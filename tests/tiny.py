@@ -26,11 +26,12 @@ PLAN = ((4, 0), (2, 3), (0, 6))  # shortcuts of the default config
 
 
 def tiny_config(**groups: dict[str, Any]) -> Config:
-    """The checked config; `tiny_config(llm=dict(layers=2))` changes single settings of a group."""
+    """The checked config; `tiny_config(llm=dict(layers=2))` changes single settings of a group, `top` those without one."""
     raw = config.default()
     raw.vision.update(image_size=12, patch_size=4, width=24, layers=5, heads=2, mlp_dim=40)
     raw.llm.update(vocab_size=64, width=32, layers=7, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
     raw.shortcuts.update(count=3)
+    raw.update(groups.pop("top", {}))
     for group, values in groups.items():
         raw[group].update(values)
     return config.check(raw)

@@ -67,7 +67,14 @@ class Images:
 Sequence = list[tuple[Example, list[np.ndarray]]]  # what stands in one sequence: examples and their images
 
 
-def collate(sequences: list[Sequence], seq_len: int, slots: int, image_shape: tuple) -> Batch:
+def collate(
+    sequences: list[Sequence],
+    seq_len: int,
+    slots: int,
+    image_shape: tuple,
+    branched: bool = True,
+    most_segments: int = 0,
+) -> Batch:
     """One Batch of numpy arrays; the examples of a sequence follow one another as segments 1, 2, ..., then padding."""
     b = len(sequences)
     columns = {name: np.zeros((b, seq_len), np.int32) for name in ("tokens", "segments", "branches", "positions")}
@@ -87,7 +94,11 @@ def collate(sequences: list[Sequence], seq_len: int, slots: int, image_shape: tu
                 image_start[row, slot], views[row, slot] = at + start, picture
                 slot += 1
             at = where.stop
-    return Batch(loss_mask=loss_mask, views=views, image_start=image_start, **columns)
+    if not branched:
+        columns["branches"] = None
+    return Batch(
+        loss_mask=loss_mask, views=views, image_start=image_start, most_segments=most_segments, **columns
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +128,15 @@ class Reader:
             found = [images.augment(views, rng, self.flip, self.shift, self.pictures.grid) for views in found]
         return example, found
 
+    def branched(self) -> bool:
+        """Whether any row has questions that do not see one another."""
+        for i in range(len(self.split)):
+            part, local = self.split.find(i)
+            with contextlib.suppress(BadSample):
+                if self.encode.length(part.row(local))[2]:
+                    return True
+        return False
+
     def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Sequence, list[Bad]]:
         """The rows that can be read, and the bad ones."""
         found, bad = [], []
@@ -136,24 +156,26 @@ class BatchReader:
     """Function from the number of a batch in the plan to this process's rows of it, and the bad rows met.
 
     A sequence's random numbers come from its place in the plan: they are the same whoever reads it.
+
+    Attributes:
+      here: int64[n], places in a batch of the rows to read.
     """
 
     reader: Reader
     plan: Plan
     seed: tuple[int, ...]
-    process_index: int
-    process_count: int
+    here: np.ndarray
 
     def __call__(self, batch: int) -> tuple[Batch, list[Bad]]:
-        size = self.plan.batch_size // self.process_count
         sequences, bad = [], []
-        for i in range(self.process_index * size, (self.process_index + 1) * size):
+        for i in self.here.tolist():
             rng = np.random.default_rng([*self.seed, batch, i])
             found, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
             sequences.append(found)
             bad += broken
         length = int(self.plan.lengths.values[batch])
-        return collate(sequences, length, self.plan.slots, self.reader.pictures.shape), bad
+        plan, shape = self.plan, self.reader.pictures.shape
+        return collate(sequences, length, plan.slots, shape, plan.branched, plan.most_segments), bad
 
 
 def train_batches(
@@ -162,22 +184,17 @@ def train_batches(
     cfg: Config,
     seed: tuple[int, ...],
     first: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    here: np.ndarray | None = None,
     place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> grain.DatasetIterator:
     """Iterator of (Batch, bad rows) from batch `first` of the plan on.
 
     Args:
       seed: of shuffled turns and augmentation.
+      here: int64[n], places in a batch of the rows to read; None: all.
       place: puts a batch on the devices; done ahead of time, for READY batches.
-
-    Raises:
-      UserError: the processes cannot share a batch.
     """
-    if plan.batch_size % process_count:
-        raise UserError(f"batch_size={plan.batch_size} cannot be split over {process_count} processes")
-    read = BatchReader(reader, plan, seed, process_index, process_count)
+    read = BatchReader(reader, plan, seed, np.arange(plan.batch_size) if here is None else here)
     numbers = grain.MapDataset.range(first, len(plan))
     options = grain.ReadOptions(num_threads=cfg.data.threads, prefetch_buffer_size=2 * cfg.data.threads)
     batches = numbers.map(read).to_iter_dataset(options)
@@ -222,10 +239,15 @@ def _serve(*_: int) -> None:
     end_with_parent()
 
 
-def fixed_batches(reader: Reader, size: int, seq_len: int, slots: int) -> Iterator[Batch]:
-    """All rows that can be read, once and in order; the last batch is filled up with empty sequences."""
-    found = [reader.sequence([i], None)[0] for i in range(len(reader.split))]
-    found = [sequence for sequence in found if sequence]
-    found += [[]] * (-len(found) % size)
-    for i in range(0, len(found), size):
-        yield collate(found[i : i + size], seq_len, slots, reader.pictures.shape)
+def fixed_batches(
+    reader: Reader, size: int, seq_len: int, slots: int, here: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """All rows, once and in order; broken ones, and those that fill up the last batch, are empty sequences.
+
+    here: int64[n], places in a batch of the rows to read; None: all.
+    """
+    count, branched = len(reader.split), reader.branched()
+    for first in range(0, count, size):
+        numbers = (first + (np.arange(size) if here is None else here)).tolist()
+        found = [reader.sequence([i] if i < count else [], None)[0] for i in numbers]
+        yield collate(found, seq_len, slots, reader.pictures.shape, branched, most_segments=1)

@@ -32,6 +32,7 @@ class Plan:
       batch_size: sequences of a batch; the last batch may end in empty ones.
       slots: image slots of a sequence (M).
       useful: share of positions that hold a token.
+      branched: whether any row has questions that do not see one another.
     """
 
     rows: MappedArray
@@ -40,6 +41,12 @@ class Plan:
     batch_size: int
     slots: int
     useful: float
+    branched: bool
+
+    @property
+    def most_segments(self) -> int:
+        """Rows of a sequence, at most."""
+        return int(np.diff(self.starts.values).max())
 
     def __len__(self) -> int:
         return len(self.lengths.values)
@@ -58,10 +65,12 @@ class Lengths:
     Attributes:
       tokens: int32[n], positions a row takes, images included; 0 for a row that is left out.
       images: int32[n].
+      branched: whether any row has questions that do not see one another.
     """
 
     tokens: np.ndarray
     images: np.ndarray
+    branched: bool = False
 
     @property
     def usable(self) -> np.ndarray:
@@ -124,7 +133,7 @@ def make_plan(
     useful = lengths.tokens[rows].sum(dtype=np.int64) / (padded.sum(dtype=np.int64) * stage.batch_size)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     arrays = [MappedArray(array) for array in (rows, starts, padded.astype(np.int32))]
-    return Plan(*arrays, stage.batch_size, slots, float(useful))
+    return Plan(*arrays, stage.batch_size, slots, float(useful), lengths.branched)
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, slots: int) -> list[list[int]]:

@@ -34,7 +34,7 @@ def stats(readers: dict[str, Reader], cfg: Config) -> None:
         usable = walked.lengths.usable
         if not len(usable):
             raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
-        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable])
+        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
         filled = {}
         for batching in BATCHINGS:
             one = dataclasses.replace(stage, batching=batching, epochs=1.0, max_steps=0)

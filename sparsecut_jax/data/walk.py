@@ -69,14 +69,15 @@ class RowEncoder:
         template = get_template(self.template, self.tokenizer)
         return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
 
-    def length(self, row: dict) -> tuple[int, int]:
-        """Positions and images of a row; independent questions may take the whole sequence where not all fit."""
+    def length(self, row: dict) -> tuple[int, int, bool]:
+        """Positions and images of a row, and whether it has branches; independent questions may take the whole sequence
+        where not all fit."""
         example = self(row)
         positions = len(example.tokens)
         branches = int(example.branches.max())  # 0 where a template has no questions, and so nothing is independent
         if row.get("independent") and 0 < branches * 2 < len(row["conversations"]):
             positions = self.seq_len
-        return positions, len(example.image_start)
+        return positions, len(example.image_start), branches > 0
 
     def surely_fits(self, row: Row) -> bool:
         """Whether all of a row fits by the number of its characters, which no tokenizer of plain ASCII exceeds."""
@@ -102,11 +103,11 @@ class Encoders:
 
     stages: dict[str, RowEncoder]
 
-    def length(self, row: dict) -> tuple[int, int]:
+    def length(self, row: dict) -> tuple[int, int, bool]:
         for encoder in self.stages.values():
             if not encoder.surely_fits(row):
                 encoder.length(row)
-        return 0, 0  # lengths are not asked for
+        return 0, 0, False  # lengths are not asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +138,12 @@ def walk(
     workers = os.cpu_count() or 1
     few = count < (FEW if look != "decode" else 4 * CHUNK)
     tokens, images = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    hashes, bad = np.zeros(count, np.uint64), []
+    hashes, branched, bad = np.zeros(count, np.uint64), np.zeros(count, bool), []
 
     def take(chunk: range, found: tuple) -> None:
         rows = slice(chunk.start, chunk.stop)
-        tokens[rows], images[rows], hashes[rows] = found[:3]
-        bad.extend(found[3])
+        tokens[rows], images[rows], hashes[rows], branched[rows] = found[:4]
+        bad.extend(found[4])
         progress(len(chunk))
 
     if few or workers == 1:
@@ -159,7 +160,7 @@ def walk(
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # or all the other chunks would be walked first
                 raise
-    return Walked(Lengths(tokens, images), bad, hashes)
+    return Walked(Lengths(tokens, images, bool(branched.any())), bad, hashes)
 
 
 _state: tuple | None = None
@@ -183,10 +184,10 @@ def end_with_parent() -> None:
 
 
 def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
-    """Tokens, images, hashes and bad rows of the rows `chunk`."""
+    """Tokens, images, hashes, branches or not, and bad rows of the rows `chunk`."""
     split, encoder, look, digests = state or _state
     tokens, images = np.zeros(len(chunk), np.int32), np.zeros(len(chunk), np.int32)
-    hashes, bad = np.zeros(len(chunk), np.uint64), []
+    hashes, branched, bad = np.zeros(len(chunk), np.uint64), np.zeros(len(chunk), bool), []
     for k, i in enumerate(chunk):
         part, local = split.find(i)
         row = {}
@@ -196,10 +197,10 @@ def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
                 hashes[k] = _digest(row, getattr(part.pictures, "path", ""))
             for entry in images_of(row) if look != "none" else ():
                 part.look(entry, look == "decode")
-            tokens[k], images[k] = encoder.length(row)
+            tokens[k], images[k], branched[k] = encoder.length(row)
         except BadSample as error:
             bad.append(as_bad(part, local, row, error))
-    return tokens, images, hashes, bad
+    return tokens, images, hashes, branched, bad
 
 
 def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
@@ -232,10 +233,14 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
     with contextlib.suppress(Exception), np.load(path) as kept:  # a damaged file fails in many ways
         if str(kept["key"]) == key:
             bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
-            return Walked(Lengths(kept["tokens"], kept["images"]), bad, np.zeros(0, np.uint64))
+            lengths = Lengths(kept["tokens"], kept["images"], bool(kept["branched"]))
+            return Walked(lengths, bad, np.zeros(0, np.uint64))
     found = walk(split, encoder, progress=progress)
     partial = path + ".tmp.npz"
     bad = json.dumps([dataclasses.asdict(bad) for bad in found.bad])
-    np.savez(partial, key=key, tokens=found.lengths.tokens, images=found.lengths.images, bad=bad)
+    lengths = found.lengths
+    np.savez(
+        partial, key=key, tokens=lengths.tokens, images=lengths.images, branched=lengths.branched, bad=bad
+    )
     os.replace(partial, path)
     return found

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sparsecut_jax import sharding
+from sparsecut_jax import backends, sharding
 from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.data.sources import Source, load_source
 from sparsecut_jax.data.tokenizer import Tokenizer
@@ -59,13 +58,8 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
         mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     except UserError:
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    model = build_model(cfg, compute_dtype(cfg, mesh))
-    params = checkpoints.restore_params(step, abstract_params(model, cfg, mesh))
+    here = backends.resolve_for_inference(cfg, sharding.platform(mesh))
+    model = build_model(here, backends.compute_dtype(here))
+    params = checkpoints.restore_params(step, abstract_params(model, cfg, mesh, checkpoints.dtypes(step)))
     checkpoints.close()
     return Run(workdir, step, cfg, mesh, model, params, tokenizer, Images(cfg))
-
-
-def compute_dtype(cfg: Config, mesh: Mesh) -> jnp.dtype:
-    """bfloat16 on accelerators and float32 on CPU, unless the config says."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(cfg.dtype, cfg.dtype))

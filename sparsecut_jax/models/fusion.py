@@ -64,6 +64,7 @@ class Channel(nn.Module):
 
     width: int
     grid: tuple[int, int]
+    attention: str = "xla"
     reads_crops = True
 
     @nn.compact
@@ -81,13 +82,14 @@ class CrossAttention(nn.Module):
 
     width: int
     grid: tuple[int, int]
+    attention: str = "xla"
     reads_crops = True
 
     @nn.compact
     def __call__(self, level: jax.Array) -> jax.Array:
         count, _, _, c = level.shape
         low, crops = level[:, 0], level[:, 1:].reshape(count, -1, c)
-        x = MultiHeadAttention(max(1, c // 64), name="attention")(low, crops)
+        x = MultiHeadAttention(max(1, c // 64), self.attention, name="attention")(low, crops)
         x = LayerNorm(1e-5, name="norm1")(low + x)
         y = gelu(Linear(4 * c, ("embed", "mlp"), name="ffn1")(x))
         x = LayerNorm(1e-5, name="norm2")(x + Linear(c, ("mlp", "embed"), name="ffn2")(y))
@@ -99,6 +101,7 @@ class Mlp(nn.Module):
 
     width: int
     grid: tuple[int, int]
+    attention: str = "xla"
     reads_crops = False
 
     @nn.compact
@@ -118,6 +121,7 @@ class Fusion(nn.Module):
 
     config: FusionConfig
     width: int
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, levels: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -136,5 +140,5 @@ class Fusion(nn.Module):
             split_rngs={"params": not shared},
             metadata_params={} if shared else {nn.PARTITION_NAME: "layers"},
         )
-        fused = each(self.width, self.config.grid, name="fuse")(levels)
+        fused = each(self.width, self.config.grid, self.attention, name="fuse")(levels)
         return fused, jnp.zeros((), jnp.float32)

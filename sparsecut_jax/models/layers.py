@@ -1,4 +1,4 @@
-"""What the tower, the fusion and the LLM share: weights with named axes, norms, activations, attention, rotary."""
+"""What the tower, the fusion and the LLM share: weights with named axes, norms, activations, rotary."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparsecut_jax.models.attention import attention
 from sparsecut_jax.settings import RopeConfig
-from sparsecut_jax.sharding import constrain
+from sparsecut_jax.sharding import constrain, constrain_weight
 
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros
@@ -29,9 +30,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def weight(module: nn.Module, name: str, shape: tuple, axes: tuple, init: Callable) -> jax.Array:
-    """A float32 parameter whose axes have logical names (`sharding.RULES`)."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+def weight(
+    module: nn.Module, name: str, shape: tuple, axes: tuple, init: Callable, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """A parameter whose axes have logical names (`sharding.RULES`), made in float32; cast to `dtype` for its use."""
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value if dtype is None else constrain_weight(value.astype(dtype), *axes)
 
 
 class Linear(nn.Module):
@@ -43,10 +47,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = weight(self, "kernel", (x.shape[-1], self.features), self.axes, fan_in(x.shape[-1]))
-        y = jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype))
+        kernel = weight(self, "kernel", (x.shape[-1], self.features), self.axes, fan_in(x.shape[-1]), x.dtype)
+        y = jnp.einsum("...i,io->...o", x, kernel)
         if self.use_bias:
-            y += weight(self, "bias", (self.features,), self.axes[1:], zeros).astype(x.dtype)
+            y += weight(self, "bias", (self.features,), self.axes[1:], zeros, x.dtype)
         return y
 
 
@@ -78,33 +82,6 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Softmax attention with grouped KV heads, scores and softmax in float32.
-
-    Args:
-      q: [B, T, Q, H].
-      k, v: [B, S, G, H]; head q attends with KV head q // (Q // G).
-      mask: bool[B, T, S], True = may see; None = everything. A position that sees nothing gets
-        the mean of v, which nobody reads.
-
-    Returns:
-      [B, T, Q, H] in the dtype of q.
-    """
-    b, t, heads, h = q.shape
-    groups = k.shape[2]
-    # The query heads of a group are more rows of one matrix product, and the division by the sum comes
-    # after the second product, on [.., H] instead of [.., S]: on CPU this is 1.2 to 2 times faster.
-    q = (q * h**-0.5).reshape(b, t, groups, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
-    scores = jnp.einsum("BGTH,BSGH->BGTS", q, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        by_head = scores.reshape(b, groups, -1, t, k.shape[1])
-        scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("BGTS,BSGH->BGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
-    return out.reshape(b, groups, -1, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
-
-
 class MultiHeadAttention(nn.Module):
     """Attention with biases on q, k, v and out (CLIP's, and PyTorch's nn.MultiheadAttention).
 
@@ -112,6 +89,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     heads: int
+    backend: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
@@ -120,17 +98,15 @@ class MultiHeadAttention(nn.Module):
         shape = (width, self.heads, width // self.heads)
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
-            kernel = weight(self, f"{name}_kernel", shape, ("embed", "heads", "head_dim"), fan_in(width))
-            bias = weight(self, f"{name}_bias", shape[1:], ("heads", "head_dim"), zeros)
-            y = jnp.einsum("BTC,CQH->BTQH", inputs, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+            kernel = weight(self, f"{name}_kernel", shape, ("embed", "heads", "head_dim"), fan_in(width), x.dtype)
+            bias = weight(self, f"{name}_bias", shape[1:], ("heads", "head_dim"), zeros, x.dtype)
+            y = jnp.einsum("BTC,CQH->BTQH", inputs, kernel) + bias
             return constrain(y, "batch", "length", "act_heads", None)
 
-        out = attention(project("q", x), project("k", memory), project("v", memory))
-        kernel = weight(
-            self, "out_kernel", (self.heads, width // self.heads, width), ("heads", "head_dim", "embed"), fan_in(width)
-        )
-        bias = weight(self, "out_bias", (width,), ("norm",), zeros)
-        return jnp.einsum("BTQH,QHC->BTC", out, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+        out = attention(project("q", x), project("k", memory), project("v", memory), backend=self.backend)
+        shape, axes = (self.heads, width // self.heads, width), ("heads", "head_dim", "embed")
+        kernel = weight(self, "out_kernel", shape, axes, fan_in(width), x.dtype)
+        return jnp.einsum("BTQH,QHC->BTC", out, kernel) + weight(self, "out_bias", (width,), ("norm",), zeros, x.dtype)
 
 
 def rotary_table(

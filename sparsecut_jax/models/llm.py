@@ -13,12 +13,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from sparsecut_jax.models.attention import Packed, attention
 from sparsecut_jax.models.layers import (
     ACTIVATIONS,
     Linear,
     RMSNorm,
-    attention,
     fan_in,
     normal,
     rotary_table,
@@ -26,9 +27,11 @@ from sparsecut_jax.models.layers import (
     weight,
     zeros,
 )
+from sparsecut_jax.models.lora import add_adapter, matrices, narrow
+from sparsecut_jax.models.remat import LAYER_INPUT, rematted
 from sparsecut_jax.models.shortcuts import Plan, inject
-from sparsecut_jax.settings import LLMConfig
-from sparsecut_jax.sharding import constrain
+from sparsecut_jax.settings import LLMConfig, LoraConfig
+from sparsecut_jax.sharding import constrain, constrain_weight, ways
 
 INTERMEDIATES = ("hidden", "shortcut_ratio")
 
@@ -49,14 +52,14 @@ class Context:
     """What every layer reads.
 
     table: rotary cos and sin of the T positions.
-    mask: bool[B, T, S], S the positions of the cache, or T without one.
-    distance: int32[B, T, S], how far back each of them lies; None where no layer has a window.
+    sight: who sees whom: Packed, or bool[B, T, S] with S the positions of the cache, or T without one.
+    distance: int32[B, T, S] beside the latter, how far back each of them lies; None where no layer has a window.
     bank: [R, B, M, N, D] or None; image_start: int32[B, M].
     start: int32[], where in the cache the T positions go.
     """
 
     table: tuple[jax.Array, jax.Array]
-    mask: jax.Array
+    sight: jax.Array | Packed
     distance: jax.Array | None = None
     bank: jax.Array | None = None
     image_start: jax.Array | None = None
@@ -67,20 +70,23 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions; reads and writes layer `index` of the cache if there is one."""
 
     config: LLMConfig
+    lora: LoraConfig
+    backend: str
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None, index: jax.Array):
         cfg = self.config
 
-        def project(name: str, heads: int) -> jax.Array:
-            shape = (cfg.width, heads, cfg.head_dim)
-            kernel = weight(self, name, shape, ("embed", "heads", "head_dim"), fan_in(cfg.width))
-            y = jnp.einsum("BTD,DQH->BTQH", x, kernel.astype(x.dtype))
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            shape, axes = (cfg.width, heads, cfg.head_dim), ("embed", axis, "head_dim")
+            y = jnp.einsum("BTD,DQH->BTQH", x, weight(self, name, shape, axes, fan_in(cfg.width), x.dtype))
+            y = add_adapter(self, self.lora, f"llm/layers/attention/{name}", x, y, shape, axes)
             if cfg.qkv_bias:
-                y += weight(self, f"{name}_bias", shape[1:], ("heads", "head_dim"), zeros).astype(x.dtype)
-            return constrain(y, "batch", "length", "act_heads", None)
+                y += weight(self, f"{name}_bias", shape[1:], axes[1:], zeros, x.dtype)
+            return constrain(y, "batch", "length", f"act_{axis}", None)
 
-        q, k, v = project("q", cfg.heads), project("k", cfg.kv_heads), project("v", cfg.kv_heads)
+        kv = "kv_heads" if cfg.replicate_kv else "heads"
+        q, k, v = project("q", cfg.heads, "heads"), project("k", cfg.kv_heads, kv), project("v", cfg.kv_heads, kv)
         if cfg.qk_norm:
             q = RMSNorm(cfg.norm_eps, name="q_norm")(q)
             k = RMSNorm(cfg.norm_eps, name="k_norm")(k)
@@ -92,27 +98,40 @@ class Attention(nn.Module):
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
             )
             k, v = cache.k[index], cache.v[index]
-        mask = context.mask
-        if cfg.sliding_window:
-            mask &= (context.distance < cfg.sliding_window) | (index < cfg.sliding_from)
-        out = attention(q, k, v, mask)
-        shape, inputs = (cfg.heads, cfg.head_dim, cfg.width), cfg.heads * cfg.head_dim
-        kernel = weight(self, "out", shape, ("heads", "head_dim", "embed"), fan_in(inputs))
-        return jnp.einsum("BTQH,QHD->BTD", out, kernel.astype(x.dtype)), cache
+        sight, window = context.sight, cfg.sliding_window or None
+        if window and not isinstance(sight, Packed):
+            sight &= (context.distance < window) | (index < cfg.sliding_from)
+        elif window and cfg.sliding_from:
+            window = jnp.where(index < cfg.sliding_from, sight.segments.shape[1], window)
+        if cfg.replicate_kv and cfg.kv_heads % ways("kv_heads"):
+            # Every device has all KV heads, and each query head of its own gets a copy of the one it attends with.
+            each = lambda y: constrain(jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None)
+            k, v = each(k), each(v)
+        out = attention(q, k, v, sight, window, self.backend)
+        shape, axes = (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
+        kernel = weight(self, "out", shape, axes, fan_in(cfg.heads * cfg.head_dim), x.dtype)
+        y = jnp.einsum("BTQH,QHD->BTD", out, kernel)
+        return add_adapter(self, self.lora, "llm/layers/attention/out", out, y, shape, axes, inputs=2), cache
 
 
 class Mlp(nn.Module):
     """Gated MLP: down(activation(gate(x)) * up(x))."""
 
     config: LLMConfig
+    lora: LoraConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg = self.config
-        gate = Linear(cfg.mlp_dim, ("embed", "mlp"), use_bias=False, name="gate")(x)
-        up = Linear(cfg.mlp_dim, ("embed", "mlp"), use_bias=False, name="up")(x)
+
+        def linear(name: str, x: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
+            y = Linear(features, axes, use_bias=False, name=name)(x)
+            return add_adapter(self, self.lora, f"llm/layers/mlp/{name}", x, y, (x.shape[-1], features), axes)
+
+        gate = linear("gate", x, cfg.mlp_dim, ("embed", "mlp"))
+        up = linear("up", x, cfg.mlp_dim, ("embed", "mlp"))
         hidden = constrain(ACTIVATIONS[cfg.activation](gate) * up, "batch", "length", "act_mlp")
-        return Linear(cfg.width, ("mlp", "embed"), use_bias=False, name="down")(hidden)
+        return linear("down", hidden, cfg.width, ("mlp", "embed"))
 
 
 class Layer(nn.Module):
@@ -123,19 +142,23 @@ class Layer(nn.Module):
     """
 
     config: LLMConfig
+    lora: LoraConfig
     position: str
     intermediates: tuple[str, ...]
+    attention: str
 
     @nn.compact
     def __call__(self, carry, index: jax.Array, route: jax.Array, context: Context):
         cfg, (x, cache), seen = self.config, carry, {}
+        x = checkpoint_name(x, LAYER_INPUT)
         if "hidden" in self.intermediates:
             seen["hidden"] = x
         if context.bank is not None and self.position == "pre":
             x, seen["shortcut_ratio"] = inject(x, context.bank, route, context.image_start)
-        y, cache = Attention(cfg, name="attention")(RMSNorm(cfg.norm_eps, name="norm1")(x), context, cache, index)
+        y = RMSNorm(cfg.norm_eps, name="norm1")(x)
+        y, cache = Attention(cfg, self.lora, self.attention, name="attention")(y, context, cache, index)
         x = constrain(x + y, "batch", "length", "act_embed")
-        x = x + Mlp(cfg, name="mlp")(RMSNorm(cfg.norm_eps, name="norm2")(x))
+        x = x + Mlp(cfg, self.lora, name="mlp")(RMSNorm(cfg.norm_eps, name="norm2")(x))
         if context.bank is not None and self.position == "post":
             x, seen["shortcut_ratio"] = inject(x, context.bank, route, context.image_start)
         x = constrain(x, "batch", "length", "act_embed")
@@ -148,44 +171,48 @@ class Decoder(nn.Module):
     Attributes:
       plan: the shortcuts; its route is compiled in as data, so that all layers share one body.
       intermediates: names among INTERMEDIATES to hand out, per layer, without a second forward pass.
+      attention: backend for packed sequences, see models/attention.py.
+      lora: adapters beside the linears.
     """
 
     config: LLMConfig
     plan: Plan
     intermediates: tuple[str, ...] = ()
+    attention: str = "xla"
+    lora: LoraConfig = LoraConfig()
 
     def setup(self) -> None:
         cfg = self.config
         shape = (cfg.vocab_size, cfg.width)
         self.embedding = weight(self, "embedding", shape, ("vocab", "embed"), normal(cfg.width**-0.5))
         if not cfg.tie_embeddings:
-            self.head = weight(self, "head", shape[::-1], ("embed", "vocab"), fan_in(cfg.width))
-        layer = Layer
-        if cfg.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
-            layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+            axes = ("embed", "vocab")
+            self.head = weight(self, "head", shape[::-1], axes, fan_in(cfg.width))
+            self.head_adapter = matrices(self, self.lora, "llm/head", shape[::-1], axes)
         self.layers = nn.scan(
-            layer,
+            rematted(Layer, cfg.remat),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=cfg.layers,
             unroll=1 if cfg.scan_layers else cfg.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.plan.position, self.intermediates)
+        )(cfg, self.lora, self.plan.position, self.intermediates, self.attention)
         self.norm = RMSNorm(cfg.norm_eps)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32[B, T] -> [B, T, D]."""
-        # The table is collected, as any fsdp weight is before its use; else the looked-up rows would be.
-        table = constrain(self.embedding.astype(dtype), "vocab", None)
-        return constrain(table[constrain(tokens, "batch", "length")], "batch", "length", "act_embed")
+        # Every device looks up its columns for the rows of all fsdp devices, and gets whole rows of its own in
+        # exchange: that moves less than collecting the table would, and its gradient stays split.
+        table = constrain_weight(self.embedding.astype(dtype), "vocab", "embed")
+        columns = table[constrain(tokens, "batch_of_copies", "length")]
+        return constrain(constrain(columns, "batch_of_copies", "length", "embed"), "batch", "length", "act_embed")
 
     def __call__(
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        sight: jax.Array | Packed,
         bank: jax.Array | None = None,
         image_start: jax.Array | None = None,
         cache: Cache | None = None,
@@ -195,7 +222,7 @@ class Decoder(nn.Module):
         Args:
           x: [B, T, D] embeddings, image positions already filled.
           positions: int32[B, T], rotary positions.
-          mask: bool[B, T, S], what each position may see; S = T, or the length of the cache.
+          sight: what each position may see: Packed, or bool[B, T, S] with S = T or the length of the cache.
           bank, image_start: the shortcuts' sources [R, B, M, N, D] and where they go; None for none.
           cache: to read and extend, in generation.
 
@@ -210,10 +237,11 @@ class Decoder(nn.Module):
             cache = cache.replace(positions=keys)
         # In generation the room in the cache counts, so that all keys of a text are rotated alike.
         reach = positions.max() + 1 if cache is None else keys.shape[1]
+        distance = positions[:, :, None] - keys[:, None, :]
         context = Context(
             table=rotary_table(positions, cfg.head_dim, cfg.rope_theta, cfg.rope, reach),
-            mask=mask,
-            distance=positions[:, :, None] - keys[:, None, :] if cfg.sliding_window else None,
+            sight=sight,
+            distance=None if isinstance(sight, Packed) or not cfg.sliding_window else distance,
             bank=bank,
             image_start=image_start,
             start=None if cache is None else cache.length,
@@ -226,9 +254,24 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> float32[B, T, W]."""
-        head = self.embedding.T if self.config.tie_embeddings else self.head
-        y = jnp.einsum("BTD,DW->BTW", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return constrain(y, "batch", "length", "act_vocab")
+        return word_logits(*self.to_words(hidden))
+
+    def to_words(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D] -> [B, T, D'] and [D', W], whose product are the logits; D' is wider where the head has an adapter."""
+        if self.config.tie_embeddings:
+            return hidden, constrain_weight(self.embedding.astype(hidden.dtype), "vocab", "embed").T
+        head = constrain_weight(self.head.astype(hidden.dtype), "embed", "vocab")
+        if self.head_adapter is None:
+            return hidden, head
+        a, b = self.head_adapter
+        wider = jnp.concatenate([hidden, narrow(self, self.lora, hidden, a)], -1)
+        return wider, jnp.concatenate([head, b.astype(hidden.dtype)])
+
+
+def word_logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
+    """[B, T, D] @ [D, W] -> float32[B, T, W]."""
+    y = jnp.einsum("BTD,DW->BTW", hidden, words, preferred_element_type=jnp.float32)
+    return constrain(y, "batch", "length", "act_vocab")
 
 
 def empty_cache(cfg: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.fusion import Fusion, views_of
-from sparsecut_jax.models.llm import Cache, Decoder
+from sparsecut_jax.models.llm import Cache, Decoder, word_logits
 from sparsecut_jax.models.shortcuts import Plan, plan_shortcuts, write_slots
 from sparsecut_jax.models.vit import VisionTower
-from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, VisionConfig
+from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, LoraConfig, VisionConfig
 from sparsecut_jax.types import Batch
 
 
@@ -32,23 +33,16 @@ class Encoded:
         return Encoded(self.tokens[index], bank, self.aux_loss)
 
 
-def attention_mask(segments: jax.Array, branches: jax.Array) -> jax.Array:
-    """bool[B, T, T]: what each position sees (types.Batch draws it). int32[B, T] each."""
-    t = segments.shape[1]
-    causal = jnp.tril(jnp.ones((t, t), bool))
-    same = segments[:, :, None] == segments[:, None, :]
-    open_to = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    return causal & same & open_to
-
-
 class SparseCut(nn.Module):
     """Batch in, logits out.
 
     Attributes:
       vision_config, fusion_config, llm_config: the parts' shapes; vocab_size already resolved.
       plan: which level enters which layer.
-      dtype: of the computation; parameters stay float32, norms, softmax, logits and loss float32 too.
+      dtype: of the computation; norms, softmax, logits and loss are float32 always.
       intermediates: see `Decoder`.
+      attention: backend, see models/attention.py.
+      lora: adapters beside the LLM's linears.
     """
 
     vision_config: VisionConfig
@@ -57,13 +51,15 @@ class SparseCut(nn.Module):
     plan: Plan
     dtype: Any = jnp.float32
     intermediates: tuple[str, ...] = ()
+    attention: str = "xla"
+    lora: LoraConfig = LoraConfig()
 
     def setup(self) -> None:
         # The main feature is a level like the others; the tower hands a level out once, whoever uses it.
         self.tower_levels = tuple(dict.fromkeys((self.plan.main_level, *self.plan.levels)))
-        self.vision = VisionTower(self.vision_config, self.tower_levels)
-        self.fusion = Fusion(self.fusion_config, self.llm_config.width)
-        self.llm = Decoder(self.llm_config, self.plan, self.intermediates)
+        self.vision = VisionTower(self.vision_config, self.tower_levels, self.attention)
+        self.fusion = Fusion(self.fusion_config, self.llm_config.width, self.attention)
+        self.llm = Decoder(self.llm_config, self.plan, self.intermediates, self.attention, self.lora)
 
     def levels(self, views: jax.Array) -> jax.Array:
         """uint8[B, M, V, S, S, 3] -> [1 + K, B*M, V, N, C]: the main feature, then the plan's levels."""
@@ -90,13 +86,19 @@ class SparseCut(nn.Module):
         """Word embeddings with the images written over their positions: [B, T, D]."""
         return write_slots(self.llm.embed(tokens, self.dtype), encoded.tokens, image_start, add=False)
 
-    def __call__(self, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns float32[B, T, W] logits and the named intermediates, plus "aux_loss"."""
+    def hidden(self, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """Returns two factors of the logits, [B, T, D] after the final norm and [D, W] (see `Decoder.to_words`), and
+        the named intermediates, plus "aux_loss"."""
         encoded = self.encode(batch.views)
         x = self.embed(batch.tokens, batch.image_start, encoded)
-        mask = attention_mask(batch.segments, batch.branches)
-        x, _, seen = self.llm(x, batch.positions, mask, encoded.bank, batch.image_start)
-        return self.llm.logits(x), {**seen, "aux_loss": encoded.aux_loss}
+        sight = Packed(batch.segments, batch.branches, batch.positions, batch.most_segments or x.shape[1])
+        x, _, seen = self.llm(x, batch.positions, sight, encoded.bank, batch.image_start)
+        return *self.llm.to_words(x), {**seen, "aux_loss": encoded.aux_loss}
+
+    def __call__(self, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns float32[B, T, W] logits and what `hidden` hands out besides."""
+        x, words, seen = self.hidden(batch)
+        return word_logits(x, words), seen
 
     def prefill(
         self, tokens: jax.Array, length: jax.Array, image_start: jax.Array, encoded: Encoded, cache: Cache
@@ -129,6 +131,8 @@ class SparseCut(nn.Module):
 
 
 def build_model(cfg: Config, dtype: Any = jnp.float32, intermediates: tuple[str, ...] = ()) -> SparseCut:
-    """The model of a config whose vocab_size is known. Raises UserError for an impossible plan."""
+    """The model of a config whose vocab_size is known; where it is not resolved for a platform (backends.py), the plain
+    attention, and nothing is rematerialised. Raises UserError for an impossible plan."""
     plan = plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
-    return SparseCut(cfg.vision, cfg.fusion, cfg.llm, plan, dtype, intermediates)
+    attention = "xla" if cfg.attention == "auto" else cfg.attention
+    return SparseCut(cfg.vision, cfg.fusion, cfg.llm, plan, dtype, intermediates, attention, cfg.lora)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, ones, weight
+from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.settings import VisionConfig
 from sparsecut_jax.sharding import constrain
 
@@ -25,12 +26,13 @@ class Block(nn.Module):
     """
 
     config: VisionConfig
+    attention: str
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, jax.Array], row: jax.Array):
         cfg, (x, bank) = self.config, carry
         y = LayerNorm(cfg.norm_eps, name="norm1")(x)
-        y = MultiHeadAttention(cfg.heads, name="attention")(y)
+        y = MultiHeadAttention(cfg.heads, self.attention, name="attention")(y)
         x += self.scaled("scale1", y)
         y = LayerNorm(cfg.norm_eps, name="norm2")(x)
         y = constrain(Linear(cfg.mlp_dim, ("embed", "mlp"), name="fc1")(y), "batch", "length", "act_mlp")
@@ -52,10 +54,12 @@ class VisionTower(nn.Module):
     Attributes:
       config: shape of the whole tower.
       levels: 0-based blocks to hand out, each once.
+      attention: backend, see models/attention.py.
     """
 
     config: VisionConfig
     levels: tuple[int, ...]
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -84,11 +88,11 @@ class VisionTower(nn.Module):
         rows = jnp.array([self.levels.index(i) if i in self.levels else spare for i in range(depth)])
         bank = constrain(jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed")
         (_, bank), _ = nn.scan(
-            nn.remat(Block, prevent_cse=False) if cfg.remat else Block,
+            rematted(Block, cfg.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=depth,
             unroll=1 if cfg.scan_layers else depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, name="blocks")((x, bank), rows)
+        )(cfg, self.attention, name="blocks")((x, bank), rows)
         return bank[:spare, :, int(cfg.class_token) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 
@@ -13,37 +14,51 @@ from sparsecut_jax.types import UserError
 
 
 class BadSamples:
-    """Notes every bad row once per stage, over all starts of a run; each process of several has a file of its own."""
+    """Notes every bad row once per stage, over all starts of a run.
+
+    Each process of several has a file of its own.
+    """
 
     def __init__(self, workdir: str, max_fraction: float, process_index: int = 0, fresh: bool = False):
         """Reads what earlier starts have noted; `fresh` drops it, for a run that begins at its first step."""
         name = f"bad_samples-{process_index}.jsonl" if process_index else "bad_samples.jsonl"
         self.path, self.max_fraction = os.path.join(workdir, name), max_fraction
+        self.files = os.path.join(glob.escape(workdir), "bad_samples*.jsonl")
         self.noted: dict[str, dict[tuple[str, int], Bad]] = collections.defaultdict(dict)
         self.cut = False  # whether the file ends within a line
         if fresh:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path)
-        with contextlib.suppress(FileNotFoundError), open(self.path, errors="replace") as file:
+            for path in [self.path] if process_index else glob.glob(self.files):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        else:
+            self.cut = self._read(self.path)
+
+    def _read(self, path: str) -> bool:
+        """Takes over what a file says; returns whether it ends within a line."""
+        cut = False
+        with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
             for line in file:
-                self.cut = not line.endswith("\n")
+                cut = not line.endswith("\n")
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill has cut
                     fields = json.loads(line)
                     bad = Bad(**{field.name: fields[field.name] for field in dataclasses.fields(Bad)})
                     self.noted[fields["stage"]][bad.key] = bad
+        return cut
 
-    def add(self, stage: str, found: list[Bad], rows: int) -> None:
-        """Notes the bad rows of a stage of `rows` rows.
+    def add(self, stage: str, found: list[Bad], rows: int, write: bool = True) -> None:
+        """Notes the bad rows of a stage of `rows` rows; without `write`, those that are in another process's file.
 
         Raises:
           UserError: more than `max_fraction` of the rows are broken. Rows that are only too long do not count.
         """
         noted = self.noted[stage]
         if new := {bad.key: bad for bad in found if bad.key not in noted}:
-            with open(self.path, "a") as file:
-                file.write("\n" if self.cut else "")
-                file.writelines(json.dumps({"stage": stage, **dataclasses.asdict(bad)}) + "\n" for bad in new.values())
-            self.cut = False
+            if write:
+                with open(self.path, "a") as file:
+                    file.write("\n" if self.cut else "")
+                    lines = ({"stage": stage, **dataclasses.asdict(bad)} for bad in new.values())
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                self.cut = False
             noted.update(new)
         if all(bad.cause == "too_long" for bad in found):
             return
@@ -57,7 +72,9 @@ class BadSamples:
             )
 
     def counts(self) -> dict[str, int]:
-        """Number of bad rows by cause, each row once however many stages met it."""
+        """Number of bad rows by cause in all processes so far, each row once however many stages met it."""
+        for path in set(glob.glob(self.files)) - {self.path}:
+            self._read(path)
         unique = {(bad.key, bad.cause) for noted in self.noted.values() for bad in noted.values()}
         return dict(sorted(collections.Counter(cause for _, cause in unique).items()))
 

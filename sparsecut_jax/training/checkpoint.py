@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a ch
 
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
 FREE_ON_RESUME = (
-    "workdir", "mesh", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
+    "workdir", "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
     "data.max_bad_fraction", "init_from", "init_parts",
 )  # fmt: skip
 
@@ -146,6 +147,11 @@ class Checkpoints:
             return _shapes(getattr(found, "tree", found))
         except Exception as error:
             raise self._damaged(step, error) from error
+
+    def dtypes(self, step: int) -> Callable[[str], jnp.dtype]:
+        """Function from a parameter's path to the dtype that the checkpoint holds it in; float32 for what it lacks."""
+        found = self.shapes(step)
+        return lambda path: jnp.dtype(found.get(f"params/{path}", "float32[").partition("[")[0])
 
     def _compare(self, step: int, target: Any) -> None:
         """Names the first arrays that are not as expected; Orbax itself would flood the log."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from sparsecut_jax import hosts, placing
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
@@ -45,29 +47,41 @@ def plan_stages(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
 
 
 class StopSignal:
-    """Remembers a SIGTERM, so that the run can save at the next step boundary."""
+    """Remembers a SIGTERM, so that the run can save at the next step boundary.
+
+    Several processes may get it at different steps, or only one of them: JAX, which takes the signal there, finds a
+    step that none has reached yet.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.before = signal.signal(signal.SIGTERM, self._note)
+        self.noted = False
+        self.before = signal.SIG_DFL if hosts.several() else signal.signal(signal.SIGTERM, self._note)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step. All processes must ask, once for every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if hosts.several() else self.noted
 
     def restore(self) -> None:
         """From here on SIGTERM ends the process as usual."""
         signal.signal(signal.SIGTERM, self.before)
 
     def _note(self, *_: Any) -> None:
-        self.asked = True
+        self.noted = True
 
 
 class Compilations:
-    """Counts what XLA compiles in this process."""
+    """Counts the programs that this process has got ready, and how many of them came from the compilation cache."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.cached = 0
         jax.monitoring.register_event_duration_secs_listener(self._note)
+        jax.monitoring.register_event_listener(self._note_cached)
 
     def _note(self, event: str, *_: Any, **__: Any) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def _note_cached(self, event: str, **_: Any) -> None:
+        self.cached += event == "/jax/compilation_cache/cache_hits"
 
 
 @dataclasses.dataclass
@@ -118,7 +132,7 @@ def run_stage(
     evaluated: dict[int, float] = {}
     tracing = False
     # CPU devices share a pool of threads: of two steps under way at once each could wait for the other's forever.
-    one_at_a_time = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    one_at_a_time = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def evaluate(step: int) -> None:
         if stage.holdout_loss is not None and step not in evaluated:
@@ -135,7 +149,7 @@ def run_stage(
 
     try:
         while at < span.last:
-            if window[0] <= at < window[1] and not tracing:
+            if window[0] <= at < window[1] and not tracing and hosts.first():
                 jax.profiler.start_trace(f"{cfg.workdir}/profile")
                 tracing = True
             began = time.monotonic()
@@ -155,16 +169,16 @@ def run_stage(
                 jax.profiler.stop_trace()
                 tracing = False
                 log.progress.write(f"profile of steps {cfg.profile} in {cfg.workdir}/profile")
-            ends = at == span.last
+            ends, stopping = at == span.last, stop.asked(at)
             due = cfg.checkpoint.every and at % cfg.checkpoint.every == 0
-            if ends or stop.asked or due or (cfg.eval.every and at % cfg.eval.every == 0):
+            if ends or stopping or due or (cfg.eval.every and at % cfg.eval.every == 0):
                 log.step(*pending)
                 pending = None
             if ends or (cfg.eval.every and at % cfg.eval.every == 0):
                 evaluate(at)
-            if ends or due or stop.asked:
+            if ends or due or stopping:
                 save()
-            if stop.asked:
+            if stopping:
                 checkpoints.manager.wait_until_finished()
                 raise Exit(3, f"stopped by SIGTERM after saving step {at}; the same command goes on from there")
     finally:
@@ -190,7 +204,7 @@ class _Log:
         self.steps += 1
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if values["supervised_tokens"] == 0:
-            if not bad_rows:
+            if not placing.gather(np.array(bad_rows)).any():
                 raise UserError(
                     f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
                 )
@@ -226,6 +240,7 @@ class _Log:
             "input_wait": self.waited / seconds,
             "skipped_updates": int(values["skipped"]),
             "compilations": self.compilations.count,
+            "compilations_cached": self.compilations.cached,
         }
         self.writer.write(step, line)
         self.progress.note(

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.sharding import constrain, constrain_weight, data_parallel, ways
 from sparsecut_jax.types import Batch
+
+BLOCK = 4096  # words whose part of the matrix's gradient is made at one time
+
+
+def summed_loss(
+    model: SparseCut, params: Any, batch: Batch, chunk: int, rngs: dict[str, jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """(sum, count) of `chunked_cross_entropy` for a whole batch, and what the model hands out besides."""
+    hidden, words, seen = model.apply({"params": params}, batch, rngs=rngs, method="hidden")
+    total, count = chunked_cross_entropy(hidden, words, batch, chunk)
+    return total, count, seen
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -19,11 +35,132 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
     Returns:
       (sum, count), both float32[].
     """
-    mask = batch.loss_mask[:, 1:].astype(jnp.float32)
-    logits, targets = logits[:, :-1], batch.tokens[:, 1:]
+    targets, mask = _shifted(batch)
+    return _nll(logits, targets, mask), jnp.sum(mask.astype(jnp.float32))
+
+
+def chunked_cross_entropy(hidden: jax.Array, words: jax.Array, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy` of the logits hidden @ words, which exist for `chunk` positions of each row at a time only.
+
+    Args:
+      hidden: [B, T, D]; words: [D, W].
+    """
+    targets, mask = _shifted(batch)
+    b, t = targets.shape
+    g = data_parallel()
+    by_device = lambda x: x.reshape(g, b // g, *x.shape[1:])
+    total = _summed(by_device(hidden), words, by_device(targets), by_device(mask), min(chunk, t))
+    return total, jnp.sum(mask.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int) -> jax.Array:
+    """Sum of -log p.
+
+    Args:
+      hidden: [g, B, T, D], the rows of g devices; words: [D, W].
+      targets, mask: [g, B, T], what each position is to predict, and whether that counts.
+      size: positions of a chunk.
+    """
+    words = _copies(words, hidden.shape[0])
+    add = lambda total, part: (total + _nll(_logits(part[0], words), *part[1:]), None)
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, mask))[0]
+
+
+def _with_gradients(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int):
+    """The sum, and its gradients by hidden and words, made beside the loss while a chunk's logits are there.
+
+    Where fsdp devices split the matrix, its gradient is made BLOCK words at a time, from logits that are computed
+    again: else each of them would hold several wholes of it, to keep a part of their sum.
+    """
+    g, t = targets.shape[0], targets.shape[2]
+    copies, split = _copies(words, g), ways("embed") > 1 and ways("act_vocab") == 1
+
+    def add(carry: tuple, part: tuple) -> tuple:
+        (total, by_words), (hidden, targets, mask) = carry, part
+        logits = _logits(hidden, copies)
+        log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        by_logits = _by_logits(logits, log_sum, targets, mask).astype(words.dtype)
+        if not split:
+            by_words += jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits)
+        by_hidden = jnp.einsum("gBTW,gDW->gBTD", by_logits, copies)
+        return (total + _nll(logits, targets, mask), by_words), (by_hidden, log_sum)
+
+    zero = jnp.zeros((), jnp.float32)
+    carry = (zero, zero if split else jnp.zeros_like(copies))
+    (total, by_words), (by_hidden, log_sum) = jax.lax.scan(add, carry, _chunks(size, hidden, targets, mask))
+    whole = lambda x: jnp.moveaxis(x, 0, 2).reshape(*targets.shape[:2], -1, x.shape[-1])[:, :, :t]
+    by_hidden, log_sum = whole(by_hidden), whole(log_sum)
+    if not split:
+        by_words = constrain_weight(by_words.sum(0), "embed", "vocab")
+    else:
+        width = next(w for w in range(min(BLOCK, words.shape[1]), 0, -1) if words.shape[1] % w == 0)
+        parts = _chunks(min(t, size * words.shape[1] // width), hidden, log_sum, targets, mask)
+
+        def block(first: jax.Array) -> jax.Array:
+            some = jax.lax.dynamic_slice_in_dim(copies, first, width, axis=2)
+
+            def add(by_words: jax.Array, part: tuple) -> tuple:
+                hidden, log_sum, targets, mask = part
+                by_logits = _by_logits(_logits(hidden, some), log_sum, targets - first, mask)
+                return by_words + jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits.astype(words.dtype)), None
+
+            by_words = jax.lax.scan(add, jnp.zeros_like(some), parts)[0]
+            return constrain_weight(by_words.sum(0), "embed", "vocab")
+
+        by_words = jax.lax.map(block, jnp.arange(0, words.shape[1], width))
+        by_words = by_words.swapaxes(0, 1).reshape(words.shape)
+    return total, (by_hidden, by_words)
+
+
+def _scaled(size: int, gradients: tuple[jax.Array, jax.Array], by: jax.Array) -> tuple:
+    return *((by * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_summed.defvjp(_with_gradients, _scaled)
+
+
+def _copies(words: jax.Array, g: int) -> jax.Array:
+    """[D, W] -> [g, D, W]: the rows of each device meet a matrix of their own, collected once and not once a chunk."""
+    return constrain(jnp.broadcast_to(words, (g, *words.shape)), "batch", None, "act_vocab")
+
+
+def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[g, B, T, ...] -> [chunks, g, B, size, ...] each, padded with what counts for nothing."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % size)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    return tuple(map(cut, arrays))
+
+
+def _logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
+    """[g, B, T, D], [g, D, W] -> float32[g, B, T, W]."""
+    logits = jnp.einsum("gBTD,gDW->gBTW", hidden, words, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, "length", "act_vocab")
+
+
+def _by_logits(logits: jax.Array, log_sum: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Gradient of -log p where it counts: p, less one at the right word."""
+    return jnp.where(mask[..., None] > 0, jnp.exp(logits - log_sum) - _is_word(targets, logits.shape), 0)
+
+
+def _shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What each position is to predict, int32[B, T], and whether that counts, uint8[B, T]; the last predicts nothing."""
+    next_of = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    return next_of(batch.tokens), next_of(batch.loss_mask)
+
+
+def _nll(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32[..., W], int32[...], uint8[...] -> sum of -log p."""
     # A masked sum instead of take_along_axis: a gather over a vocabulary that is split would collect the logits.
-    words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    right = jnp.sum(jnp.where(words == targets[..., None], logits, 0), axis=-1)
+    right = jnp.sum(jnp.where(_is_word(targets, logits.shape), logits, 0), axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - right
     # where, not a product: what a padded position's loss is must not matter
-    return jnp.sum(jnp.where(mask > 0, nll, 0)), jnp.sum(mask)
+    return jnp.sum(jnp.where(mask > 0, nll, 0))
+
+
+def _is_word(targets: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """int32[...] -> bool[..., W], True at the target."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == targets[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -30,9 +31,30 @@ def join(*parts: Params) -> Params:
     return traverse_util.unflatten_dict({k: v for part in parts for k, v in part.items()}, sep="/")
 
 
-def decayed(path: str) -> bool:
-    """Weight decay is for matrices: not for norms, LayerScale, biases and class tokens."""
+def is_matrix(path: str) -> bool:
+    """What weight decay is for, and what frozen parts may round: not norms, LayerScale, biases and class tokens."""
     return not re.search(r"(norm\w*/|bias$|_bias$|class_embedding$|scale[12]$)", path)
+
+
+def rates(paths: Iterable[str], stage: StageConfig) -> dict[str, float]:
+    """{path: share of the stage's learning rate} for the paths that `stage.lr_of` names.
+
+    A regex there matches whole names at the beginning of a path: "fusion" is all of the fusion.
+
+    Raises:
+      UserError: one of them matches no trained parameter, or two match the same.
+    """
+    paths, found = list(paths), {}
+    for pattern, rate in stage.lr_of.items():
+        matched = [path for path in paths if re.match(f"(?:{pattern})(?:/|$)", path)]
+        if not matched:
+            raise UserError(
+                f"lr_of has {pattern!r}, which begins no trained parameter's path; they look like {', '.join(paths[:3])}"
+            )
+        if twice := found.keys() & matched:
+            raise UserError(f"lr_of has two rates for {min(twice)}; the second is {rate} by {pattern!r}")
+        found |= dict.fromkeys(matched, rate / stage.lr)
+    return found
 
 
 def schedule(stage: StageConfig, steps: int) -> optax.Schedule:
@@ -48,7 +70,7 @@ def schedule(stage: StageConfig, steps: int) -> optax.Schedule:
 
 
 def adamw(stage: StageConfig) -> optax.GradientTransformation:
-    """Clipped AdamW over a flat dict of trainable parameters, without the learning rate.
+    """Clipped AdamW over a flat dict of trainable parameters, without the learning rate but for `lr_of`'s share of it.
 
     The step multiplies by -lr itself: the schedule follows the run's step, also over updates that
     were left out, whereas Adam's own count stands still there.
@@ -56,19 +78,19 @@ def adamw(stage: StageConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity(),
         optax.scale_by_adam(stage.b1, stage.b2),
-        optax.add_decayed_weights(stage.weight_decay, mask=lambda tree: {path: decayed(path) for path in tree})
+        optax.add_decayed_weights(stage.weight_decay, mask=lambda tree: {path: is_matrix(path) for path in tree})
         if stage.weight_decay > 0
         else optax.identity(),
+        *([_scale_by_path(stage)] if stage.lr_of else []),
     )
 
 
-def part_sizes(flat: Params) -> dict[str, int]:
-    """Number of parameters of each part of a flat dict {path: array}."""
-    sizes: dict[str, int] = {}
-    for path, leaf in flat.items():
-        part = path.split("/", 1)[0]
-        sizes[part] = sizes.get(part, 0) + leaf.size
-    return sizes
+def _scale_by_path(stage: StageConfig) -> optax.GradientTransformation:
+    def scaled(updates: Params, params: Params | None) -> Params:
+        factors = rates(updates, stage)
+        return {path: update * factors.get(path, 1.0) for path, update in updates.items()}
+
+    return optax.stateless(scaled)
 
 
 def part_norms(flat: Params) -> dict[str, jax.Array]:

@@ -15,30 +15,55 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sparsecut_jax import hosts
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.training.holdings import Holding, holdings
+from sparsecut_jax.types import TrainState
 
 
-def heading(mesh: Mesh, plan: Plan, params: Any, trainable: dict[str, int], dtype: Any) -> str:
-    """Devices, mesh, parameters by part and the shortcut plan, as text. `trainable`: numbers by stage and part."""
+def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
+    """Devices, mesh, what each device holds, and the shortcut plan, as text.
+
+    params: shapes and shardings at the start; states: those of the state of every stage.
+    """
     devices = mesh.devices.flatten()
-    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "replica" or size > 1)
+    held = holdings(params, states)
+    numbers = {stage: sum(h.trained[stage] for h in held.values()) for stage in states}
+    trained = [f"{number:,} of {count(params):,} parameters in {stage}" for stage, number in numbers.items()]
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process"
         + ("es" if jax.process_count() > 1 else ""),
         f"mesh       {axes}, computing in {jnp.dtype(dtype).name}",
+        *([f"trained    {', '.join(trained)}"] if trained else []),
         "",
-        table(
-            ["part", "parameters", *(f"trained in {stage}" for stage in trainable)],
-            [
-                [part, f"{count(params[part]):,}", *(f"{numbers.get(part, 0):,}" for numbers in trainable.values())]
-                for part in params
-            ]
-            + [["total", f"{count(params):,}", *(f"{sum(n.values()):,}" for n in trainable.values())]],
-        ),
+        holdings_table(held, list(states)),
         "",
         plan_table(plan),
     ]
     return "\n".join(lines)
+
+
+def holdings_table(held: dict[str, Holding], stages: list[str]) -> str:
+    """A row for every group of parameters; sizes are what one device holds."""
+
+    def row(name: str, h: Holding, dtype: str, split: str) -> list[str]:
+        moments = [size_text(h.moments[stage]) if h.moments[stage] else "-" for stage in stages]
+        return [name, f"{h.numbers.total():,}", dtype, split, size_text(h.weights), *moments, size_text(h.total)]
+
+    total = Holding()
+    for h in held.values():
+        total.add(h)
+    head = ["part", "parameters", "dtype", "split over", "weights", *(f"moments in {stage}" for stage in stages)]
+    rows = [row(name, h, h.dtype, h.split) for name, h in held.items()]
+    return table([*head, "a device holds"], [*rows, row("total", total, "", "")])
+
+
+def size_text(size: int) -> str:
+    """Bytes with three digits or more: "1.50 GiB"."""
+    power = min(3, max(0, int(math.log2(max(1, size)) // 10)))
+    value, unit = size / 2 ** (10 * power), ("B", "KiB", "MiB", "GiB")[power]
+    return f"{value:,.{0 if value >= 100 or not power else 1 if value >= 10 else 2}f} {unit}"
 
 
 def plan_table(plan: Plan) -> str:
@@ -123,9 +148,15 @@ class Progress:
 
 
 class MetricsWriter:
-    """metrics.jsonl and TensorBoard events in the workdir; a resumed run takes its own later lines back first."""
+    """metrics.jsonl and TensorBoard events in the workdir; a resumed run takes its own later lines back first.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, workdir: str, first_step: int):
+        self.file = self.events = None
+        if not hosts.first():
+            return
         from tensorboardX import SummaryWriter
 
         self.path = os.path.join(workdir, "metrics.jsonl")
@@ -137,14 +168,17 @@ class MetricsWriter:
         self.events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
+        if self.file is None:
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in _scalars(values):
             self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.events.close()
+        if self.file is not None:
+            self.file.close()
+            self.events.close()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

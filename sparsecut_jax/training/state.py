@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sparsecut_jax import sharding
 from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.lora import is_adapter
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import checkpoint
@@ -38,40 +39,57 @@ def example_batch(cfg: Config) -> Batch:
         tokens=ints,
         loss_mask=ints.astype(np.uint8),
         segments=ints,
-        branches=ints,
+        branches=None,
         positions=ints,
         views=np.zeros((1, m, views, size, size, 3), np.uint8),
         image_start=np.zeros((1, m), np.int32),
     )
 
 
-def abstract_params(model: SparseCut, cfg: Config, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of all parameters, without making them. Raises UserError if they cannot be split."""
+def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
+    """Function from a parameter's path to the dtype it is stored in from stage `name` on, for a resolved config.
+
+    Matrices that are not trained any more are as the computation takes them, all else is float32.
+    """
+    names = cfg.run_stages[cfg.run_stages.index(name) :] if name in cfg.run_stages else (name,)
+    trained = [pattern for n in names for pattern in cfg.stages[n].trainable]
+
+    def dtype_of(path: str) -> jnp.dtype:
+        if cfg.param_dtype != "auto":
+            return jnp.dtype(cfg.param_dtype)
+        whole = not opt.is_matrix(path) or any(re.fullmatch(pattern, path) for pattern in trained)
+        return jnp.dtype("float32" if whole else cfg.dtype)
+
+    return dtype_of
+
+
+def abstract_params(
+    model: SparseCut, cfg: Config, mesh: Mesh, dtype_of: Callable[[str], jnp.dtype] | None = None
+) -> Any:
+    """Shapes, dtypes and shardings of all parameters, without making them. Raises UserError if they cannot be split.
+
+    dtype_of: dtype of a path; left out: `cfg.param_dtype`, float32 where that is "auto".
+    """
     batch = example_batch(cfg)
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
     shardings = sharding.param_shardings(boxed, mesh)
     dtype = jnp.bfloat16 if cfg.param_dtype == "bfloat16" else jnp.float32
 
     def leaf(path, array, placed):
-        try:
-            placed.shard_shape(array.shape)
-        except ValueError:
-            name = "/".join(str(k.key) for k in path)
-            raise UserError(
-                f"mesh({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) cannot split parameter {name} of shape "
-                f"{array.shape} as {placed.spec}; choose mesh sizes that divide its axes"
-            ) from None
-        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=placed)
+        name = "/".join(str(k.key) for k in path)
+        return jax.ShapeDtypeStruct(array.shape, dtype_of(name) if dtype_of else dtype, sharding=placed)
 
     return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed), shardings)
 
 
 def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[str] = ()) -> Any:
     """Fresh parameters, born in their shardings; the same values on every mesh. Those in `skip` are left out."""
-    batch = example_batch(cfg)
+    example = example_batch(cfg)
     wanted = {path: leaf for path, leaf in flatten(abstract).items() if path not in skip}
 
     def init(key):
+        # Every device has rows, else the mesh could not split them; nothing is computed of them.
+        batch = jax.tree.map(lambda x: jnp.zeros((sharding.data_parallel(), *x.shape[1:]), x.dtype), example)
         made = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
         return {path: made[path].astype(leaf.dtype) for path, leaf in wanted.items()}
 
@@ -111,7 +129,8 @@ def abstract_state(
 def begin_stage(
     abstract: TrainState, params: Any, trainable: tuple[str, ...], tx, step: int, skipped: int
 ) -> TrainState:
-    """State at the first step of a stage: these parameters, a fresh optimizer."""
+    """State at the first step of a stage: these parameters in the stage's dtypes, a fresh optimizer."""
+    params = jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), params, abstract.params)
     moving, _ = opt.split(params, trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=shardings)(moving)
@@ -119,19 +138,28 @@ def begin_stage(
     return TrainState(place(step), params, opt_state, place(skipped), place(0))
 
 
-def init_from(workdir: str, patterns: tuple[str, ...], params: Any) -> tuple[Any, str]:
-    """Parameters with parts taken from another run, and a report of what was loaded, is fresh, was left unused.
+def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
+    """Parameters with cfg.init_parts taken from another run, and a report of what was loaded, is fresh, was left unused.
 
     Raises:
-      UserError: `workdir` is no run, a regex matches nothing in it, or a tensor has another shape.
+      UserError: cfg.init_from is no run, a regex matches nothing in it, a tensor has another shape, or the run's
+        adapters would be lost or scaled otherwise.
     """
-    run, step, _, _ = checkpoint.open_run(workdir)
+    workdir, patterns = cfg.init_from, cfg.init_parts
+    run, step, theirs, _ = checkpoint.open_run(workdir)
     saved = {k.removeprefix("params/"): v for k, v in run.shapes(step).items() if k.startswith("params/")}
     flat = flatten(params)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in saved):
             raise UserError(f"config.init_parts has {pattern!r}, which matches no parameter of {workdir}")
     wanted = {path for path in saved if any(re.fullmatch(p, path) for p in patterns)}
+    adapters = {path for path in wanted if is_adapter(path)}
+    if adapters - flat.keys() or adapters and cfg.lora.alpha != theirs.lora.alpha:
+        raise UserError(
+            f"{workdir} has adapters, without which its LLM is another, of config.lora.rank={theirs.lora.rank}, "
+            f".alpha={theirs.lora.alpha:g} and .targets={theirs.lora.targets}; set the same, or merge them first: "
+            "convert to-hf --merge, then config.init.model"
+        )
     taken = {path: leaf for path, leaf in flat.items() if path in wanted}
     dtype = lambda path: jnp.dtype(saved[path].partition("[")[0])
     target = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}

@@ -10,27 +10,32 @@ import jax.numpy as jnp
 import optax
 
 from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.types import Batch, TrainState
 
 
-def make_gradients(model: SparseCut, accumulate: int) -> Callable:
-    """Function (trainable, frozen, batch, key) -> (loss sum, count, gradient of the sum, shortcut ratios).
+def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callable:
+    """Function (trainable, frozen, batch, key) -> (loss sum, count, float32 gradient of the sum, shortcut ratios).
 
-    Only `trainable`, a flat dict, is differentiated. With `accumulate` > 1 the rows are taken in that
-    many turns; sums of losses and gradients make the result that of the whole batch.
+    Only `trainable`, a flat dict, is differentiated, by its matrices as the computation takes them: in bfloat16 their
+    gradients are that where they are made, and half as large. With `accumulate` > 1 the rows are taken in that many
+    turns; sums of losses and gradients make the result that of the whole batch.
     """
+    taken = lambda flat: {k: v.astype(model.dtype) if opt.is_matrix(k) else v for k, v in flat.items()}
+    whole = lambda grads: jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
     def loss_fn(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
-        logits, seen = model.apply({"params": opt.join(frozen, trainable)}, batch, rngs={"dropout": key})
-        total, count = cross_entropy(logits, batch)
+        params = opt.join(frozen, trainable)
+        total, count, seen = summed_loss(model, params, batch, loss_chunk, rngs={"dropout": key})
         return total + seen["aux_loss"] * count, (count, seen.get("shortcut_ratio", jnp.zeros((0, 1))))
 
     def gradients(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
         def one(batch: Batch, key: jax.Array):
-            (total, (count, ratio)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, frozen, batch, key)
-            return total, count, grads, ratio
+            values, grads = jax.value_and_grad(loss_fn, has_aux=True)(taken(trainable), frozen, batch, key)
+            total, (count, ratio) = values
+            return total, count, whole(grads), ratio
 
         if accumulate == 1:
             return one(batch, key)
@@ -46,26 +51,26 @@ def make_gradients(model: SparseCut, accumulate: int) -> Callable:
 
 def make_train_step(
     model: SparseCut,
-    trainable: tuple[str, ...],
+    stage: StageConfig,
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     first_step: int,
-    accumulate: int,
     seed: int,
+    loss_chunk: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one stage, to be jitted.
 
     Args:
-      trainable: regexes on parameter paths.
       learning_rate: of the step within the stage, which begins at `first_step` of the run.
+      loss_chunk: positions of a row whose logits exist at one time.
 
     An update whose loss or gradient is not finite, or that has no supervised token, is left out: parameters
     and Adam's moments stay, step and schedule go on; `state.streak` counts how many in a row.
     """
-    gradients = make_gradients(model, accumulate)
+    gradients = make_gradients(model, stage.accumulate, loss_chunk)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        moving, frozen = opt.split(state.params, trainable)
+        moving, frozen = opt.split(state.params, stage.trainable)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, count, grads, ratio = gradients(moving, frozen, batch, key)
         loss = total / jnp.maximum(count, 1)

@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
-
-import jax
+from typing import IO
 
 from sparsecut_jax import config as config_lib
+from sparsecut_jax import hosts
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config
@@ -22,20 +23,38 @@ def locked(workdir: str) -> Iterator[None]:
     """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
 
     Raises:
-      UserError: it cannot be written to, or another process is training in it.
+      UserError: it cannot be written to, another run is training in it, or the processes of this one do not share it.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
-        file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115 - held open for the whole run
+        file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115 - held open for the whole run
     except OSError as error:
         raise UserError(f"config.workdir={workdir!r} cannot be written to: {error.strerror}") from error
     with file:
         try:
-            if jax.process_index() == 0:
+            if hosts.first():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"config.workdir={workdir!r} is in use by another run; choose another or wait") from error
+        if hosts.several():
+            _check_shared(workdir, file)
         yield
+
+
+def _check_shared(workdir: str, file: IO[str]) -> None:
+    """Raises UserError where the first process's `file` is not the one of this process."""
+    if hosts.first():
+        written = f"{hosts.name()} {time.time_ns()}"
+        file.truncate(0)
+        file.write(written)
+        file.flush()
+        os.fsync(file.fileno())
+        hosts.tell("workdir", written)
+        return
+    expected = hosts.hear("workdir")
+    file.seek(0)
+    if file.read() != expected:
+        raise UserError(f"config.workdir={workdir!r} is not the folder of process 0; expected one that all hosts share")
 
 
 def read_results(path: str, step: int) -> dict:

@@ -25,7 +25,7 @@ from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
 from sparsecut_jax.weights.resize import grow_rows
 from sparsecut_jax.weights.tensors import INDEX
 
-KINDS = ("auto", "sparsecut", "llava", "llm", "vision")
+KINDS = ("auto", "sparsecut", "llava", "llm", "vision", "adapter")
 IMAGE_TOKEN = "<image>"
 SHARD_SIZE = "5GB"
 
@@ -59,6 +59,10 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
       UserError: the format cannot say what the model is.
     """
     plan = run.model.plan
+    if run.config.lora.rank and kind != "vision":
+        raise UserError(
+            f"{run.workdir} has adapters beside its LLM's linears; --merge adds them to it, --as=adapter writes them alone"
+        )
     if kind == "auto":
         kind = "llava" if drop_shortcuts or not _not_llava(run.config, plan) else "sparsecut"
     if kind == "llava":
@@ -75,7 +79,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     vision = {} if kind == "llm" else vision_config_json(cfg.vision, cfg.vision.layers)
     config = text | vision if kind in ("llm", "vision") else _whole_config(cfg, text, vision, image_id)
     config["dtype"] = str(flat["llm/embedding"].dtype)
-    _write_tensors(_tensors(flat, cfg, kind), folder, cfg)
+    write_tensors(tensors_of(flat, cfg, kind), folder, cfg)
     write_json(os.path.join(folder, "config.json"), config)
     if kind != "vision" and tokenizer is not None:
         tokenizer.save(folder)
@@ -129,7 +133,7 @@ def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
     return dataclasses.replace(cfg, vision=vision, shortcuts=shortcuts), params
 
 
-def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[Piece]]:
+def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[Piece]]:
     """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
     found: dict[str, list[Piece]] = defaultdict(list)
     inner = "" if cfg.vision.family == "dinov2" else "vision_model."
@@ -155,13 +159,13 @@ def _tensors(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, li
     return {name: sorted(pieces, key=lambda piece: piece.rule.part) for name, pieces in found.items()}
 
 
-def _write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config) -> None:
-    """One shard in memory at a time."""
+def write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config, file: str = "model") -> None:
+    """Writes `file`.safetensors, or shards and their index; one shard in memory at a time."""
     shards = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda pieces: sum(piece.nbytes for piece in pieces),
         get_storage_id=lambda pieces: None,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=file + "{suffix}.safetensors",
         max_shard_size=SHARD_SIZE,
     )
     for file, names in shards.filename_to_tensors.items():

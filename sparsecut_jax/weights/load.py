@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from sparsecut_jax.models.lora import is_adapter
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.names import LEFT, OTHERS, Rule, rules_of, their_shape, their_slices, to_ours
@@ -83,7 +84,7 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
     problems = []
     for path, leaf in wanted.items():
         part = path.split("/", 1)[0]
-        if part not in sources:
+        if part not in sources or is_adapter(path):
             continue
         found = sources[part].tensors[part]
         rule = next((r for r in rules_of(part, cfg, list(found)) if r.path == path), None)

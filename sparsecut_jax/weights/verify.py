@@ -33,13 +33,15 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     cfg, expected = portable(run, drop_shortcuts and config["model_type"] == "llava")
     before = build_model(cfg)
     init = InitConfig(**{part: folder})
-    dtype = "bfloat16" if config["dtype"] == "bfloat16" else "float32"
     found = pretrained.open_sources(init)
-    cfg = pretrained.resolve(dataclasses.replace(cfg, init=init, param_dtype=dtype), found)
+    cfg = pretrained.resolve(dataclasses.replace(cfg, init=init), found)
     after = build_model(cfg)
-    fillings, _ = load.match(state.abstract_params(after, cfg, run.mesh), cfg, found)
-    loaded = load.read(fillings, cfg)
     old = traverse_util.flatten_dict(expected, sep="/")
+    abstract = state.abstract_params(
+        after, cfg, run.mesh, lambda path: old[path].dtype
+    )  # frozen and trained ones differ
+    fillings, _ = load.match(abstract, cfg, found)
+    loaded = load.read(fillings, cfg)
     for path, leaf in loaded.items():
         was, now = np.asarray(old[path]), np.asarray(leaf)
         if path in ("llm/embedding", "llm/head"):  # rows for the image token may have come behind

@@ -1,0 +1,210 @@
+"""Softmax attention: one function, and a backend for each kind of device.
+
+xla     plain matrix products with all scores at once; takes any mask
+tiled   for CPUs: scores of a few heads and queries at a time, which stay in the cache
+splash  for TPUs: JAX's Pallas kernel, blocks that nobody sees are skipped
+cudnn   for GPUs: cuDNN's fused kernel, with the lengths of the segments in place of a mask
+
+`sight` says who sees whom: nothing (everybody sees everybody), a dense bool[B, T, S], or `Packed`. Only the last is
+needed for training, and no backend but xla makes a [T, S] array of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sparsecut_jax.sharding import spec
+
+TILE = 2**18  # scores of one tile: 1 MiB of float32, what a core's cache holds
+LANES = 128  # of a TPU's vector registers: splash's blocks are multiples of it
+SPLASH_BLOCK = 512
+
+
+@flax.struct.dataclass
+class Packed:
+    """Causal attention within segments (types.Batch draws it), int32[B, T] each.
+
+    branches: None where no segment has any. positions: rotary ones, which windows are measured in.
+    most: segments of a sequence, at most.
+    """
+
+    segments: jax.Array
+    branches: jax.Array | None
+    positions: jax.Array
+    most: int = flax.struct.field(pytree_node=False)
+
+    def mask(self, window: jax.Array | int | None = None) -> jax.Array:
+        """bool[B, T, T], True = may see."""
+        rows = lambda x: None if x is None else (x, x)
+        return _visible(rows(self.segments), rows(self.branches), rows(self.positions), 0, window)
+
+
+Sight = jax.Array | Packed | None
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sight: Sight = None,
+    window: jax.Array | int | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Softmax attention with grouped KV heads, scores and softmax in float32.
+
+    Args:
+      q: [B, T, Q, H].
+      k, v: [B, S, G, H]; head q attends with KV head q // (Q // G).
+      sight: bool[B, T, S], True = may see; or Packed (S = T); None = everything. A position that sees nothing gets
+        something finite, which nobody reads.
+      window: with Packed: positions seen, itself included; None: all.
+      backend: one of BACKENDS. A dense mask always goes to xla.
+
+    Returns:
+      [B, T, Q, H] in the dtype of q.
+    """
+    if backend == "xla" or isinstance(sight, jax.Array):
+        return _xla(q, k, v, sight.mask(window) if isinstance(sight, Packed) else sight)
+    if backend != "tiled" and isinstance(sight, Packed) and sight.branches is not None:
+        raise ValueError(f"attention backend {backend!r} cannot keep branches apart")  # backends.resolve has seen to it
+    return _on_shards(functools.partial(BACKENDS[backend], window=window), q, k, v, sight)
+
+
+def _on_shards(kernel: Callable, q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None) -> jax.Array:
+    """Runs `kernel` on the rows and heads of every device by itself: none of them needs another's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(q, k, v, sight)
+    heads, rows = spec(("batch", "length", "act_heads", None)), spec(("batch", "length"))
+    by_device = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return by_device(q, k, v, sight)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    b, t, heads, h = q.shape
+    groups = k.shape[2]
+    # The query heads of a group are more rows of one matrix product.
+    q = (q * h**-0.5).reshape(b, t, groups, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
+    out = _softmax_product(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask if mask is None else mask[:, None])
+    return out.reshape(b, groups, -1, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
+
+
+def _softmax_product(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """[..., R * T, H], [..., S, H], [..., S, H], bool[..., T, S] -> [..., R * T, H]."""
+    scores = jnp.einsum("...TH,...SH->...TS", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        by_head = scores.reshape(*scores.shape[:-2], -1, *mask.shape[-2:])
+        mask = jnp.expand_dims(mask, -3)
+        scores = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    # The division by the sum comes after the second product, on [.., H] instead of [.., S]: on CPU this and the
+    # merged heads are 1.2 to 2 times faster than the plain form.
+    out = jnp.einsum("...TS,...SH->...TH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+
+def _visible(segments: tuple, branches: tuple | None, positions: tuple, first: int, window) -> jax.Array:
+    """bool[..., T, S]: what queries see of keys; each pair is (of the queries [..., T], of the keys [..., S]).
+
+    first: place of the first query among the keys.
+    """
+    q, k = segments
+    causal = first + jnp.arange(q.shape[-1])[:, None] >= jnp.arange(k.shape[-1])
+    seen = causal & (q[..., :, None] == k[..., None, :])
+    if branches is not None:
+        q, k = branches
+        seen &= (k[..., None, :] == 0) | (q[..., :, None] == k[..., None, :])
+    if window is not None:
+        q, k = positions
+        seen &= q[..., :, None] - k[..., None, :] < window
+    return seen
+
+
+def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None) -> jax.Array:
+    """A loop over rows and KV heads, and blocks of queries in it; keys after a causal block are left out."""
+    b, t, heads, h = q.shape
+    s, groups = k.shape[1:3]
+    each = heads // groups
+    by_head = lambda x: x.swapaxes(1, 2).reshape(b * groups, -1, h)
+    q = (q * h**-0.5).reshape(b, t, groups, each, h).transpose(0, 2, 3, 1, 4).reshape(b * groups, each, t, h)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, groups, axis=0), sight)
+    size = min(t, max(16, TILE // (each * s)))
+
+    @functools.partial(jax.checkpoint, static_argnums=4)  # scores are computed again for the gradient
+    def block(q: jax.Array, k: jax.Array, v: jax.Array, pairs: tuple | None, first: int) -> jax.Array:
+        mask = None if pairs is None else _visible(*pairs, first, window)
+        return _softmax_product(q.reshape(-1, h), k, v, mask).reshape(q.shape)
+
+    def one_head(q: jax.Array, k: jax.Array, v: jax.Array, rows: Packed | None) -> jax.Array:
+        """[R, T, H], [S, H], [S, H], int32[T] each -> [R, T, H]."""
+        outs = []
+        for first in range(0, t, size):
+            last = min(first + size, t)
+            end = s if rows is None else last
+            pair = lambda x, first=first, last=last: None if x is None else (x[first:last], x[:last])
+            pairs = None if rows is None else (pair(rows.segments), pair(rows.branches), pair(rows.positions))
+            outs.append(block(q[:, first:last], k[:end], v[:end], pairs, first))
+        return jnp.concatenate(outs, axis=1)
+
+    at_once = min(b * groups, max(1, TILE // (each * t * s)))
+    out = jax.lax.map(lambda x: one_head(*x), (q, by_head(k), by_head(v), rows), batch_size=at_once)
+    return out.reshape(b, groups, each, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None, interpret: bool = False):
+    """jax.experimental.pallas.ops.tpu.splash_attention; sequences are padded to whole blocks."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    b, t, heads, h = q.shape
+    length = -(-t // LANES) * LANES
+    if sight is None:
+        segments = jnp.ones((b, t), jnp.int32)
+        mask = masks.FullMask((length, length))
+    elif window is None:
+        segments, mask = sight.segments, masks.CausalMask((length, length))
+    else:
+        segments, mask = sight.segments, masks.LocalMask((length, length), (window - 1, 0), 0)
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, length - t)] + [(0, 0)] * (x.ndim - 2))
+    q, k, v = (pad(x).swapaxes(1, 2) for x in (q * h**-0.5, k, v))
+    size = max(n for n in range(LANES, min(SPLASH_BLOCK, length) + 1, LANES) if length % n == 0)
+    sizes = dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"), size)
+    blocks = splash.BlockSizes(**sizes, block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size)
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads), block_sizes=blocks, interpret=interpret
+    )
+    ids = pad(segments)
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+    return out.swapaxes(1, 2)[:, :t]
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None) -> jax.Array:
+    """cuDNN's flash attention through JAX; segments by where they begin and how long they are."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's own function has no segments
+
+    run = functools.partial(cudnn.dot_product_attention, q, k, v, scale=q.shape[-1] ** -0.5)
+    if sight is None:
+        return run(mask_type=cudnn.MaskType.NO_MASK)
+    run = functools.partial(run, mask_type=cudnn.MaskType.PADDING_CAUSAL, sliding_window_length=window)
+    starts, lengths = segment_runs(sight.segments, sight.most)
+    if sight.most == 1:  # which runs on GPUs older than Hopper too
+        return run(q_seqlen=lengths[:, 0], kv_seqlen=lengths[:, 0])
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return run(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)
+
+
+def segment_runs(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """int32[B, T] -> where segments 1, 2, ... begin and how long they are, int32[B, most] each, -1 for none."""
+    number = jnp.arange(1, most + 1)
+    mine = segments[:, None, :] == number[:, None]
+    lengths = mine.sum(-1, dtype=jnp.int32)
+    starts = jnp.argmax(mine, -1).astype(jnp.int32)
+    return jnp.where(lengths > 0, starts, -1), jnp.where(lengths > 0, lengths, -1)
+
+
+BACKENDS = {"tiled": _tiled, "splash": _splash, "cudnn": _cudnn}

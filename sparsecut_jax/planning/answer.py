@@ -1,0 +1,229 @@
+"""All that is to be known of a stage on a topology before it is paid for, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sparsecut_jax import backends, checks, sharding
+from sparsecut_jax.planning import compiler, flops, memory, steps
+from sparsecut_jax.planning.hardware import Topology
+from sparsecut_jax.planning.memory import Bytes, Parameters
+from sparsecut_jax.planning.roofline import Roofline, roofline
+from sparsecut_jax.planning.search import Option, search, smallest, step_products, with_settings
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import pretrained
+
+SHOWN = 6  # settings of a search
+CHECKED = 2  # of them that the compiler is asked about, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked besides the config.
+
+    Attributes:
+      stage: of the config.
+      mfu: share of the peak rate that the run is assumed to reach.
+      rows: of the dataset; 0: see `steps`.
+      price: of a chip for an hour; 0: not asked.
+      search: look for other settings also where the config's fit.
+    """
+
+    topology: Topology
+    stage: str
+    mfu: float = 0.4
+    rows: int = 0
+    price: float = 0.0
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("mfu", 0 < self.mfu <= 1, "a share of the peak rate, above 0 and at most 1"),
+            ("rows", self.rows >= 0, "0 or more"),
+            ("price", 0 <= self.price < math.inf, "0 or more"),
+        ):
+            if not ok:
+                raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
+
+
+def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """The plan of one stage; see docs/plan.md for the keys. `tell` is called with what takes a while.
+
+    Raises:
+      UserError: a mesh, batch, policy or backend that the topology lacks, or no compiler for it.
+    """
+    name, topology = question.stage, question.topology
+    platform = topology.chip.platform
+    cfg, notes = prepared(cfg, name)
+    found = steps.steps_of(cfg, name, question.rows)
+    cfg = _with_slots(backends.resolve(cfg, platform), name, found.slots)
+    sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
+    sharding.check_mesh(cfg, sizes)
+    if platform == "tpu":
+        compiler.check_installed()
+    parameters = Parameters(cfg, name)
+    expected = memory.estimate(cfg, name, sizes, platform, parameters)
+    needed, source = _needed(cfg, question, expected, tell)
+    fits = isinstance(needed, Bytes) and needed.total <= topology.memory
+    work = flops.work(products := step_products(cfg, name, parameters))
+    line = roofline(cfg, name, topology, sizes, products, parameters) if topology.chip.flops else None
+    made = {
+        "stage": name,
+        "topology": topology.text,
+        "chips": topology.chips,
+        "chip": {key: value for key, value in dataclasses.asdict(topology.chip).items() if key != "shapes"},
+        "mesh": dict(sizes),
+        "settings": _settings(cfg, name),
+        "bytes_per_chip": _bytes(needed, expected, topology, source, fits),
+        "flops_per_step": {part: dataclasses.asdict(w) for part, w in work.items()},
+        "time": _time(cfg, question, work["total"].model, line, parameters, found) if line else {},
+        "notes": notes + _share_note(topology, needed),
+    }
+    if question.search or not fits:
+        tell("searching for settings that fit")
+        made["search"] = _search(cfg, question, parameters, tell)
+    return made
+
+
+def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
+    """The config as a run would resolve it, as far as its files are here, and what is assumed where they are not."""
+    paths = {part: getattr(cfg.init, part) for part in ("model", "vision", "llm", "fusion")}
+    kept = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
+    away = [path for part, path in paths.items() if path and not kept[part]]
+    notes = [f"not on this machine, so sizes are the config's: {', '.join(away)}"] if away else []
+    cfg = pretrained.resolve(cfg, pretrained.open_sources(dataclasses.replace(cfg.init, **kept)))
+    if not cfg.llm.vocab_size:
+        vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64
+        notes.append(f"config.llm.vocab_size is the tokenizer's: {vocabulary} words are assumed")
+        cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=vocabulary))
+    cfg = dataclasses.replace(cfg, run_stages=(name,))
+    checks.check_room(cfg)
+    return cfg, notes
+
+
+def _with_slots(cfg: Config, name: str, slots: int) -> Config:
+    stage = dataclasses.replace(cfg.stages[name], slots=slots)
+    return dataclasses.replace(cfg, stages={**cfg.stages, name: stage})
+
+
+def _needed(cfg: Config, question: Question, expected: Bytes, tell: Callable) -> tuple[Bytes | compiler.TooLarge, str]:
+    """Bytes of the step, and who says so."""
+    if question.topology.chip.platform != "tpu":
+        return expected, "analytic model"
+    tell(f"compiling for {question.topology.text}, which takes a minute or two")
+    began = time.monotonic()
+    found = compiler.ask(cfg, question.stage, question.topology, expected)
+    return found, f"TPU compiler, {time.monotonic() - began:.0f} s"
+
+
+def _settings(cfg: Config, name: str) -> dict[str, Any]:
+    stage = cfg.stages[name]
+    return {
+        "dtype": cfg.dtype,
+        "attention": cfg.attention,
+        "llm_remat": cfg.llm.remat,
+        "vision_remat": cfg.vision.remat,
+        "loss_chunk": cfg.loss_chunk,
+        "batch_size": stage.batch_size,
+        "accumulate": stage.accumulate,
+        "seq_len": stage.seq_len,
+        "slots": stage.slots,
+    }
+
+
+def _bytes(
+    needed: Bytes | compiler.TooLarge, expected: Bytes, topology: Topology, source: str, fits: bool
+) -> dict[str, Any]:
+    shown = needed if isinstance(needed, Bytes) else expected
+    return {
+        "source": source if isinstance(needed, Bytes) else f"analytic model; {source} refuses it",
+        **dataclasses.asdict(shown),
+        "total": shown.total,
+        "memory": topology.memory,
+        "fits": fits,
+        "refusal": None if isinstance(needed, Bytes) else needed.reason,
+    }
+
+
+def _time(
+    cfg: Config, question: Question, total: float, line: Roofline, parameters: Parameters, found: steps.Steps
+) -> dict[str, Any]:
+    """Seconds of a step, tokens/s, hours and price. `total`: model FLOPs of a step."""
+    name, topology = question.stage, question.topology
+    stage, peak = cfg.stages[name], topology.chips * topology.chip.flops
+    at_mfu = lambda model: model / (peak * question.mfu)
+    made = {
+        "roofline": {**dataclasses.asdict(line), "seconds": line.seconds, "bound": line.bound},
+        "most_mfu": total / peak / line.seconds,
+        "mfu": question.mfu,
+        "seconds": at_mfu(total),
+        "tokens_per_second": stage.batch_size * stage.seq_len / at_mfu(total),
+        "rows": found.rows,
+        "rows_from": found.source,
+        "steps": found.steps,
+        "lengths": found.lengths,
+    }
+    if found.steps:
+        model = lambda n: flops.work(flops.products(cfg, name, parameters.shapes, stage.batch_size, n))["total"].model
+        hours = found.steps * sum(share * at_mfu(model(n)) for n, share in found.lengths.items()) / 3600
+        made |= {"hours": hours, "chip_hours": hours * topology.chips}
+        if question.price:
+            made["price"] = hours * topology.chips * question.price
+    return made
+
+
+def _share_note(topology: Topology, needed: Bytes | compiler.TooLarge) -> list[str]:
+    """JAX reserves three quarters of a GPU's memory by default."""
+    if topology.chip.platform != "gpu" or not 0.75 * topology.memory < needed.total <= topology.memory:
+        return []
+    return [f"a GPU's program gets three quarters of its memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION={0.95} is set"]
+
+
+def _search(cfg: Config, question: Question, parameters: Parameters, tell: Callable) -> dict[str, Any]:
+    """Settings that fit, best first; where none does, the next larger topology on which one does."""
+    name, topology = question.stage, question.topology
+    options = search(cfg, name, topology, parameters)[:SHOWN]
+    made: dict[str, Any] = {"options": [_option(option, name) for option in options]}
+    if topology.chip.platform == "tpu":
+        for shown, option in list(zip(made["options"], options, strict=True))[:CHECKED]:
+            tell(f"asking the compiler about {option.flags}")
+            tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
+            found = compiler.ask(tried, name, topology, option.bytes)
+            shown["compiled"] = found.total if isinstance(found, Bytes) else found.reason
+            if isinstance(found, Bytes):
+                break
+    if not options:
+        larger = smallest(cfg, name, topology, parameters)
+        made["larger"] = larger and {
+            "topology": larger[0].text,
+            "chips": larger[0].chips,
+            "option": _option(larger[1], name),
+        }
+    return made
+
+
+def _option(option: Option, name: str) -> dict[str, Any]:
+    return {
+        "mesh": dict(option.sizes),
+        "remat": option.remat,
+        "accumulate": option.accumulate,
+        "bytes": option.bytes.total,
+        "seconds": option.seconds,
+        "flags": f"{option.flags} --config.stages.{name}.accumulate={option.accumulate}",
+    }
+
+
+def default_stage(cfg: Config, asked: str) -> str:
+    """The stage that is planned: `asked`, or the last one. Raises UserError if the config does not run it."""
+    if asked and asked not in cfg.run_stages:
+        raise UserError(
+            f"--stage={asked!r} is not in config.run_stages{checks.nearest(asked, cfg.run_stages)}; expected "
+            f"{' or '.join(cfg.run_stages)}"
+        )
+    return asked or cfg.run_stages[-1]

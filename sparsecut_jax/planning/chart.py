@@ -1,0 +1,123 @@
+"""A plan (planning/answer.py) as a picture: bytes per chip against its memory, FLOPs by part, seconds by cause."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from sparsecut_jax.planning.hardware import GIB  # noqa: E402
+from sparsecut_jax.planning.tables import KINDS, LINES, PARTS, gib  # noqa: E402
+
+COLORS = {
+    "parameters": "#31688e",
+    "optimizer": "#6ba3c7",
+    "batch": "#b8d4e6",
+    "gradients": "#c44e52",
+    "activations": "#e8a35c",
+    "working": "#f3d08a",
+    "code": "#9a9a9a",
+}
+FORWARD, BACKWARD, AGAIN = "#35618f", "#7fa8cc", "#d9d9d9"
+GOOD, BAD = "#2e7d4f", "#b3262a"
+
+
+def save(path: str | os.PathLike, plan: dict[str, Any]) -> None:
+    """Draws the plan into a PNG."""
+    options = plan.get("search", {}).get("options", [])
+    heights = [1.5 + 0.32 * len(options), 2.2] + ([1.9] if plan["time"] else [])
+    figure, panels = plt.subplots(
+        len(heights), 1, figsize=(10, 1.3 + 1.05 * sum(heights)), dpi=120, height_ratios=heights, layout="constrained"
+    )
+    fits = plan["bytes_per_chip"]["fits"]
+    figure.suptitle(
+        f"{plan['config']}, stage {plan['stage']}, on {plan['topology']} ({plan['chips']} chips): "
+        f"{'fits' if fits else 'does not fit'}",
+        fontsize=12, color=GOOD if fits else BAD, fontweight="bold",
+    )  # fmt: skip
+    draw_bytes(panels[0], plan, options)
+    draw_flops(panels[1], plan)
+    if plan["time"]:
+        draw_time(panels[2], plan)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) -> None:
+    """One stacked bar for the config, a plain one for each setting of the search, and the chip's memory."""
+    b = plan["bytes_per_chip"]
+    labels, left = ["this config"], 0.0
+    for key, label in KINDS.items():
+        width = b[key] / GIB
+        axes.barh(0, width, left=left, color=COLORS[key], label=f"{label} {gib(b[key])}", edgecolor="white", lw=0.6)
+        left += width
+    axes.text(left, 0, f"  {gib(b['total'])}", va="center", fontsize=9, fontweight="bold")
+    for row, option in enumerate(options, 1):
+        mesh = ", ".join(f"{axis} {n}" for axis, n in option["mesh"].items() if n > 1)
+        turns = f", {option['accumulate']} turns" if option["accumulate"] > 1 else ""
+        labels.append(f"{mesh}, {option['remat']}{turns}")
+        axes.barh(row, option["bytes"] / GIB, color="#8fbf9f")
+        note = f"  {gib(option['bytes'])}, {option['seconds']:.2f} s"
+        if isinstance(option.get("compiled"), float):
+            note += f" (compiled {gib(option['compiled'])})"
+        axes.text(option["bytes"] / GIB, row, note, va="center", fontsize=8)
+    memory = b["memory"] / GIB
+    axes.axvline(memory, color=BAD, linestyle="--", lw=1.2)
+    axes.text(memory, -0.62, f"{gib(b['memory'])} GiB a chip ", color=BAD, fontsize=9, ha="right", va="center")
+    axes.set(xlim=(0, 1.12 * max(memory, left)), ylim=(len(labels) - 0.4, -0.9), xlabel="GiB per chip")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_title(f"bytes per chip, from the {b['source']}", fontsize=10, loc="left")
+    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
+    """Forward, backward and what is computed again, by part."""
+    work = plan["flops_per_step"]
+    parts = [part for part in PARTS if part != "total"]
+    left = [0.0] * len(parts)
+    for key, label, color in (
+        ("forward", "forward", FORWARD),
+        ("backward", "backward", BACKWARD),
+        ("again", "computed again (no model FLOPs)", AGAIN),
+    ):
+        widths = [work[part][key] / 1e12 for part in parts]
+        axes.barh(range(len(parts)), widths, left=left, color=color, label=label, edgecolor="white", lw=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    whole = work["total"]["forward"] + work["total"]["backward"]
+    for row, part in enumerate(parts):
+        model = work[part]["forward"] + work[part]["backward"]
+        axes.text(left[row], row, f"  {model / 1e12:,.1f} ({model / whole:.1%})", va="center", fontsize=8)
+    axes.set(xlim=(0, 1.25 * max(left)), xlabel="TFLOP per step, all chips")
+    axes.set_yticks(range(len(parts)), [PARTS[part] for part in parts])
+    axes.invert_yaxis()
+    axes.set_title(f"model FLOPs per step: {whole / 1e12:,.0f} TFLOP", fontsize=10, loc="left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw_time(axes: Axes, plan: dict[str, Any]) -> None:
+    """The terms of the roofline and the step at the assumed MFU."""
+    t, line = plan["time"], plan["time"]["roofline"]
+    keys = [key for key in LINES if line[key] or key != "network"]
+    labels = [LINES[key] for key in keys] + [f"expected at {t['mfu']:.0%} MFU"]
+    seconds = [line[key] for key in keys] + [t["seconds"]]
+    colors = [BAD if key == line["bound"] else "#c9b8d8" for key in keys] + ["#5b3f7d"]
+    axes.barh(range(len(labels)), seconds, color=colors)
+    for row, value in enumerate(seconds):
+        axes.text(value, row, f"  {value:.3f}", va="center", fontsize=8)
+    axes.set(xlim=(0, 1.12 * max(seconds)), xlabel="seconds per step")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    title = f"time: {t['tokens_per_second']:,.0f} tokens/s"
+    if t["steps"]:
+        title += f", {t['hours']:,.1f} h for {t['steps']:,} steps"
+    if "price" in t:
+        title += f", {t['price']:,.0f} in all"
+    axes.set_title(title, fontsize=10, loc="left")

@@ -1,0 +1,59 @@
+"""The training step of a config, lowered and compiled for devices that are not here.
+
+TPUs are compiled for by libtpu, which runs on a CPU machine; CPU devices by jaxlib itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsecut_jax import backends, sharding
+from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training import state
+from sparsecut_jax.training.step import make_train_step
+from sparsecut_jax.types import Batch
+
+STEPS = 1000  # of the schedule; only numbers in the program depend on it
+
+
+def abstract_batch(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes and shardings of one batch of stage `name`."""
+    stage, size = cfg.stages[name], cfg.vision.image_size
+    rows, slots = stage.batch_size, stage.slots or cfg.data.max_images
+    placed = sharding.batch_sharding(mesh)
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
+    return Batch(
+        tokens=of(jnp.int32, stage.seq_len),
+        loss_mask=of(jnp.uint8, stage.seq_len),
+        segments=of(jnp.int32, stage.seq_len),
+        branches=None,
+        positions=of(jnp.int32, stage.seq_len),
+        views=of(jnp.uint8, slots, views_of(cfg.fusion), size, size, 3),
+        image_start=of(jnp.int32, slots),
+        most_segments=0 if stage.batching == "packed" else 1,
+    )
+
+
+def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered:
+    """The jitted, donated step of stage `name` on a mesh of `devices`, ready to be compiled.
+
+    Raises:
+      UserError: a mesh that does not fit the devices or the model, or settings that the platform lacks.
+    """
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    cfg = backends.resolve(cfg, devices[0].platform)
+    stage = cfg.stages[name]
+    model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
+    abstract = state.abstract_params(model, cfg, mesh, state.stage_dtypes(cfg, name))
+    tx = opt.adamw(stage)
+    target = state.abstract_state(abstract, stage.trainable, tx, mesh)
+    step = make_train_step(model, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0).lower(target, abstract_batch(cfg, name, mesh))

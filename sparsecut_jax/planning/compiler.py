@@ -1,0 +1,123 @@
+"""What the TPU compiler says of a training step. It is libtpu, and runs on a CPU machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.planning.hardware import GIB, Topology
+from sparsecut_jax.planning.memory import Bytes
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # it asks a cloud's server what machine this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip here has to be locked
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """The compiler's refusal. `bytes`: what it says a chip would need, 0 where it does not."""
+
+    reason: str
+    bytes: float
+
+
+def prepare() -> None:
+    """To be called before JAX looks for devices: those that are asked for are not here."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def check_installed() -> None:
+    """Raises UserError if there is no TPU compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}" brings it (it runs on a CPU '
+            "machine, no TPU is needed)"
+        )
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Of a TPU topology, to compile for."""
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    with quiet():
+        return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
+
+
+def ask(cfg: Config, name: str, topology: Topology, expected: Bytes) -> Bytes | TooLarge:
+    """Compiles the real step of stage `name`.
+
+    expected: the estimate; how the compiler's temporaries are divided into kinds follows it.
+    """
+    with quiet():
+        lowered = lower_step(cfg, name, devices(topology))
+        try:
+            found = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return too_large(str(error))
+    return divided(found, expected)
+
+
+def divided(found: Any, expected: Bytes) -> Bytes:
+    """`memory_analysis()` by kinds. What arguments take beyond their numbers, and results beyond them, goes to code."""
+    temporary = float(found.temp_size_in_bytes)
+    gradients = min(expected.gradients, temporary)
+    activations = min(expected.activations, temporary - gradients)
+    beyond = found.argument_size_in_bytes - expected.state + found.output_size_in_bytes - found.alias_size_in_bytes
+    return dataclasses.replace(
+        expected,
+        gradients=gradients,
+        activations=activations,
+        working=temporary - gradients - activations,
+        code=found.generated_code_size_in_bytes + beyond,
+    )
+
+
+def too_large(message: str) -> TooLarge:
+    """From the compiler's text; its first sentence says what is too large, in units of 2^10."""
+    first = " ".join(message.split("RESOURCE_EXHAUSTED:")[-1].split("\n")[0].split())
+    units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    sizes = [float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)([KMGT])\b", first)]
+    return TooLarge(first, max(sizes, default=0.0))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What libtpu's C++ writes to stderr goes nowhere, unless the block fails with something that is not expected."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException:
+            file.seek(0)
+            os.write(kept, file.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,186 @@
+"""Bytes of a training step on every chip, from shapes alone: what is there all the time, and what comes and goes.
+
+docs/plan.md says where the terms come from and how far they are off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import AbstractMesh, AxisType
+
+from sparsecut_jax import sharding
+from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.planning import residuals
+from sparsecut_jax.planning.flops import slots_of
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import state
+from sparsecut_jax.training.state import example_batch, flatten
+
+Sizes = Mapping[str, int]  # of the mesh axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Per chip.
+
+    Attributes:
+      parameters, optimizer, batch: the step's arguments.
+      gradients: of what is trained, twice with accumulation.
+      activations: kept from forward to backward.
+      working: what the busiest moment needs besides: a layer's intermediates, gathered weights, logits.
+      code: of the program; 0 where it is not known.
+    """
+
+    parameters: float
+    optimizer: float
+    batch: float
+    gradients: float
+    activations: float
+    working: float
+    code: float = 0.0
+
+    @property
+    def state(self) -> float:
+        return self.parameters + self.optimizer + self.batch
+
+    @property
+    def temporary(self) -> float:
+        return self.gradients + self.activations + self.working
+
+    @property
+    def total(self) -> float:
+        return self.state + self.temporary + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """How many copies of each term are there at the busiest moment, by compiler; fitted to the first list of cases in
+    tests/planning_cases.py.
+
+    Attributes:
+      layer: of the intermediates of a layer or block that backward computes again.
+      kept: of the same, where they were kept.
+      weights: of a layer's weights as they are collected for its work.
+      logits: of the float32 logits of a chunk.
+      words: of the head's matrix, where it is trained; else one, if it has to be collected.
+      last: of the intermediates of a layer, beside the loss.
+      update: of the trained parameters, while the optimizer updates them.
+    """
+
+    layer: float
+    kept: float
+    weights: float
+    logits: float
+    words: float
+    last: float
+    update: float
+
+
+CONSTANTS = {
+    "gpu": Constants(layer=0.6, kept=1.0, weights=1.45, logits=2.3, words=0.85, last=0.0, update=1.0),
+    "tpu": Constants(layer=0.6, kept=1.0, weights=1.45, logits=2.3, words=0.85, last=0.0, update=1.0),
+    "cpu": Constants(layer=1.0, kept=1.0, weights=1.0, logits=4.0, words=3.5, last=1.0, update=3.0),
+}
+
+
+class Parameters:
+    """The parameters of a config in one of its stages, and what of them is on one chip of a mesh."""
+
+    def __init__(self, cfg: Config, name: str):
+        """cfg: resolved for its platform."""
+        model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
+        self.boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(cfg)))["params"]
+        self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
+        self.dtype_of = state.stage_dtypes(cfg, name)
+        self.trained = lambda path: any(re.fullmatch(pattern, path) for pattern in patterns)
+        self._specs: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def specs(self, sizes: Sizes) -> dict[str, Any]:
+        """{path: PartitionSpec}. Raises UserError if a mesh of these sizes cannot split a parameter."""
+        key = tuple(sizes[axis] for axis in sharding.MESH_AXES)
+        if key not in self._specs:
+            mesh = AbstractMesh(key, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(key))
+            placed = flatten(sharding.param_shardings(self.boxed, mesh))
+            self._specs[key] = {path: sharding_.spec for path, sharding_ in placed.items()}
+        return self._specs[key]
+
+    def local(self, sizes: Sizes, wanted: Callable[[str], bool] = lambda path: True, gathered: str = "") -> float:
+        """Bytes on one chip of the parameters whose path is `wanted`.
+
+        gathered: a dtype: as a layer takes them for its work, collected over fsdp.
+        """
+        total = 0.0
+        for path, spec in self.specs(sizes).items():
+            if wanted(path):
+                axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
+                ways = math.prod(sizes[axis] for axis in axes if not (gathered and axis == "fsdp"))
+                dtype = jnp.dtype(gathered) if gathered else self.dtype_of(path)
+                total += math.prod(self.shapes[path]) * dtype.itemsize / ways
+        return total
+
+    def trains(self, part: str) -> bool:
+        """Whether anything of "vision", "fusion" or "llm" is trained."""
+        return any(self.trained(path) for path in self.shapes if path.startswith(f"{part}/"))
+
+
+def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Parameters | None = None) -> Bytes:
+    """Of stage `name` on a mesh of `sizes`; `cfg` is resolved for `platform`.
+
+    found: the parameters, where they are known already.
+    """
+    stage, constants, found = cfg.stages[name], CONSTANTS[platform], found or Parameters(cfg, name)
+    ways, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
+    rows, itemsize = stage.batch_size / stage.accumulate / ways, jnp.dtype(cfg.dtype).itemsize
+    slots, views, pixels = slots_of(cfg, name), views_of(cfg.fusion), cfg.vision.image_size**2 * 3
+    images = rows * slots
+
+    # kept from forward to backward
+    layer = residuals.llm_layer(cfg, name, stage.seq_len, tensor)
+    activations = cfg.llm.layers * (layer.each * rows + layer.copies / sizes["fsdp"])
+    joined = found.trains("fusion") or found.trains("vision")
+    activations += residuals.fusion(cfg, name).each * images * joined
+    if found.trains("vision"):
+        block = residuals.vision_block(cfg, name, tensor)
+        activations += found.shapes["vision/blocks/norm1/scale"][0] * (
+            block.each * views * images + block.copies / sizes["fsdp"]
+        )
+    bank = len(build_model(cfg).plan.levels) * images * cfg.tokens_per_image * cfg.llm.width * itemsize
+    activations += (1 + joined) * bank  # and its cotangent
+
+    # the busiest moment of backward: in an LLM layer, in the loss, or in a block of the tower
+    copies = lambda remat: constants.kept if remat == "none" else constants.layer
+    whole = residuals.llm_layer(cfg, name, stage.seq_len, tensor, "none").each * rows
+    weights = found.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers
+    in_layer = copies(cfg.llm.remat) * whole + constants.weights * weights
+    words = cfg.llm.vocab_size * cfg.llm.width * itemsize / tensor
+    moving = any(found.trained(path) for path in ("llm/head", "llm/embedding") if path in found.shapes)
+    logits = rows * min(cfg.loss_chunk, stage.seq_len) * cfg.llm.vocab_size / tensor * 4
+    in_loss = constants.logits * logits + (constants.words if moving else sizes["fsdp"] > 1) * words
+    in_loss += constants.last * whole
+    in_block = 0.0
+    if found.trains("vision"):
+        block = residuals.vision_block(cfg, name, tensor, "none").each
+        in_block = copies(cfg.vision.remat) * block * views * images
+    working = max(in_layer, in_loss, in_block)
+
+    trained = found.local(sizes, found.trained)
+    gradients = trained * (2 if stage.accumulate > 1 else 1)
+    update = max(0.0, constants.update * trained - gradients - activations - working)
+    ints = stage.seq_len * (3 * 4 + 1) + slots * 4
+    return Bytes(
+        parameters=found.local(sizes),
+        optimizer=2 * trained,
+        batch=stage.batch_size / ways * (slots * views * pixels + ints),
+        gradients=gradients,
+        activations=activations,
+        working=working + update,
+    )

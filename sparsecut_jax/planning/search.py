@@ -1,0 +1,109 @@
+"""What would make a step fit: meshes, rematerialisation and accumulation, tried on the analytic model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from sparsecut_jax import sharding
+from sparsecut_jax.planning import flops, memory
+from sparsecut_jax.planning.hardware import Topology, larger
+from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
+from sparsecut_jax.planning.roofline import roofline
+from sparsecut_jax.settings import Config, MeshConfig
+from sparsecut_jax.types import UserError
+
+POLICIES = ("none", "dots", "full", "offload")
+MOST_TENSOR = 8  # beyond, every layer waits for its sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A setting that was tried.
+
+    Attributes:
+      accumulate: micro-batches of a step.
+      seconds: of the roofline; 0 where no peak rate is stated.
+      flops: of a step, what is computed again included.
+    """
+
+    sizes: Sizes
+    remat: str
+    accumulate: int
+    bytes: Bytes
+    seconds: float
+    flops: float
+
+    @property
+    def rank(self) -> tuple[float, float, int, float]:
+        return self.seconds, self.flops, self.accumulate, self.bytes.total
+
+    @property
+    def flags(self) -> str:
+        """As the command line takes it, but for the stage's accumulation."""
+        axes = [f"--config.mesh.{axis}={n}" for axis, n in self.sizes.items() if axis != "replica" or n > 1]
+        return " ".join([*axes, f"--config.llm.remat={self.remat}"])
+
+
+def search(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> list[Option]:
+    """Settings that fit, one for each mesh, the fastest first. The batch of a step stays what it is."""
+    best: dict[tuple, Option] = {}
+    for option in options(cfg, name, topology, parameters):
+        key = tuple(option.sizes.values())
+        if option.bytes.total <= topology.memory and (key not in best or option.rank < best[key].rank):
+            best[key] = option
+    return sorted(best.values(), key=lambda option: option.rank)
+
+
+def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> Iterator[Option]:
+    """Every setting that the model and the batch can be split by."""
+    platform, batch = topology.chip.platform, cfg.stages[name].batch_size
+    policies = [remat for remat in POLICIES if remat != "offload" or platform != "cpu"]
+    turns = [n for n in range(1, batch + 1) if batch % n == 0 and n & (n - 1) == 0]
+    for remat in policies:
+        found = step_products(with_settings(cfg, name, remat=remat), name, parameters)
+        total = flops.work(found)["total"]
+        for sizes, accumulate in itertools.product(meshes(topology), turns):
+            tried = with_settings(cfg, name, sizes, accumulate, remat)
+            try:
+                sharding.check_mesh(dataclasses.replace(tried, run_stages=(name,)), sizes)
+                needed = memory.estimate(tried, name, sizes, platform, parameters)
+            except UserError:
+                continue
+            line = roofline(tried, name, topology, sizes, found, parameters) if topology.chip.flops else None
+            yield Option(sizes, remat, accumulate, needed, line.seconds if line else 0.0, total.model + total.again)
+
+
+def step_products(cfg: Config, name: str, parameters: Parameters) -> list[flops.Product]:
+    """Of the whole batch."""
+    stage = cfg.stages[name]
+    return flops.products(cfg, name, parameters.shapes, stage.batch_size, stage.seq_len)
+
+
+def meshes(topology: Topology) -> Iterator[Sizes]:
+    """Sizes of the mesh axes that multiply to the chips; replica runs over the slices of TPUs."""
+    replica = topology.slices if topology.chip.platform == "tpu" else 1
+    chips = topology.chips // replica
+    for tensor in (n for n in (1, 2, 4, 8) if n <= MOST_TENSOR and chips % n == 0):
+        for fsdp in (n for n in range(chips // tensor, 0, -1) if chips // tensor % n == 0):
+            yield {"replica": replica, "data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+def with_settings(cfg: Config, name: str, sizes: Sizes | None = None, accumulate: int = 1, remat: str = "") -> Config:
+    """The config with the settings of an option."""
+    stage = dataclasses.replace(cfg.stages[name], accumulate=accumulate)
+    return dataclasses.replace(
+        cfg,
+        mesh=MeshConfig(**sizes) if sizes else cfg.mesh,
+        llm=dataclasses.replace(cfg.llm, remat=remat),
+        stages={**cfg.stages, name: stage},
+    )
+
+
+def smallest(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> tuple[Topology, Option] | None:
+    """The next larger topology of the same chip on which something fits, and what fits best there."""
+    for bigger in larger(topology):
+        if found := search(cfg, name, bigger, parameters):
+            return bigger, found[0]
+    return None
