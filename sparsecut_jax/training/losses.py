@@ -67,57 +67,70 @@ def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.A
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, mask))[0]
 
 
-def _with_gradients(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int):
+def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int):
     """The sum, and its gradients by hidden and words, made beside the loss while a chunk's logits are there.
 
-    Where fsdp devices split the matrix, its gradient is made BLOCK words at a time, from logits that are computed
-    again: else each of them would hold several wholes of it, to keep a part of their sum.
+    The arguments are jax.custom_derivatives.CustomVJPPrimal: a head that is not trained has no gradient.
     """
-    g, t = targets.shape[0], targets.shape[2]
-    copies, split = _copies(words, g), ways("embed") > 1 and ways("act_vocab") == 1
+    trained = words.perturbed
+    hidden, words, targets, mask = (argument.value for argument in (hidden, words, targets, mask))
+    copies = _copies(words, targets.shape[0])
+    in_blocks = ways("embed") > 1 and ways("act_vocab") == 1
 
     def add(carry: tuple, part: tuple) -> tuple:
         (total, by_words), (hidden, targets, mask) = carry, part
         logits = _logits(hidden, copies)
         log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         by_logits = _by_logits(logits, log_sum, targets, mask).astype(words.dtype)
-        if not split:
+        if by_words is not None:
             by_words += jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits)
         by_hidden = jnp.einsum("gBTW,gDW->gBTD", by_logits, copies)
         return (total + _nll(logits, targets, mask), by_words), (by_hidden, log_sum)
 
-    zero = jnp.zeros((), jnp.float32)
-    carry = (zero, zero if split else jnp.zeros_like(copies))
-    (total, by_words), (by_hidden, log_sum) = jax.lax.scan(add, carry, _chunks(size, hidden, targets, mask))
-    whole = lambda x: jnp.moveaxis(x, 0, 2).reshape(*targets.shape[:2], -1, x.shape[-1])[:, :, :t]
-    by_hidden, log_sum = whole(by_hidden), whole(log_sum)
-    if not split:
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies) if trained and not in_blocks else None)
+    (total, by_words), made = jax.lax.scan(add, carry, _chunks(size, hidden, targets, mask))
+    whole = lambda x: jnp.moveaxis(x, 0, 2).reshape(*targets.shape[:2], -1, x.shape[-1])[:, :, : targets.shape[2]]
+    by_hidden, log_sum = map(whole, made)
+    if by_words is not None:
         by_words = constrain_weight(by_words.sum(0), "embed", "vocab")
-    else:
-        width = next(w for w in range(min(BLOCK, words.shape[1]), 0, -1) if words.shape[1] % w == 0)
-        parts = _chunks(min(t, size * words.shape[1] // width), hidden, log_sum, targets, mask)
-
-        def block(first: jax.Array) -> jax.Array:
-            some = jax.lax.dynamic_slice_in_dim(copies, first, width, axis=2)
-
-            def add(by_words: jax.Array, part: tuple) -> tuple:
-                hidden, log_sum, targets, mask = part
-                by_logits = _by_logits(_logits(hidden, some), log_sum, targets - first, mask)
-                return by_words + jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits.astype(words.dtype)), None
-
-            by_words = jax.lax.scan(add, jnp.zeros_like(some), parts)[0]
-            return constrain_weight(by_words.sum(0), "embed", "vocab")
-
-        by_words = jax.lax.map(block, jnp.arange(0, words.shape[1], width))
-        by_words = by_words.swapaxes(0, 1).reshape(words.shape)
+    elif trained:
+        by_words = _gradient_in_blocks(hidden, copies, log_sum, targets, mask, size)
+        # Else it would be made after the whole backward pass, and the head be kept for it.
+        by_hidden, by_words = jax.lax.optimization_barrier((by_hidden, by_words))
     return total, (by_hidden, by_words)
 
 
-def _scaled(size: int, gradients: tuple[jax.Array, jax.Array], by: jax.Array) -> tuple:
-    return *((by * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+def _gradient_in_blocks(
+    hidden: jax.Array, copies: jax.Array, log_sum: jax.Array, targets: jax.Array, mask: jax.Array, size: int
+) -> jax.Array:
+    """Gradient by words [D, W], for BLOCK words at a time, from logits that are computed again.
+
+    Where devices split the matrix: else each of them would hold several wholes of its gradient, to keep a part of
+    their sum.
+    """
+    _, d, w = copies.shape
+    width = next(n for n in range(min(BLOCK, w), 0, -1) if w % n == 0)
+    parts = _chunks(min(targets.shape[2], size * w // width), hidden, log_sum, targets, mask)
+
+    def block(first: jax.Array) -> jax.Array:
+        some = jax.lax.dynamic_slice_in_dim(copies, first, width, axis=2)
+
+        def add(by_words: jax.Array, part: tuple) -> tuple:
+            hidden, log_sum, targets, mask = part
+            by_logits = _by_logits(_logits(hidden, some), log_sum, targets - first, mask)
+            return by_words + jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits.astype(some.dtype)), None
+
+        by_words = jax.lax.scan(add, jnp.zeros_like(some), parts)[0]
+        return constrain_weight(by_words.sum(0), "embed", "vocab")
+
+    return jax.lax.map(block, jnp.arange(0, w, width)).swapaxes(0, 1).reshape(d, w)
 
 
-_summed.defvjp(_with_gradients, _scaled)
+def _scaled(size: int, gradients: tuple[jax.Array, jax.Array | None], by: jax.Array) -> tuple:
+    return *(g if g is None else (by * g).astype(g.dtype) for g in gradients), None, None
+
+
+_summed.defvjp(_with_gradients, _scaled, symbolic_zeros=True)
 
 
 def _copies(words: jax.Array, g: int) -> jax.Array:
