@@ -12,6 +12,8 @@ from sparsecut_jax.types import UserError
 
 ATTENTION = {"cpu": ("tiled", "xla"), "gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}  # the first is what auto takes
 
+PARTS = ("vision", "fusion", "llm")
+
 
 def resolve(cfg: Config, platform: str | None = None, branched: bool = False) -> Config:
     """The config with every "auto" of attention, remat and dtypes replaced by what `platform` takes.
@@ -35,7 +37,7 @@ def resolve(cfg: Config, platform: str | None = None, branched: bool = False) ->
         raise UserError(f"config.attention={attention!r} {reasons[0]}; expected 'xla' or 'auto'")
     remat = "none" if platform == "cpu" else "full"
     parts = {}
-    for part in ("vision", "llm"):
+    for part in PARTS:
         settings = getattr(cfg, part)
         if settings.remat == "offload" and platform == "cpu":
             raise UserError(
@@ -59,7 +61,7 @@ def _limits(cfg: Config, dtype: str, branched: bool) -> dict[str, list[tuple[boo
 
 def resolve_for_inference(cfg: Config, platform: str | None = None) -> Config:
     """As `resolve`, for a run that may have been trained on another platform."""
-    parts = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in ("vision", "llm")}
+    parts = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in PARTS}
     return resolve(dataclasses.replace(cfg, attention="auto", **parts), platform)
 
 

@@ -44,6 +44,7 @@ class FusionConfig:
     name: Literal["channel", "cross_attention", "mlp"] = "channel"
     shared: bool = True  # one set of weights for the main feature and all levels
     grid: tuple[int, ...] = (2, 2)  # rows and columns of hi-res crops (V = 1 + rows * columns); `mlp` reads none
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
 
 
 @dataclass(frozen=True)

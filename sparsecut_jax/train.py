@@ -184,8 +184,9 @@ def as_saved(cfg: Config, saved: dict) -> Config:
     old = config_lib.check(saved)
     data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
     vision = dataclasses.replace(old.vision, remat=cfg.vision.remat)
+    fusion = dataclasses.replace(old.fusion, remat=cfg.fusion.remat)
     llm = dataclasses.replace(old.llm, remat=cfg.llm.remat, replicate_kv=cfg.llm.replicate_kv)
-    return dataclasses.replace(cfg, vision=vision, fusion=old.fusion, shortcuts=old.shortcuts, llm=llm, data=data)
+    return dataclasses.replace(cfg, vision=vision, fusion=fusion, shortcuts=old.shortcuts, llm=llm, data=data)
 
 
 def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:

@@ -1,7 +1,7 @@
 """Eight CPU devices, whatever the machine has, and full float32 products; to be set before JAX starts.
 
-Compiling is most of what the tests do, and LLVM's optimisations and fused loops are most of that: they are off. What one test or
-command has compiled the others find in a cache, which lives as long as the tests run.
+Compiling is most of what the tests do, and LLVM's optimisations and XLA's newer loop emitters are most of that: they are
+off. What one test or command has compiled the others find in a cache, which lives as long as the tests run.
 """
 
 import atexit

@@ -57,6 +57,7 @@ def test_attention_of_a_position_that_sees_nothing():
     out = attention(normal(1, 3, 4, 8), normal(1, 5, 2, 8), v, np.zeros((1, 3, 5), bool))
     close(out[0, 1], np.repeat(v[0].mean(0), 2, axis=0))
 
+
 def test_attention_in_bfloat16():
     """Scores and softmax in float32, result in bfloat16."""
     q, k, v = (jnp.asarray(normal(1, 64, 2, 16, seed=i), jnp.bfloat16) for i in range(3))

@@ -9,29 +9,46 @@ from tiny import refusal, tiny_config
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("cpu", ("tiled", "none", "none", "float32")),
-        ("gpu", ("cudnn", "full", "full", "bfloat16")),
-        ("tpu", ("splash", "full", "full", "bfloat16")),
+        ("cpu", ("tiled", "none", "none", "none", "float32")),
+        ("gpu", ("cudnn", "full", "full", "full", "bfloat16")),
+        ("tpu", ("splash", "full", "full", "full", "bfloat16")),
     ],
 )
 def test_auto(platform, expected):
     cfg = backends.resolve(tiny_config(), platform)
-    assert (cfg.attention, cfg.vision.remat, cfg.llm.remat, cfg.dtype) == expected
+    assert (cfg.attention, cfg.vision.remat, cfg.fusion.remat, cfg.llm.remat, cfg.dtype) == expected
     assert backends.resolve(cfg, platform) == cfg
-    assert backends.compute_dtype(cfg).name == expected[3]
+    assert backends.compute_dtype(cfg).name == expected[4]
 
 
 def test_what_is_given_stays():
-    cfg = tiny_config(llm=dict(remat="dots"), vision=dict(remat="none"), top=dict(attention="xla", dtype="float32"))
+    cfg = tiny_config(
+        llm=dict(remat="dots"),
+        vision=dict(remat="none"),
+        fusion=dict(remat="none"),
+        top=dict(attention="xla", dtype="float32"),
+    )
     assert backends.resolve(cfg, "tpu") == cfg
 
 
 @pytest.mark.parametrize(
     ("platform", "changes", "expected"),
     [
-        ("cpu", dict(attention="splash"), "config.attention='splash' does not run on cpu; expected tiled or xla, or auto"),
-        ("gpu", dict(attention="tiled"), "config.attention='tiled' does not run on gpu; expected cudnn or xla, or auto"),
-        ("tpu", dict(attention="cudnn"), "config.attention='cudnn' does not run on tpu; expected splash or xla, or auto"),
+        (
+            "cpu",
+            dict(attention="splash"),
+            "config.attention='splash' does not run on cpu; expected tiled or xla, or auto",
+        ),
+        (
+            "gpu",
+            dict(attention="tiled"),
+            "config.attention='tiled' does not run on gpu; expected cudnn or xla, or auto",
+        ),
+        (
+            "tpu",
+            dict(attention="cudnn"),
+            "config.attention='cudnn' does not run on tpu; expected splash or xla, or auto",
+        ),
         (
             "gpu",
             dict(attention="cudnn", dtype="float32"),

@@ -197,3 +197,19 @@ def test_parameters_of_other_grids():
     }  # fmt: skip
     for name in ("cross_attention", "mlp"):
         assert shapes(name, (3, 3)) == shapes(name, (2, 2))
+
+
+@pytest.mark.parametrize("name", ["channel", "cross_attention"])
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_is_the_same_function(name, remat):
+    """Values and gradients."""
+    levels = levels_of(3, 2, 5, 4, 64)
+    plain, remade = (Fusion(FusionConfig(name=name, remat=policy), WIDTH) for policy in ("none", remat))
+    params = params_of(plain, levels)
+
+    def gradients(module):
+        total = lambda params, levels: (module.apply({"params": params}, levels)[0] ** 2).sum()
+        return jax.jit(jax.grad(total, (0, 1)))(params, levels)
+
+    for got, expected in zip(*map(jax.tree.leaves, (gradients(remade), gradients(plain))), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

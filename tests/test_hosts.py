@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -95,8 +96,8 @@ def losses(workdir: Path, kind: str = "loss") -> list[float]:
     return [line[kind] for line in read_metrics(str(workdir)) if kind in line]
 
 
-def wait_for(step: int, workdir: Path, process: subprocess.Popen) -> None:
-    while len(losses(workdir)) < step:
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not reached():
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
 
@@ -109,7 +110,7 @@ def test_a_killed_process_ends_the_other_with_its_name_and_a_restart_equals_one_
     alone, pictures, tmp_path
 ):
     first, second = trained(2, tmp_path, pictures, CHANGES)
-    wait_for(3, tmp_path / "run", first)
+    wait_until((tmp_path / "run" / "checkpoints" / "2").exists, first)
     second.kill()
     began = time.monotonic()
     code, _, err = runs.finish(first)
@@ -147,7 +148,7 @@ def test_a_killed_process_ends_the_other_with_its_name_and_a_restart_equals_one_
 def test_four_processes_that_share_rows_by_pairs_and_a_sigterm_to_one(alone, pictures, tmp_path):
     """The tensor axis runs across processes: 0 and 1 hold the same rows, 2 and 3 the others."""
     processes = trained(4, tmp_path, pictures, {**CHANGES, **ENDLESS, "mesh.data": 2, "mesh.tensor": 2})
-    wait_for(3, tmp_path / "run", processes[0])
+    wait_until(lambda: len(losses(tmp_path / "run")) >= 3, processes[0])
     processes[2].send_signal(signal.SIGTERM)
     (code, _, err), *others = finish(processes)
     assert code == 3 and others == [(3, "", "")] * 3

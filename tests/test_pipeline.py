@@ -492,6 +492,8 @@ def test_what_goes_to_a_worker_is_small(split, words):
     import cloudpickle
 
     reader = reader_of(split, words)
-    read = pipeline.BatchReader(reader, plan_of(reader, dataclasses.replace(STAGE, max_steps=10_000)), (0,), np.arange(4))
+    read = pipeline.BatchReader(
+        reader, plan_of(reader, dataclasses.replace(STAGE, max_steps=10_000)), (0,), np.arange(4)
+    )
     reader.pictures.read(split.parts[0], "3.png")
     assert len(cloudpickle.dumps(grain.MapDataset.range(10).map(read))) < 40_000  # the tokenizer, and ten rows

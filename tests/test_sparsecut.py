@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import reference
-from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.attention import Packed
+from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.sparsecut import build_model
 from tiny import IMAGE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 

@@ -46,9 +46,7 @@ def params(model):
 @pytest.fixture(scope="module")
 def train_step(model):
     """The step of a stage that began at step 10 of the run, 8 steps long; donated, compiled once for all tests."""
-    step = make_train_step(
-        model, STAGE, opt.adamw(STAGE), opt.schedule(STAGE, 8), first_step=10, seed=0, loss_chunk=16
-    )
+    step = make_train_step(model, STAGE, opt.adamw(STAGE), opt.schedule(STAGE, 8), first_step=10, seed=0, loss_chunk=16)
     return jax.jit(step, donate_argnums=0)
 
 

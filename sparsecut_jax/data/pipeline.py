@@ -96,9 +96,7 @@ def collate(
             at = where.stop
     if not branched:
         columns["branches"] = None
-    return Batch(
-        loss_mask=loss_mask, views=views, image_start=image_start, most_segments=most_segments, **columns
-    )
+    return Batch(loss_mask=loss_mask, views=views, image_start=image_start, most_segments=most_segments, **columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

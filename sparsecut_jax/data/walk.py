@@ -239,8 +239,6 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
     partial = path + ".tmp.npz"
     bad = json.dumps([dataclasses.asdict(bad) for bad in found.bad])
     lengths = found.lengths
-    np.savez(
-        partial, key=key, tokens=lengths.tokens, images=lengths.images, branched=lengths.branched, bad=bad
-    )
+    np.savez(partial, key=key, tokens=lengths.tokens, images=lengths.images, branched=lengths.branched, bad=bad)
     os.replace(partial, path)
     return found

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention
+from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.settings import FusionConfig
 
 gelu = ACTIVATIONS["gelu"]
@@ -125,7 +126,7 @@ class Fusion(nn.Module):
 
     @nn.compact
     def __call__(self, levels: jax.Array, text: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        module = FUSIONS[self.config.name]
+        module = rematted(FUSIONS[self.config.name], self.config.remat, scanned=False)
         count, _, views, _, _ = levels.shape
         if views != views_of(self.config):
             raise ValueError(f"fusion {self.config.name!r} reads {views_of(self.config)} views, got {views}")

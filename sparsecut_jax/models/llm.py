@@ -105,7 +105,9 @@ class Attention(nn.Module):
             window = jnp.where(index < cfg.sliding_from, sight.segments.shape[1], window)
         if cfg.replicate_kv and cfg.kv_heads % ways("kv_heads"):
             # Every device has all KV heads, and each query head of its own gets a copy of the one it attends with.
-            each = lambda y: constrain(jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None)
+            each = lambda y: constrain(
+                jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None
+            )
             k, v = each(k), each(v)
         out = attention(q, k, v, sight, window, self.backend)
         shape, axes = (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
@@ -190,7 +192,7 @@ class Decoder(nn.Module):
             self.head = weight(self, "head", shape[::-1], axes, fan_in(cfg.width))
             self.head_adapter = matrices(self, self.lora, "llm/head", shape[::-1], axes)
         self.layers = nn.scan(
-            rematted(Layer, cfg.remat),
+            rematted(Layer, cfg.remat, cfg.scan_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),

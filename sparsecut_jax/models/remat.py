@@ -1,4 +1,4 @@
-"""What a layer keeps from the forward to the backward pass, by name (`config.llm.remat`, `config.vision.remat`)."""
+"""What a layer keeps from the forward to the backward pass, by name (`remat` of config.vision, .fusion and .llm)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ POLICIES: dict[str, Callable | None] = {
 }
 
 
-def rematted(module: type[nn.Module], name: str) -> type[nn.Module]:
-    """`module` with the policy `name`; "none" and an unresolved "auto" keep everything."""
+def rematted(module: type[nn.Module], name: str, scanned: bool = True) -> type[nn.Module]:
+    """`module` with the policy `name`; "none" and an unresolved "auto" keep everything.
+
+    scanned: it is the body of a loop, where XLA cannot take what is computed again for what was computed before.
+    """
     if name not in POLICIES:
         return module
-    return nn.remat(module, policy=POLICIES[name], prevent_cse=False)
+    return nn.remat(module, policy=POLICIES[name], prevent_cse=not scanned)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, ones, weight
-from sparsecut_jax.models.remat import rematted
+from sparsecut_jax.models.remat import LAYER_INPUT, rematted
 from sparsecut_jax.settings import VisionConfig
 from sparsecut_jax.sharding import constrain
 
@@ -31,6 +32,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, jax.Array], row: jax.Array):
         cfg, (x, bank) = self.config, carry
+        x = checkpoint_name(x, LAYER_INPUT)
         y = LayerNorm(cfg.norm_eps, name="norm1")(x)
         y = MultiHeadAttention(cfg.heads, self.attention, name="attention")(y)
         x += self.scaled("scale1", y)
@@ -88,7 +90,7 @@ class VisionTower(nn.Module):
         rows = jnp.array([self.levels.index(i) if i in self.levels else spare for i in range(depth)])
         bank = constrain(jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed")
         (_, bank), _ = nn.scan(
-            rematted(Block, cfg.remat),
+            rematted(Block, cfg.remat, cfg.scan_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=depth,

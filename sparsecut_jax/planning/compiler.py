@@ -81,17 +81,20 @@ def ask(cfg: Config, name: str, topology: Topology, expected: Bytes) -> Bytes | 
 
 
 def divided(found: Any, expected: Bytes) -> Bytes:
-    """`memory_analysis()` by kinds. What arguments take beyond their numbers, and results beyond them, goes to code."""
-    temporary = float(found.temp_size_in_bytes)
+    """`memory_analysis()` by kinds. What arguments take beyond their numbers goes to code.
+
+    Temporaries are what the peak has beside the arguments: the compiler accepts a program by that, and its
+    `temp_size_in_bytes` is more (docs/plan.md).
+    """
+    temporary = float(found.peak_memory_in_bytes - found.argument_size_in_bytes)
     gradients = min(expected.gradients, temporary)
     activations = min(expected.activations, temporary - gradients)
-    beyond = found.argument_size_in_bytes - expected.state + found.output_size_in_bytes - found.alias_size_in_bytes
     return dataclasses.replace(
         expected,
         gradients=gradients,
         activations=activations,
         working=temporary - gradients - activations,
-        code=found.generated_code_size_in_bytes + beyond,
+        code=found.generated_code_size_in_bytes + found.argument_size_in_bytes - expected.state,
     )
 
 

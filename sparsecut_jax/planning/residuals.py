@@ -99,7 +99,7 @@ def _llm_layer(setting: Setting, m: LLMConfig, lora: LoraConfig, plan: Plan, tok
         )
 
         def run(params: Any, x: jax.Array, context: Context, index: jax.Array, route: jax.Array):
-            rngs = {"dropout": jax.random.key(0)}  # of adapters
+            rngs = {"dropout": jax.random.key(0)} if lora.rank and lora.dropout else {}
             return layer.apply({"params": params}, (x, None), index, route, context, rngs=rngs)[0][0]
 
         def init(x: jax.Array, context: Context, index: jax.Array, route: jax.Array):

@@ -30,7 +30,8 @@ META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a ch
 
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
 FREE_ON_RESUME = (
-    "workdir", "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
+    "workdir", "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
+     "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
     "data.max_bad_fraction", "init_from", "init_parts",
 )  # fmt: skip
 
