@@ -205,10 +205,12 @@ def _keep_compiled() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(cache, "sparsecut_jax", "xla")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    usable = "://" in folder or os.access(folder, os.W_OK | os.X_OK)
-    jax.config.update("jax_compilation_cache_dir", folder if usable else None)
+    if "://" not in folder:  # JAX can also keep it in a bucket
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            folder = None
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def shown(text: str) -> str:

@@ -5,8 +5,9 @@ Recorded with jax 0.10.2 by
     python tests/planning_cases.py cpu
     python tests/planning_cases.py gpu        # where jax[cuda13] is installed; no GPU is needed
 
-which write (arguments, temporaries) of every case into planning_bytes.json. XLA compiles for a described H100 as well as for one that is there;
-autotuning, which needs the chip, is off, and so is Triton's GEMM, which does not compile every size without it.
+which write (arguments, temporaries) of every case into planning_bytes.json. XLA compiles for a described H100 as well as
+for one that is there; autotuning, which needs the chip, is off, and so is Triton's GEMM, which does not compile every
+size without it.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ CASES: dict[str, dict[str, Case]] = {
         "qwen, two copies": case(
             of(QWEN, "finetune"), 8, True, stage__batch_size=16, mesh__data=2, mesh__fsdp=4, **REST
         ),
+        "qwen, captions, one copy each": case(
+            of(QWEN, "pretrain"), 8, True, stage__batch_size=32, mesh__data=8, mesh__fsdp=1, **REST
+        ),
         # held out
         "7b on 64": case(of(SEVEN, "finetune"), 64, False, stage__batch_size=128, **REST),
         "7b, tensor": case(of(SEVEN, "finetune"), 8, False, stage__batch_size=8, mesh__fsdp=4, mesh__tensor=2, **REST),
@@ -149,9 +153,6 @@ CASES: dict[str, dict[str, Case]] = {
         "llava 13b": case(of(LLAVA, "13"), 16, False, stage__batch_size=64, **REST),
         "qwen, dots": case(of(QWEN, "finetune"), 8, False, stage__batch_size=16, llm__remat="dots", **REST),
         "qwen, none": case(of(QWEN, "finetune"), 8, False, stage__batch_size=8, llm__remat="none", **REST),
-        "qwen, captions, one copy each": case(
-            of(QWEN, "pretrain"), 8, False, stage__batch_size=32, mesh__data=8, mesh__fsdp=1, **REST
-        ),
     },
 }
 

@@ -192,20 +192,26 @@ def test_splash_pads_to_whole_blocks(interpreted):
     same(150, 2, 2, 64, packed(2, 150), "splash", atol=1e-4)
 
 
+def test_splash_of_another_number_of_keys(interpreted):
+    """The low-res view's tokens ask those of all crops (fusion "cross_attention")."""
+    q, k, v = normal(2, 150, 2, 64), normal(2, 600, 2, 64, seed=1), normal(2, 600, 2, 64, seed=2)
+    close(attention(q, k, v, backend="splash"), attention(q, k, v), atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["splash", "cudnn"])
 def test_fused_kernels_refuse_branches(backend):
     with pytest.raises(ValueError, match="cannot keep branches apart"):
         attention(*(normal(2, 72, 2, 8) for _ in range(3)), packed(2, 72, branches=True), None, backend)
 
 
-def lowered_for_gpu(monkeypatch, sight):
+def lowered_for_gpu(monkeypatch, sight, t=256):
     """StableHLO of cuDNN's attention and its gradient; no GPU is needed for that, only its version."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-    x = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, t, 4, 64), jnp.bfloat16)
     grads = jax.grad(lambda q, k, v: attention(q, k, v, sight, None, "cudnn").astype(jnp.float32).sum(), (0, 1, 2))
     return jax.jit(grads).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -219,6 +225,12 @@ def test_cudnn_is_asked_for_segments_without_a_mask(monkeypatch, most):
     assert "256x256" not in text
     assert ("PADDING_CAUSAL" in text) == (most > 0)
     assert ("2x6xi32" in text) == (most == 5)
+
+
+def test_cudnn_takes_a_tower_of_odd_length(monkeypatch):
+    """SigLIP's 729 positions, trained: one is added, and by its lengths cuDNN does not see it."""
+    text = lowered_for_gpu(monkeypatch, None, t=729)
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "2x730x4x64xbf16" in text and "PADDING" in text
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 2)], ids=str)

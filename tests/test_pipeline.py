@@ -344,7 +344,7 @@ def test_processes_share_the_global_batches(batches, count, batching):
     for rows in held:
         assert_equal(
             batches(8, cfg, stage, here=rows),
-            [jax.tree.map(lambda x: x[rows], batch) for batch in whole],
+            [jax.tree.map(lambda x, rows=rows: x[rows], batch) for batch in whole],
         )
 
 

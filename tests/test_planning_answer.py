@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from planning_configs import load
-from runs import ROOT, command, finish
+from runs import command, finish
 from sparsecut_jax.planning import answer, tables
 from sparsecut_jax.planning.hardware import GIB, parse
 from sparsecut_jax.planning.steps import steps_of
@@ -51,7 +51,7 @@ def test_tables(plan):
     text = tables.text({"config": "configs/sparsecut.py:size=7b,stage=finetune", **plan})
     for part in (
         "plan       configs/sparsecut.py:size=7b,stage=finetune, stage instruct, on h100:8\n",
-        "mesh       data=1 x fsdp=8 x tensor=1; bfloat16, attention cudnn, remat of the LLM full, of the tower full\n",
+        "mesh       data=1 x fsdp=8 x tensor=1; bfloat16, attention cudnn; remat: LLM full, fusion full, tower full\n",
         "batch      128 sequences of 2,048 positions: 16 on a chip at a time, no accumulation\n",
         "not on this machine, so sizes are the config's: openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5\n",
         "665,298 rows (llava_v1_5_mix665k.json), 5,198 steps of",
@@ -185,4 +185,3 @@ def test_the_command(tmp_path):
     assert "would fit (analytic model)" in out and f"written    {tmp_path}/plan.json, plan.png" in out
     with Image.open(tmp_path / "plan.png") as picture:
         assert min(picture.size) > 700
-    assert not (ROOT / "runs/plan/sparsecut_7b_lora-instruct-h100-8").exists()

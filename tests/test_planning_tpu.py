@@ -8,7 +8,6 @@ import json
 
 import pytest
 
-from planning_configs import load
 from runs import command, finish
 from sparsecut_jax.planning.hardware import GIB
 
@@ -52,9 +51,8 @@ def test_the_command_asks_the_compiler(two_layers):
 
 
 def test_arguments_are_those_of_the_analytic_model(two_layers):
-    """What the compiler needs for arguments beyond their numbers, and for the program, is below 2 % of a GiB... 3 %."""
-    plan = two_layers[1]
-    assert plan["bytes_per_chip"]["code"] < 0.1 * GIB
+    """What arguments take beyond their numbers, and the program, is less than a tenth of a GiB."""
+    assert two_layers[1]["bytes_per_chip"]["code"] < 0.1 * GIB
 
 
 # --- the whole models ---
@@ -63,12 +61,12 @@ def test_arguments_are_those_of_the_analytic_model(two_layers):
 @pytest.mark.plan
 @pytest.mark.parametrize("size, most", [("7b", 4), ("13b", 7)])
 def test_full_fine_tuning_on_64_chips(tmp_path, size, most):
-    """Arguments, temporaries and program: five views, eight shortcuts, one row of 2,048 positions a chip."""
+    """All that the compiler lists: five views, eight shortcuts, one row of 2,048 positions a chip."""
     code, plan, _, _ = planned(tmp_path, size, "v5e:8x8")
     assert code == 0
     assert plan["settings"]["batch_size"] == 64 and plan["settings"]["accumulate"] == 1
     assert plan["bytes_per_chip"]["fits"]
-    assert plan["bytes_per_chip"]["total"] <= most * GIB
+    assert plan["bytes_per_chip"]["total"] <= plan["bytes_per_chip"]["allocated"] <= most * GIB
 
 
 @pytest.mark.plan
@@ -85,7 +83,6 @@ def test_state_falls_with_the_chips(tmp_path):
     """From 16 to 256 chips: a sixteenth within 5 %. The compiler's arguments are the state and its padding."""
     per_chip = {}
     for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
-        cfg, _ = load("sparsecut", "size=7b,stage=finetune")
         code, plan, _, _ = planned(tmp_path, "7b", topology)
         assert code == 0
         per_chip[chips] = state_of(plan)

@@ -198,6 +198,25 @@ def test_eight_devices_give_the_losses_and_gradients_of_one(pictures, unbroken, 
             np.testing.assert_allclose(b["grad_norm_by_part"][part], norm, rtol=5e-4, err_msg=part)
 
 
+def test_a_second_start_compiles_nothing(pictures, tmp_path, monkeypatch):
+    """Of two runs of the same config the second takes all its programs from the user's cache."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    changes = {"run_stages": ("instruct",), "stages.instruct.max_steps": 2, "eval.every": 0, "eval.test": False}
+    found = []
+    for name in ("first", "second"):
+        config = runs.write_config(tmp_path / "config.py", runs.small(pictures, tmp_path / name, set=changes))
+        code, _, err = runs.finish(runs.command("train", f"--config={config}"))
+        assert (code, err) == (0, "")
+        line = [line for line in read_metrics(str(tmp_path / name)) if "loss" in line][-1]
+        kept = sorted(path.name for path in (tmp_path / "sparsecut_jax" / "xla").glob("*-cache"))
+        found.append((line["compilations"], line["compilations_cached"], kept))
+    assert found[0][1] < found[0][0]
+    assert found[1][1] == found[1][0]
+    assert found[1][2] == found[0][2]  # also what came after the last line
+
+
 def test_evaluate_repeats_the_figure(unbroken, capsys):
     run = load_run(str(unbroken))
     with jax.set_mesh(run.mesh):

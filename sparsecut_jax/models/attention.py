@@ -162,24 +162,26 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, wind
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     b, t, heads, h = q.shape
-    length = -(-t // LANES) * LANES
-    if sight is None:
-        segments = jnp.ones((b, t), jnp.int32)
-        mask = masks.FullMask((length, length))
-    elif window is None:
-        segments, mask = sight.segments, masks.CausalMask((length, length))
-    else:
-        segments, mask = sight.segments, masks.LocalMask((length, length), (window - 1, 0), 0)
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, length - t)] + [(0, 0)] * (x.ndim - 2))
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES)] + [(0, 0)] * (x.ndim - 2))
+    ids = [x if sight is None else sight.segments for x in (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))]
     q, k, v = (pad(x).swapaxes(1, 2) for x in (q * h**-0.5, k, v))
-    size = max(n for n in range(LANES, min(SPLASH_BLOCK, length) + 1, LANES) if length % n == 0)
-    sizes = dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv"), size)
-    blocks = splash.BlockSizes(**sizes, block_kv_dkv_compute=size, block_q_dq=size, block_kv_dq=size)
+    shape = (q.shape[2], k.shape[2])
+    if sight is None:
+        mask = masks.FullMask(shape)
+    elif window is None:
+        mask = masks.CausalMask(shape)
+    else:
+        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+    longest = lambda n: max(m for m in range(LANES, min(SPLASH_BLOCK, n) + 1, LANES) if n % m == 0)
+    rows, columns = map(longest, shape)
+    blocks = splash.BlockSizes(
+        block_q=rows, block_kv=columns, block_kv_compute=columns, block_q_dkv=rows, block_kv_dkv=columns,
+        block_kv_dkv_compute=columns, block_q_dq=rows, block_kv_dq=columns,
+    )  # fmt: skip
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads), block_sizes=blocks, interpret=interpret
     )
-    ids = pad(segments)
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(*map(pad, ids)))
     return out.swapaxes(1, 2)[:, :t]
 
 
@@ -187,15 +189,20 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
     """cuDNN's flash attention through JAX; segments by where they begin and how long they are."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's own function has no segments
 
-    run = functools.partial(cudnn.dot_product_attention, q, k, v, scale=q.shape[-1] ** -0.5)
-    if sight is None:
+    (b, t), s = q.shape[:2], k.shape[1]
+    even = lambda x: jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])  # for a gradient JAX asks for that
+    run = functools.partial(cudnn.dot_product_attention, *map(even, (q, k, v)), scale=q.shape[-1] ** -0.5)
+    if sight is None and t % 2 == s % 2 == 0:
         return run(mask_type=cudnn.MaskType.NO_MASK)
+    if sight is None:
+        whole = dict(q_seqlen=jnp.full(b, t, jnp.int32), kv_seqlen=jnp.full(b, s, jnp.int32))
+        return run(mask_type=cudnn.MaskType.PADDING, **whole)[:, :t]
     run = functools.partial(run, mask_type=cudnn.MaskType.PADDING_CAUSAL, sliding_window_length=window)
     starts, lengths = segment_runs(sight.segments, sight.most)
     if sight.most == 1:  # which runs on GPUs older than Hopper too
-        return run(q_seqlen=lengths[:, 0], kv_seqlen=lengths[:, 0])
+        return run(q_seqlen=lengths[:, 0], kv_seqlen=lengths[:, 0])[:, :t]
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    return run(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)
+    return run(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)[:, :t]
 
 
 def segment_runs(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

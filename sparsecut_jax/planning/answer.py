@@ -15,7 +15,7 @@ from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.roofline import Roofline, roofline
 from sparsecut_jax.planning.search import Option, search, smallest, step_products, with_settings
-from sparsecut_jax.settings import Config
+from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 
@@ -65,6 +65,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
     cfg = _with_slots(backends.resolve(cfg, platform), name, found.slots)
     sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
     sharding.check_mesh(cfg, sizes)
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(**sizes))
     if platform == "tpu":
         compiler.check_installed()
     parameters = Parameters(cfg, name)
@@ -129,6 +130,7 @@ def _settings(cfg: Config, name: str) -> dict[str, Any]:
         "attention": cfg.attention,
         "llm_remat": cfg.llm.remat,
         "vision_remat": cfg.vision.remat,
+        "fusion_remat": cfg.fusion.remat,
         "loss_chunk": cfg.loss_chunk,
         "batch_size": stage.batch_size,
         "accumulate": stage.accumulate,

@@ -84,7 +84,7 @@ def divided(found: Any, expected: Bytes) -> Bytes:
     """`memory_analysis()` by kinds. What arguments take beyond their numbers goes to code.
 
     Temporaries are what the peak has beside the arguments: the compiler accepts a program by that, and its
-    `temp_size_in_bytes` is more (docs/plan.md).
+    `temp_size_in_bytes`, which `allocated` counts, is more (docs/plan.md).
     """
     temporary = float(found.peak_memory_in_bytes - found.argument_size_in_bytes)
     gradients = min(expected.gradients, temporary)
@@ -95,6 +95,7 @@ def divided(found: Any, expected: Bytes) -> Bytes:
         activations=activations,
         working=temporary - gradients - activations,
         code=found.generated_code_size_in_bytes + found.argument_size_in_bytes - expected.state,
+        allocated=found.argument_size_in_bytes + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
     )
 
 

@@ -237,19 +237,21 @@ class Flow:
 
     def through(self, part: str) -> bool:
         """Whether backward runs through a part's layers."""
-        return self.inputs({"vision": "vision/blocks/fc2/kernel", "llm": "llm/layers/scores"}[part]) > 0
+        last = {"vision": "vision/blocks/fc2/kernel", "fusion": "fusion/fuse/projector/fc2/kernel"}
+        return self.inputs(last.get(part, "llm/layers/scores")) > 0
 
 
 def _again(cfg: Config, product: Product, flow: Flow) -> float:
     """How often backward computes a product's forward once more."""
-    if product.part in ("fusion", "loss"):
-        return 0.0
-    remat = getattr(cfg, product.part).remat
-    if not product.path.startswith(STACKS) or not flow.through(product.part):
+    part, path = product.part, product.path
+    if part == "loss":  # training/losses.py says when
+        return float(cfg.mesh.fsdp != 1 and cfg.mesh.tensor == 1 and path in flow.trained)
+    remat = getattr(cfg, part).remat
+    if not path.startswith((*STACKS, "fusion/")) or not flow.through(part):
         return 0.0
     if remat == "dots":
-        return float(product.path.endswith("scores"))
-    last = re.search(r"(fc2/kernel|down(/kernel|_lora_b))$", product.path)  # backward does not need its result
+        return float(path.endswith("scores"))
+    last = re.search(r"(fc2/kernel|down(/kernel|_lora_b))$", path)  # backward does not need its result
     return float(remat in ("full", "offload") and not last)
 
 

@@ -37,7 +37,8 @@ class Bytes:
       gradients: of what is trained, twice with accumulation.
       activations: kept from forward to backward.
       working: what the busiest moment needs besides: a layer's intermediates, gathered weights, logits.
-      code: of the program; 0 where it is not known.
+      code: of the program, and what arguments take beyond their numbers; 0 where it is not known.
+      allocated: all that the compiler lists, as if its temporaries shared less; 0 where it is not known.
     """
 
     parameters: float
@@ -47,6 +48,7 @@ class Bytes:
     activations: float
     working: float
     code: float = 0.0
+    allocated: float = 0.0
 
     @property
     def state(self) -> float:
@@ -86,9 +88,9 @@ class Constants:
 
 
 CONSTANTS = {
-    "gpu": Constants(layer=0.6, kept=1.0, weights=1.45, logits=2.3, words=0.85, last=0.0, update=1.0),
-    "tpu": Constants(layer=0.6, kept=1.0, weights=1.45, logits=2.3, words=0.85, last=0.0, update=1.0),
-    "cpu": Constants(layer=1.0, kept=1.0, weights=1.0, logits=4.0, words=3.5, last=1.0, update=3.0),
+    "gpu": Constants(layer=0.9, kept=1.0, weights=0.5, logits=2.5, words=0.1, last=0.0, update=1.0),
+    "tpu": Constants(layer=0.9, kept=1.0, weights=1.45, logits=1.0, words=0.85, last=0.0, update=1.0),
+    "cpu": Constants(layer=1.6, kept=1.0, weights=1.0, logits=1.7, words=5.5, last=1.0, update=3.0),
 }
 
 

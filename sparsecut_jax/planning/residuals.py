@@ -71,9 +71,8 @@ def vision_block(cfg: Config, name: str, tensor: int = 1, remat: str = "") -> Ke
 def fusion(cfg: Config, name: str) -> Kept:
     """Of the fusion of all levels, for each image."""
     levels = 1 + len(build_model(cfg).plan.levels)
-    return _fusion(
-        _setting(cfg, name, "none"), cfg.fusion, levels, cfg.tokens_per_image, cfg.vision.width, cfg.llm.width
-    )
+    setting = dataclasses.replace(_setting(cfg, name, cfg.fusion.remat), attention="tiled")  # as much as others keep
+    return _fusion(setting, cfg.fusion, levels, cfg.tokens_per_image, cfg.vision.width, cfg.llm.width)
 
 
 def _setting(cfg: Config, name: str, remat: str) -> Setting:

@@ -43,7 +43,7 @@ def heading(plan: dict[str, Any]) -> str:
     lines = [
         f"plan       {plan['config']}, stage {plan['stage']}, on {plan['topology']}",
         f"chips      {plan['chips']} x {chip['name']}, {gib(plan['bytes_per_chip']['memory'])} GiB each",
-        f"mesh       {mesh}; {s['dtype']}, attention {s['attention']}, remat of the LLM {s['llm_remat']}, of the tower {s['vision_remat']}",
+        f"mesh       {mesh}; {s['dtype']}, attention {s['attention']}; remat: LLM {s['llm_remat']}, fusion {s['fusion_remat']}, tower {s['vision_remat']}",
         f"batch      {s['batch_size']} sequences of {s['seq_len']:,} positions: "
         f"{s['batch_size'] / s['accumulate'] / ways:g} on a chip at a time{turns}",
         *(f"note       {note}" for note in plan["notes"]),
