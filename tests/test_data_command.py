@@ -184,7 +184,7 @@ def test_build_keeps_every_row_and_picture(tmp_path):
         opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set=settings)))
         reader = opened.readers["instruct"]
         plan = make_plan(walk(reader.split, reader.encode).lengths, [(np.arange(24), 1.0)], STAGE, 1, 0)
-        read = BatchReader(reader, plan, (0,), 0, 1)
+        read = BatchReader(reader, plan, (0,), np.arange(plan.batch_size))
         found.append([read(k) for k in range(3)])
     for (one, bad), (other, _) in zip(*found, strict=True):
         assert not bad

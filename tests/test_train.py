@@ -269,7 +269,7 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
 def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys, one_device):
     """What to_hf wrote decides sizes, plan and tokenizer of another run, whose config says otherwise."""
     exported = tmp_path / "exported"
-    to_hf(str(unbroken), "latest", str(exported), "auto", drop_shortcuts=False, check=False)
+    to_hf(str(unbroken), "latest", str(exported), "auto", drop_shortcuts=False, merge=False, check=False)
     changes = {
         "init.model": str(exported), "run_stages": ("instruct",), "stages.instruct.max_steps": 1, "llm.width": 64,
         "stages.instruct.trainable": ("fusion/.*",), "eval.test": False, "shortcuts.count": 1,

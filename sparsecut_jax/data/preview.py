@@ -44,7 +44,7 @@ def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
 
 
 def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.Image]:
-    read = BatchReader(reader, plan, (cfg.seed, 0), 0, 1)
+    read = BatchReader(reader, plan, (cfg.seed, 0), np.arange(plan.batch_size))
     sheets: list[Image.Image] = []
     for number in range(len(plan)):
         batch, bad = read(number)
@@ -91,11 +91,12 @@ def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[tupl
     """(text, colour, colour of the mark in front) of every token; an image is one."""
     tokenizer = reader.encode.tokenizer
     starts = set(batch.image_start[i][batch.image_start[i] >= 0].tolist())
+    branches = np.zeros_like(batch.segments) if batch.branches is None else batch.branches
     words, at, segment, branch = [], 0, 1, 0
     while at < batch.tokens.shape[1] and batch.segments[i, at]:
-        new_row, new_branch = batch.segments[i, at] != segment, batch.branches[i, at] != branch
+        new_row, new_branch = batch.segments[i, at] != segment, branches[i, at] != branch
         edge = ROW if new_row else BRANCH if new_branch else ""
-        segment, branch = batch.segments[i, at], batch.branches[i, at]
+        segment, branch = batch.segments[i, at], branches[i, at]
         if at in starts:
             words.append((f"image, {image_tokens} positions", COLORS["image"], edge))
             at += image_tokens
