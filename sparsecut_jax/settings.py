@@ -36,6 +36,11 @@ class VisionConfig:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, CLIP's
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches of one view (N)."""
+        return (self.image_size // self.patch_size) ** 2
+
 
 @dataclass(frozen=True)
 class FusionConfig:
@@ -278,4 +283,4 @@ class Config:
     @property
     def tokens_per_image(self) -> int:
         """Positions that one image takes in the LLM (N)."""
-        return (self.vision.image_size // self.vision.patch_size) ** 2
+        return self.vision.tokens_per_image

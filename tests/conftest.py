@@ -9,7 +9,9 @@ import os
 import shutil
 import tempfile
 
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsecut_jax_tests_")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from who starts them
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsecut_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,7 +29,6 @@ import pytest
 
 from tiny import Tiny
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
@@ -37,9 +38,9 @@ def tiny() -> Tiny:
     return Tiny.build()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """The run that tests/test_train.py looks at takes half a minute: it starts now, beside the tests before those."""
-    if not session.config.option.collectonly and any("unbroken" in item.fixturenames for item in session.items):
-        import test_train
+HEAVY = ("test_train", "test_hosts", "test_sharding", "test_convert", "test_lora", "test_state")
 
-        test_train.started_run()
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest first: two workers then end at about the same time."""
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))

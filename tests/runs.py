@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -76,13 +78,16 @@ def write_config(path: Path, config: ConfigDict) -> Path:
     return path
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process with that many fake devices."""
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")}
+
+
 def command(module: str, *args: str, devices: int = 1) -> subprocess.Popen:
     """Starts `python -m sparsecut_jax.MODULE ARGS` on that many fake devices."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", f"sparsecut_jax.{module}", *args],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=with_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -90,3 +95,36 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, s
     """(exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+FORKS = """
+import json, os, runpy, sys
+import sparsecut_jax.train, sparsecut_jax.generate, sparsecut_jax.data.stats, sparsecut_jax.weights.verify
+
+for number, (module, *args) in enumerate(json.loads(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{sys.argv[2]}/{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = [module, *args]
+        sys.modules.pop(f"sparsecut_jax.{module}", None)
+        code = 0
+        try:
+            runpy.run_module(f"sparsecut_jax.{module}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)  # at once: to take a forked Python apart takes longer than the command
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def each(*commands: Sequence[str]) -> list[tuple[int, str, str]]:
+    """`finish` of commands (MODULE, *ARGS), one after the other; what they import is imported only once."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", FORKS, json.dumps(commands), folder],
+            cwd=ROOT, env=with_devices(1), check=True, stdout=subprocess.PIPE, text=True, timeout=240,
+        )  # fmt: skip
+        text = lambda name: Path(folder, name).read_text()
+        return [(int(code), text(f"{i}.out"), text(f"{i}.err")) for i, code in enumerate(done.stdout.split())]

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 
-import jax
 import pytest
 from flax import linen as nn
 
@@ -14,7 +13,7 @@ from sparsecut_jax.config import check, check_override
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import LoraConfig, StageConfig
 from sparsecut_jax.training.report import count
-from sparsecut_jax.training.state import example_batch
+from sparsecut_jax.training.state import boxed_shapes
 from tiny import refusal
 
 SIZES, STAGES = ("7b", "13b"), ("pretrain", "finetune", "lora")
@@ -107,7 +106,7 @@ def test_the_baseline_has_one_view_and_no_shortcuts():
 def test_sizes(file, arguments, expected):
     cfg = backends.resolve(config_of(file, arguments), "cpu")
     model = build_model(cfg)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(cfg)))["params"]
+    shapes = boxed_shapes(model, cfg.data.max_images)
     assert {part: count(nn.meta.unbox(tree)) for part, tree in shapes.items()} == expected
 
 

@@ -11,14 +11,14 @@ from flax import traverse_util
 
 from golden_cases import FUSIONS, make_batch, numbers_of, sources_of, spec_of
 from parity_cases import FOLDER
-from runs import command, finish
+from runs import each
 from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.training.losses import cross_entropy
 
 
-def from_hf(name: str, out: Path):
-    """Starts the command for a golden case."""
+def from_hf(name: str, out: Path) -> tuple[str, ...]:
+    """The command for a golden case."""
     spec = spec_of(name)
     parts = [f"--{part}={path}" for part, path in sources_of(name).items()]
     plan = ["--config.shortcuts.density=none"]
@@ -26,13 +26,7 @@ def from_hf(name: str, out: Path):
         plan = ["--config.shortcuts.density=explicit"]
         plan += [f"--config.shortcuts.{key}={tuple(spec[key])}" for key in ("vit_levels", "llm_layers")]
     fusion = f"--config.fusion.name={FUSIONS[spec['mm_projector_type']]}"
-    return command("convert", "from-hf", *parts, "--config=configs/base.py", fusion, *plan, f"--out={out}")
-
-
-def done(process) -> str:
-    code, out, err = finish(process)
-    assert (code, err) == (0, ""), err
-    return out
+    return "convert", "from-hf", *parts, "--config=configs/base.py", fusion, *plan, f"--out={out}"
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +34,15 @@ def converted(tmp_path_factory):
     """Both golden cases: in, out with --verify, and in again; the folders and what the commands said."""
     folder = tmp_path_factory.mktemp("convert")
     cases = {"a": "a_cross_mlp_llama", "e": "e_plain_llava_llama"}
+    commands = {f"{key}.run": from_hf(name, folder / f"{key}.run") for key, name in cases.items()}
+    for key in cases:
+        hf = f"{folder}/{key}.hf"
+        commands[f"{key}.hf"] = ("convert", "to-hf", f"--workdir={folder}/{key}.run", f"--out={hf}", "--verify")
+        commands[f"{key}.again"] = ("convert", "from-hf", f"--model={hf}", f"--out={folder}/{key}.again")
     said = {}
-    for step in ("run", "hf", "again"):
-        started = {}
-        for key, name in cases.items():
-            if step == "run":
-                started[key] = from_hf(name, folder / f"{key}.run")
-            elif step == "hf":
-                started[key] = command(
-                    "convert", "to-hf", f"--workdir={folder}/{key}.run", f"--out={folder}/{key}.hf", "--verify"
-                )
-            else:
-                started[key] = command(
-                    "convert", "from-hf", f"--model={folder}/{key}.hf", f"--out={folder}/{key}.again"
-                )
-        said |= {f"{key}.{step}": done(process) for key, process in started.items()}
+    for name, (code, out, err) in zip(commands, each(*commands.values()), strict=True):
+        assert (code, err) == (0, ""), err
+        said[name] = out
     return folder, said
 
 
@@ -119,11 +107,9 @@ BAD = [
 def test_bad_input_is_one_sentence(converted, tmp_path):
     dropped = ("to-hf", f"--workdir={converted[0]}/a.run", "--out={}/x", "--as=llava", "--drop-shortcuts")
     cases = [*BAD, (dropped, "reads hi-res views, which LLaVA has not")]
-    for some in (cases[:3], cases[3:]):
-        started = [command("convert", *(a.replace("{}", str(tmp_path)) for a in args)) for args, _ in some]
-        for process, (args, expected) in zip(started, some, strict=True):
-            code, out, err = finish(process)
-            assert code == 2 and out == "", args
-            assert err.startswith("error: ") and err.count("\n") == 1, args
-            assert expected in err
+    found = each(*(("convert", *(a.replace("{}", str(tmp_path)) for a in args)) for args, _ in cases))
+    for (args, expected), (code, out, err) in zip(cases, found, strict=True):
+        assert code == 2 and out == "", args
+        assert err.startswith("error: ") and err.count("\n") == 1, args
+        assert expected in err
     assert os.listdir(tmp_path) == []

@@ -240,22 +240,22 @@ def test_above_the_limit_the_run_stops(folder, tmp_path):
 SMALL = ["--config.data.scenes.train=8", "--config.data.scenes.test=2", "--config.data.holdout=1"]
 
 
-@pytest.mark.parametrize(
-    "args, sentence",
-    [
-        (["check", "--source=x"], "--source is a flag of build, not of check; check reads --config.data.source"),
-        (["speed", "--workers=1,a"], "--workers='1,a': expected numbers from 0 to 256"),
-        (["speed", "--workers=-1"], "--workers='-1': expected numbers from 0 to 256"),
-        (["check", "--config=configs/base.py"], "--config is given 2 times"),
-        (["check", "--config.data.threads=300"], "config.data.threads=300: expected at most 256"),
-        (["check", "--config.workdir=README.md"], "config.workdir='README.md' cannot be written to"),
-        (["check", "--config.data.mix.a.path=x"], "config.data.mix.a is no source of 'configs/scenes.py'"),
-    ],
-)
-def test_what_is_wrong_with_the_command(args, sentence):
-    code, out, err = runs.finish(runs.command("data", args[0], "--config=configs/scenes.py", *args[1:], *SMALL))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and sentence in err
+WRONG = [
+    (["check", "--source=x"], "--source is a flag of build, not of check; check reads --config.data.source"),
+    (["speed", "--workers=1,a"], "--workers='1,a': expected numbers from 0 to 256"),
+    (["speed", "--workers=-1"], "--workers='-1': expected numbers from 0 to 256"),
+    (["check", "--config=configs/base.py"], "--config is given 2 times"),
+    (["check", "--config.data.threads=300"], "config.data.threads=300: expected at most 256"),
+    (["check", "--config.workdir=README.md"], "config.workdir='README.md' cannot be written to"),
+    (["check", "--config.data.mix.a.path=x"], "config.data.mix.a is no source of 'configs/scenes.py'"),
+]
+
+
+def test_what_is_wrong_with_the_command():
+    found = runs.each(*(("data", args[0], "--config=configs/scenes.py", *args[1:], *SMALL) for args, _ in WRONG))
+    for (_, sentence), (code, out, err) in zip(WRONG, found, strict=True):
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: ") and sentence in err
 
 
 def test_no_process_outlives_a_check_that_is_killed(tmp_path):

@@ -6,7 +6,6 @@ What is said in which case is in tests/test_watch.py, which rows a process holds
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -56,7 +55,6 @@ def free_port() -> int:
 
 def several(count: int, *command: str) -> list[subprocess.Popen]:
     """Starts a command as `count` processes with one device each."""
-    flags_ = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     port = free_port()
     meet = lambda i: [
         f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={i}", "--heartbeat_timeout=5",
@@ -64,7 +62,7 @@ def several(count: int, *command: str) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             [sys.executable, *command, *meet(i)],
-            cwd=runs.ROOT, env={**os.environ, "XLA_FLAGS": flags_}, text=True,
+            cwd=runs.ROOT, env=runs.with_devices(1), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(count)

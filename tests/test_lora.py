@@ -446,7 +446,7 @@ def trained(folder, one_device):
     cfg = config_lib.check(runs.small(folder, folder / "base"))
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=320))
     model = build_model(cfg)
-    values = params_of(model, state.example_batch(cfg))
+    values = params_of(model, state.example_batch(model, cfg.data.max_images))
     saved = json.loads(config_lib.to_json(cfg))
     meta = dict(stage=CONVERTED, asked=saved, config=saved, tokenizer=None, data="", seconds=0.0)
     with contextlib.closing(Checkpoints(cfg.workdir)) as checkpoints:

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from sparsecut_jax import config
 from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.training.state import example_batch
+from sparsecut_jax.training.state import boxed_shapes
 from sparsecut_jax.weights.architecture import llm_settings, vision_settings
 
 # config.json of openai/clip-vit-large-patch14-336 and lmsys/vicuna-{7,13}b-v1.5, as far as sizes go.
@@ -31,7 +31,7 @@ def sizes(llm: str, fusion: str = "channel", density: str = "sparse", select_lay
     raw.fusion.name, raw.shortcuts.density = fusion, density
     cfg = config.check(raw)
     model = build_model(cfg)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(cfg)))["params"]
+    shapes = boxed_shapes(model, cfg.data.max_images)
     return {part: sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(shapes[part]))) for part in shapes}
 
 

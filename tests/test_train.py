@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,31 +25,16 @@ from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 
 
-@functools.cache
-def drawn_pictures() -> Path:
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
     """24 good rows, and in front of them two whose pictures are broken."""
-    folder = Path(tempfile.mkdtemp(prefix="sparsecut_jax_tests_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = tmp_path_factory.mktemp("pictures")
     path = runs.draw_rows(folder)
     (folder / "page.png").write_text("<html></html>")
     turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
     faults = [{"id": name, "image": name, "conversations": turns} for name in ("page.png", "nowhere.png")]
     path.write_text(json.dumps(faults + json.loads(path.read_text())))
     return folder
-
-
-@functools.cache
-def started_run() -> tuple[Path, subprocess.Popen]:
-    """Folder and process of the run that most tests here look at. tests/conftest.py starts it beside other tests."""
-    folder = Path(tempfile.mkdtemp(prefix="sparsecut_jax_tests_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    config = runs.write_config(folder / "config.py", runs.small(drawn_pictures(), folder / "run"))
-    return folder, runs.command("train", f"--config={config}")
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Path:
-    return drawn_pictures()
 
 
 @pytest.fixture
@@ -64,10 +45,11 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def unbroken() -> Path:
+def unbroken(pictures, tmp_path_factory) -> Path:
     """Workdir of a run of one device that nobody disturbed, made by the command itself."""
-    folder, process = started_run()
-    code, out, err = runs.finish(process)
+    folder = tmp_path_factory.mktemp("unbroken")
+    config = runs.write_config(folder / "config.py", runs.small(pictures, folder / "run"))
+    code, out, err = runs.finish(runs.command("train", f"--config={config}"))
     assert (code, err) == (0, ""), err
     (folder / "stdout.txt").write_text(out)
     return folder / "run"
@@ -307,12 +289,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
         ("evaluate", [f"--workdir={tmp_path}"], f"workdir '{tmp_path}' holds no checkpoint"),
         ("generate", [f"--workdir={tmp_path}", "--prompt=why?"], f"workdir '{tmp_path}' holds no checkpoint"),
     ]
-    for pair in (cases[i : i + 2] for i in range(0, len(cases), 2)):
-        started = [(runs.command(module, *args), sentence) for module, args, sentence in pair]
-        for process, sentence in started:
-            code, _, err = runs.finish(process)
-            assert code == 2, err
-            assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+    found = runs.each(*((module, *args) for module, args, _ in cases))
+    for (_, _, sentence), (code, _, err) in zip(cases, found, strict=True):
+        assert code == 2, err
+        assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_generate_names_the_file_that_is_no_image(unbroken, tmp_path):

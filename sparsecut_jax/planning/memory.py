@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
@@ -23,7 +22,7 @@ from sparsecut_jax.planning import residuals
 from sparsecut_jax.planning.flops import slots_of
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import state
-from sparsecut_jax.training.state import example_batch, flatten
+from sparsecut_jax.training.state import boxed_shapes, flatten
 
 Sizes = Mapping[str, int]  # of the mesh axes
 
@@ -100,7 +99,7 @@ class Parameters:
     def __init__(self, cfg: Config, name: str):
         """cfg: resolved for its platform."""
         model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
-        self.boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(cfg)))["params"]
+        self.boxed = boxed_shapes(model, cfg.data.max_images)
         self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
         self.dtype_of = state.stage_dtypes(cfg, name)
         self.trained = lambda path: any(re.fullmatch(pattern, path) for pattern in patterns)

@@ -30,10 +30,10 @@ flatten = functools.partial(traverse_util.flatten_dict, sep="/")
 unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
-def example_batch(cfg: Config) -> Batch:
+def example_batch(model: SparseCut, max_images: int) -> Batch:
     """The smallest batch that touches every parameter."""
-    t, m = cfg.tokens_per_image + 1, cfg.data.max_images
-    size, views = cfg.vision.image_size, views_of(cfg.fusion)
+    t, m = model.vision_config.tokens_per_image + 1, max_images
+    size, views = model.vision_config.image_size, views_of(model.fusion_config)
     ints = np.zeros((1, t), np.int32)
     return Batch(
         tokens=ints,
@@ -44,6 +44,12 @@ def example_batch(cfg: Config) -> Batch:
         views=np.zeros((1, m, views, size, size, 3), np.uint8),
         image_start=np.zeros((1, m), np.int32),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def boxed_shapes(model: SparseCut, max_images: int) -> Any:
+    """Shapes and logical axes of all parameters; kept, because to trace the model takes the better part of a second."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, max_images)))["params"]
 
 
 def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
@@ -70,8 +76,7 @@ def abstract_params(
 
     dtype_of: dtype of a path; left out: `cfg.param_dtype`, float32 where that is "auto".
     """
-    batch = example_batch(cfg)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
+    boxed = boxed_shapes(model, cfg.data.max_images)
     shardings = sharding.param_shardings(boxed, mesh)
     dtype = jnp.bfloat16 if cfg.param_dtype == "bfloat16" else jnp.float32
 
@@ -84,7 +89,7 @@ def abstract_params(
 
 def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[str] = ()) -> Any:
     """Fresh parameters, born in their shardings; the same values on every mesh. Those in `skip` are left out."""
-    example = example_batch(cfg)
+    example = example_batch(model, cfg.data.max_images)
     wanted = {path: leaf for path, leaf in flatten(abstract).items() if path not in skip}
 
     def init(key):
