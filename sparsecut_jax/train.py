@@ -28,8 +28,8 @@ from sparsecut_jax import backends, checks, cli, hosts, placing, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
-from sparsecut_jax.data.plan import Plan, make_plan
-from sparsecut_jax.data.walk import FEW, RowEncoder, walk_once
+from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
@@ -221,10 +221,7 @@ def make_stage_plan(
     if progress:
         progress.close()
     bad_samples.add(name, walked.bad, len(split), write=hosts.first())
-    usable = walked.lengths.usable
-    if not len(usable):
-        raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
-    return make_plan(walked.lengths, split.groups(usable), cfg.stages[name], cfg.data.max_images, cfg.seed)
+    return stage_plan(name, walked, split, cfg.stages[name], cfg)
 
 
 def make_holdout_loss(

@@ -83,11 +83,11 @@ def with_devices(count: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")}
 
 
-def command(module: str, *args: str, devices: int = 1) -> subprocess.Popen:
-    """Starts `python -m sparsecut_jax.MODULE ARGS` on that many fake devices."""
+def command(module: str, *args: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `python -m sparsecut_jax.MODULE ARGS` on that many fake devices, the environment changed as given."""
     return subprocess.Popen(
         [sys.executable, "-m", f"sparsecut_jax.{module}", *args],
-        cwd=ROOT, env=with_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=with_devices(devices) | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

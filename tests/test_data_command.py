@@ -165,6 +165,19 @@ def test_speed(opened, tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
 
 
+def test_rows_of_which_none_can_be_used(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([row(0, None, "<image>\nwhat?"), row(1, None, "a word " * 40)]))
+    opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set={"data.mix": {}})))
+    reader = opened.readers["instruct"]
+    for command in (
+        lambda: preview(reader, opened.cfg, "instruct", 1),
+        lambda: speed(reader, opened.cfg, "instruct", [0], 1.0),
+        lambda: stats(opened.readers, opened.cfg),
+    ):
+        with pytest.raises(UserError, match="none of the 2 rows of stage .* can be used: .*rows.json row 0 "):
+            command()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # build
 
@@ -189,13 +202,6 @@ def test_build_keeps_every_row_and_picture(tmp_path):
     for (one, bad), (other, _) in zip(*found, strict=True):
         assert not bad
         jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-@pytest.mark.parametrize("args", [["chekc"]])
-def test_one_sentence_for_what_is_missing(args):
-    code, out, err = runs.finish(runs.command("data", *args))
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,8 +258,10 @@ WRONG = [
 
 
 def test_what_is_wrong_with_the_command():
-    found = runs.each(*(("data", args[0], "--config=configs/scenes.py", *args[1:], *SMALL) for args, _ in WRONG))
-    for (_, sentence), (code, out, err) in zip(WRONG, found, strict=True):
+    cases = [(("data", args[0], "--config=configs/scenes.py", *args[1:], *SMALL), said) for args, said in WRONG]
+    cases.append((("data", "chekc"), "got 'chekc'; did you mean 'check'?"))
+    found = runs.each(*(args for args, _ in cases))
+    for (_, sentence), (code, out, err) in zip(cases, found, strict=True):
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("error: ") and sentence in err
 

@@ -3,8 +3,11 @@
 `python -m pytest -m plan` compiles the whole models, minutes each; otherwise models of two layers are compiled.
 """
 
+import functools
 import importlib.util
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -20,14 +23,16 @@ TWO_LAYERS = (
 )  # fmt: skip
 
 
-def planned(folder, size, topology, *flags):
-    """(exit code, plan.json, stdout, stderr) of the command, one row a chip."""
-    chips = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}[topology]
-    batch = f"--config.stages.instruct.batch_size={chips}"
-    code, out, err = finish(
-        command("plan", FINETUNE.format(size), f"--topology={topology}", batch, f"--out={folder}", *flags), timeout=3000
-    )
-    return code, json.loads((folder / "plan.json").read_text()) if code == 0 else None, out, err
+@functools.cache
+def planned(size, topology, *flags, rows=64):
+    """(exit code, plan.json, stdout, stderr) of the command for that many rows a step."""
+    batch = f"--config.stages.instruct.batch_size={rows}"
+    with tempfile.TemporaryDirectory() as folder:
+        process = command(  # XLA_FLAGS: those of tests/conftest.py are for the CPU's compiler
+            "plan", FINETUNE.format(size), f"--topology={topology}", batch, f"--out={folder}", *flags, XLA_FLAGS=""
+        )
+        code, out, err = finish(process, timeout=3000)
+        return code, json.loads(Path(folder, "plan.json").read_text()) if code == 0 else None, out, err
 
 
 def state_of(plan):
@@ -38,8 +43,8 @@ def state_of(plan):
 
 
 @pytest.fixture(scope="module")
-def two_layers(tmp_path_factory):
-    return planned(tmp_path_factory.mktemp("plan"), "7b", "v5e:8x8", *TWO_LAYERS)
+def two_layers():
+    return planned("7b", "v5e:8x8", *TWO_LAYERS)
 
 
 def test_the_command_asks_the_compiler(two_layers):
@@ -60,9 +65,9 @@ def test_arguments_are_those_of_the_analytic_model(two_layers):
 
 @pytest.mark.plan
 @pytest.mark.parametrize("size, most", [("7b", 4), ("13b", 7)])
-def test_full_fine_tuning_on_64_chips(tmp_path, size, most):
+def test_full_fine_tuning_on_64_chips(size, most):
     """All that the compiler lists: five views, eight shortcuts, one row of 2,048 positions a chip."""
-    code, plan, _, _ = planned(tmp_path, size, "v5e:8x8")
+    code, plan, _, _ = planned(size, "v5e:8x8")
     assert code == 0
     assert plan["settings"]["batch_size"] == 64 and plan["settings"]["accumulate"] == 1
     assert plan["bytes_per_chip"]["fits"]
@@ -70,28 +75,26 @@ def test_full_fine_tuning_on_64_chips(tmp_path, size, most):
 
 
 @pytest.mark.plan
-def test_accumulation_takes_one_more_copy_of_the_gradients(tmp_path):
-    once = planned(tmp_path, "7b", "v5e:8x8")[1]["bytes_per_chip"]
-    turns = planned(
-        tmp_path, "7b", "v5e:8x8", "--config.stages.instruct.batch_size=128", "--config.stages.instruct.accumulate=2"
-    )[1]["bytes_per_chip"]
+def test_accumulation_takes_one_more_copy_of_the_gradients():
+    once = planned("7b", "v5e:8x8")[1]["bytes_per_chip"]
+    turns = planned("7b", "v5e:8x8", "--config.stages.instruct.accumulate=2", rows=128)[1]["bytes_per_chip"]
     assert turns["total"] - once["total"] == pytest.approx(once["gradients"], rel=0.35)
 
 
 @pytest.mark.plan
-def test_state_falls_with_the_chips(tmp_path):
+def test_state_falls_with_the_chips():
     """From 16 to 256 chips: a sixteenth within 5 %. The compiler's arguments are the state and its padding."""
     per_chip = {}
     for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
-        code, plan, _, _ = planned(tmp_path, "7b", topology)
+        code, plan, _, _ = planned("7b", topology, rows=chips)
         assert code == 0
         per_chip[chips] = state_of(plan)
     assert per_chip[16] / per_chip[256] == pytest.approx(16, rel=0.05)
 
 
 @pytest.mark.plan
-def test_seven_billion_do_not_fit_on_four_chips(tmp_path):
-    code, plan, out, _ = planned(tmp_path, "7b", "v5e:2x2")
+def test_seven_billion_do_not_fit_on_four_chips():
+    code, plan, out, _ = planned("7b", "v5e:2x2", rows=4)
     assert code == 0
     assert not plan["bytes_per_chip"]["fits"]
     assert "does not fit into 15.75 GiB" in out and "Ran out of memory" in plan["bytes_per_chip"]["refusal"]

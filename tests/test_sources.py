@@ -34,6 +34,11 @@ def rows_of(part: Part) -> list[dict]:
     return [part.row(i) for i in range(len(part))]
 
 
+def row_of(split: Split, i: int) -> dict:
+    part, local = split.find(i)
+    return part.row(local)
+
+
 def ids(part: Part) -> list:
     return [row["id"] for row in rows_of(part)]
 
@@ -209,9 +214,10 @@ def test_mixture(load, tmp_path):
         (source.train["second"], 0),
         (source.train["words"], 1),
     ]
-    sizes = [part.pictures.open(row["image"]).size for part, row in map(split.row, (1, 4))]
+    found = [(part, part.row(local)) for part, local in map(split.find, (1, 4, 7))]
+    sizes = [part.pictures.open(row["image"]).size for part, row in found[:2]]
     assert sizes == [(4, 4), (7, 5)]
-    assert split.row(7)[1] == text_row(1)
+    assert found[2][1] == text_row(1)
     with pytest.raises(IndexError):
         split.find(8)
 
@@ -219,7 +225,7 @@ def test_mixture(load, tmp_path):
 def test_rows_of_a_stage(load):
     source = load({"a": [text_row(0)], "b": [text_row(1), text_row(2)], "c": [text_row(3)]})
     split = source.stage(StageConfig(sources=("c", "a")))
-    assert [split.row(i)[1]["id"] for i in range(len(split))] == [3, 0]
+    assert [part.row(0)["id"] for part in split.parts] == [3, 0]
     assert len(source.stage(StageConfig())) == 4
 
 
@@ -283,7 +289,7 @@ def test_holdout_of_every_source_its_share(load, sizes, holdout, expected):
     for name, n in zip("abc", sizes, strict=False):
         assert sorted(ids(source.train[name]) + ids(source.holdout[name])) == sorted(f"{name}{i}" for i in range(n))
     split = source.stage(StageConfig(), holdout=True)
-    assert [split.row(i)[1]["id"] for i in range(len(split))] == sum(map(ids, source.holdout.values()), [])
+    assert [row_of(split, i)["id"] for i in range(len(split))] == sum(map(ids, source.holdout.values()), [])
 
 
 def test_holdout_leaves_a_row_to_train_on(load, tmp_path):
@@ -318,7 +324,7 @@ def test_what_goes_to_other_processes_is_small(load):
     split = load({"a": [text_row(i) for i in range(3000)], "b": [text_row(0)] * 2000}, holdout=9).stage(StageConfig())
     sent = pickle.dumps(split)
     assert len(sent) < 5000
-    assert pickle.loads(sent).row(4000)[1] == split.row(4000)[1]
+    assert row_of(pickle.loads(sent), 4000) == row_of(split, 4000)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,12 +368,12 @@ def test_scenes():
     assert len(split) == 36
     for i in (0, 7, 35):
         n = train.number(i)
-        part, row = split.row(i)
+        row = row_of(split, i)
         assert (train.row(i)["id"], row["id"]) == (f"train/{n}", f"train/{n}/caption")
-        assert part.label(i, row) == f"scenes row {n} (id 'train/{n}/caption')"
+        assert split.parts[0].label(i, row) == f"scenes row {n} (id 'train/{n}/caption')"
         assert len(row["conversations"]) == 2
-    assert pickle.loads(pickle.dumps(split)).row(7)[1] == split.row(7)[1]
-    assert split.parts[0].pictures.open(split.row(0)[1]["image"]).size == (64, 64)
+    assert row_of(pickle.loads(pickle.dumps(split)), 7) == row_of(split, 7)
+    assert split.parts[0].pictures.open(row_of(split, 0)["image"]).size == (64, 64)
     other = dataclasses.replace(data, scenes=ScenesConfig(train=40, test=8, seed=1))
     assert load_source(Config(data=other)).fingerprint != source.fingerprint
     assert len(list(source.texts())) == 36 * 24 + 36 * 2

@@ -147,11 +147,6 @@ class Split:
         which = bisect.bisect_right(self.ends, i)
         return self.parts[which], i - (self.ends[which] - len(self.parts[which]))
 
-    def row(self, i: int) -> tuple[Part, Row]:
-        """Row `i` and where its pictures are. Raises BadSample."""
-        part, local = self.find(i)
-        return part, part.row(local)
-
     def groups(self, usable: np.ndarray) -> list[tuple[np.ndarray, float]]:
         """For every part, which of the rows `usable` are in it, and its weight."""
         cuts = np.searchsorted(usable, [0, *self.ends])

@@ -268,7 +268,7 @@ def _bucket(
 
 
 def _slots(lengths: Lengths, groups: list[tuple[np.ndarray, float]], stage: StageConfig, max_images: int) -> int:
-    """Image slots of a sequence: those of a row; for packed rows what full sequences have on average, and one more."""
+    """Image slots of a sequence: those of a row; for packed rows what full sequences have on average, rounded up."""
     if stage.batching != "packed":
         return max_images
     tokens = sum(weight * lengths.tokens[rows].sum() for rows, weight in groups)

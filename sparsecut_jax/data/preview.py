@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sparsecut_jax.cli import shown
 from sparsecut_jax.data.pipeline import BatchReader, Reader
-from sparsecut_jax.data.plan import Plan, make_plan
-from sparsecut_jax.data.walk import walk
+from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch
 
@@ -23,8 +23,7 @@ ROW, BRANCH = "#cc3311", "#ee9900"  # marks where another row, or another indepe
 def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
     """Draws the first `count` sequences of stage `name` into data_preview.png."""
     walked = walk(reader.split, reader.encode)
-    groups = reader.split.groups(walked.lengths.usable)
-    plan = make_plan(walked.lengths, groups, cfg.stages[name], cfg.data.max_images, cfg.seed)
+    plan = stage_plan(name, walked, reader.split, cfg.stages[name], cfg)
     sheets = _sheets(reader, plan, cfg, count)
     height = sum(sheet.height + MARGIN for sheet in sheets) + 2 * LINE + MARGIN
     page = Image.new("RGB", (WIDTH + 2 * MARGIN, height), "white")

@@ -10,8 +10,7 @@ import numpy as np
 
 from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.pipeline import Reader, next_batch, train_batches
-from sparsecut_jax.data.plan import make_plan
-from sparsecut_jax.data.walk import walk
+from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training.report import table
 from sparsecut_jax.training.workdir import write_json
@@ -28,14 +27,14 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
     """
     stage = dataclasses.replace(cfg.stages[name], max_steps=FOREVER)
     walked = walk(reader.split, reader.encode)
-    plan = make_plan(walked.lengths, reader.split.groups(walked.lengths.usable), stage, cfg.data.max_images, cfg.seed)
+    plan = stage_plan(name, walked, reader.split, stage, cfg)
     reader.pictures.forget = True
     told = []
     for count in workers:
         one = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=count))
         batches = train_batches(reader, plan, one, (cfg.seed, 0))
         with pipeline.closing(batches):
-            next_batch(batches)[0]
+            next_batch(batches)
             began, images, tokens, read = time.monotonic(), 0, 0, 0
             while time.monotonic() - began < seconds:
                 batch = next_batch(batches)[0]

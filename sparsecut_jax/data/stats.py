@@ -13,12 +13,11 @@ import numpy as np  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
 from sparsecut_jax.data.pipeline import Reader  # noqa: E402
-from sparsecut_jax.data.plan import Lengths, make_plan  # noqa: E402
-from sparsecut_jax.data.walk import walk  # noqa: E402
+from sparsecut_jax.data.plan import Lengths
+from sparsecut_jax.data.walk import stage_plan, walk  # noqa: E402
 from sparsecut_jax.settings import Config, StageConfig  # noqa: E402
 from sparsecut_jax.training.report import Progress, table  # noqa: E402
 from sparsecut_jax.training.workdir import write_json  # noqa: E402
-from sparsecut_jax.types import UserError  # noqa: E402
 
 BATCHINGS = get_args(get_type_hints(StageConfig)["batching"])
 
@@ -31,15 +30,13 @@ def stats(readers: dict[str, Reader], cfg: Config) -> None:
         progress = Progress(len(split), 0, f"rows of {name}")
         walked = walk(split, reader.encode, progress=progress.update)
         progress.close()
-        usable = walked.lengths.usable
-        if not len(usable):
-            raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
-        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
         filled = {}
         for batching in BATCHINGS:
             one = dataclasses.replace(stage, batching=batching, epochs=1.0, max_steps=0)
-            plan = make_plan(walked.lengths, split.groups(usable), one, cfg.data.max_images, cfg.seed)
+            plan = stage_plan(name, walked, split, one, cfg)
             filled[batching] = {"useful": plan.useful, "batches": len(plan), "slots": plan.slots}
+        usable = walked.lengths.usable
+        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
         text = kept.tokens - kept.images * cfg.tokens_per_image
         told = {
             "rows": len(split),

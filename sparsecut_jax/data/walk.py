@@ -23,11 +23,11 @@ import numpy as np
 
 from sparsecut_jax.data.conversation import encode_row, images_of
 from sparsecut_jax.data.parts import Part, Split
-from sparsecut_jax.data.plan import Lengths
+from sparsecut_jax.data.plan import Lengths, Plan, make_plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
 CHUNK = 500
@@ -117,6 +117,14 @@ class Walked:
     lengths: Lengths
     bad: list[Bad]
     digests: np.ndarray
+
+
+def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> Plan:
+    """The batches of stage `name`, of the rows that can be used. Raises UserError if there are none."""
+    usable = walked.lengths.usable
+    if not len(usable):
+        raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
+    return make_plan(walked.lengths, split.groups(usable), stage, cfg.data.max_images, cfg.seed)
 
 
 def walk(
