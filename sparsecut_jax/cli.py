@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparsecut_jax import checks, hosts, watch
+from sparsecut_jax import checks, hosts, platforms, watch
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -61,6 +61,7 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
         _keep_compiled()
         if "coordinator" in flags.FLAGS:
             hosts.start(resumes, debug)
+            platforms.require(flags.FLAGS.require_platform)
         with hosts.together():
             command()
     except UserError as error:
@@ -82,6 +83,11 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
             raise
         what = str(error).splitlines()[0]
         _fail(2, f"out of device memory: {what}; lower batch_size, seq_len or the sizes of the model", debug)
+    except (RuntimeError, AssertionError) as error:
+        reason = platforms.missing(error)
+        if reason is None:
+            raise
+        _fail(2, reason, debug)
 
 
 def typed_config(required: bool = True) -> Config:
@@ -104,8 +110,10 @@ def _parse() -> None:
         name, given, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and name.startswith("config."):
             config_lib.check_override(name, value if given else None)
+    dashed = "--require-platform"  # absl knows names with _ only
+    argv = [a.replace(dashed, "--require_platform", 1) if a.startswith(dashed) else a for a in sys.argv]
     try:
-        rest = flags.FLAGS(sys.argv)
+        rest = flags.FLAGS(argv)
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:

@@ -33,6 +33,7 @@ from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.planning import flops, hardware
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop, report, state
 from sparsecut_jax.training import optimizer as opt
@@ -95,6 +96,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     model = build_model(here, dtype, ("shortcut_ratio",))
     abstract_of = lambda name: state.abstract_params(model, cfg, mesh, state.stage_dtypes(here, name))
     abstract = abstract_of(meta["stage"] if meta else spans[0].name)
+    shapes = {path: leaf.shape for path, leaf in state.flatten(abstract).items()}
     for s in spans:
         opt.rates(opt.split(abstract, s.stage.trainable)[0], s.stage)
     states = {
@@ -150,6 +152,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
                     "tokenizer": tokenizer.to_json(),
                     "data": source.fingerprint,
                 },
+                flops=flops.of_batch(here, span.name, shapes, plans[span.name].slots),
+                peak=mesh.size * hardware.peak_flops(mesh.devices.flat[0].device_kind),
                 clock=clock,
                 is_last=span is spans[-1],
             )

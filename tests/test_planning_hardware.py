@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsecut_jax.planning.hardware import CHIPS, GIB, larger, parse
+from sparsecut_jax.planning.hardware import CHIPS, GIB, larger, parse, peak_flops
 from tiny import refusal
 
 
@@ -75,3 +75,14 @@ def test_larger():
     ]  # fmt: skip
     assert [topology.text for topology in larger(parse("h100:8"))][:2] == ["h100:16", "h100:32"]
     assert larger(parse("cpu:8")) == []
+
+
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("cpu", 0), ("NVIDIA A100-SXM4-40GB", 0),
+    ],
+)  # fmt: skip
+def test_peak_of_a_device_by_its_name(name, tera):
+    assert peak_flops(name) == tera * 1e12

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from sparsecut_jax.planning.hardware import GIB  # noqa: E402
-from sparsecut_jax.planning.tables import KINDS, LINES, PARTS, gib  # noqa: E402
+from sparsecut_jax.planning.tables import KINDS, LINES, PARTS, flops_unit, gib  # noqa: E402
 
 COLORS = {
     "parameters": "#31688e",
@@ -68,7 +68,8 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
         note = f"  {gib(option['bytes'])}, {option['seconds']:.2f} s"
         if isinstance(option.get("compiled"), float):
             note += f" (compiled {gib(option['compiled'])})"
-        axes.text(option["bytes"] / GIB, row, note, va="center", fontsize=8)
+        over = dict(facecolor="white", edgecolor="none", pad=0.4)  # the line of the chip's memory
+        axes.text(option["bytes"] / GIB, row, note, va="center", fontsize=8, bbox=over)
     memory = b["memory"] / GIB
     axes.axvline(memory, color=BAD, linestyle="--", lw=1.2)
     axes.text(memory, -0.62, f"{gib(b['memory'])} GiB a chip ", color=BAD, fontsize=9, ha="right", va="center")
@@ -81,6 +82,7 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
 def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
     """Forward, backward and what is computed again, by part."""
     work = plan["flops_per_step"]
+    size, unit = flops_unit(work)
     parts = [part for part in PARTS if part != "total"]
     left = [0.0] * len(parts)
     for key, label, color in (
@@ -88,17 +90,17 @@ def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
         ("backward", "backward", BACKWARD),
         ("again", "computed again (no model FLOPs)", AGAIN),
     ):
-        widths = [work[part][key] / 1e12 for part in parts]
+        widths = [work[part][key] / size for part in parts]
         axes.barh(range(len(parts)), widths, left=left, color=color, label=label, edgecolor="white", lw=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     whole = work["total"]["forward"] + work["total"]["backward"]
     for row, part in enumerate(parts):
         model = work[part]["forward"] + work[part]["backward"]
-        axes.text(left[row], row, f"  {model / 1e12:,.1f} ({model / whole:.1%})", va="center", fontsize=8)
-    axes.set(xlim=(0, 1.25 * max(left)), xlabel="TFLOP per step, all chips")
+        axes.text(left[row], row, f"  {model / size:,.1f} ({model / whole:.1%})", va="center", fontsize=8)
+    axes.set(xlim=(0, 1.25 * max(left)), xlabel=f"{unit} per step, all chips")
     axes.set_yticks(range(len(parts)), [PARTS[part] for part in parts])
     axes.invert_yaxis()
-    axes.set_title(f"model FLOPs per step: {whole / 1e12:,.0f} TFLOP", fontsize=10, loc="left")
+    axes.set_title(f"model FLOPs per step: {whole / size:,.0f} {unit}", fontsize=10, loc="left")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
@@ -261,3 +262,10 @@ def work(found: list[Product]) -> dict[str, Work]:
     for p in found:
         by_part[p.part] += Work(p.flops, p.flops * p.more, p.flops * p.again)
     return {**by_part, "total": sum(by_part.values(), Work())}
+
+
+def of_batch(cfg: Config, name: str, shapes: Shapes, slots: int) -> Callable[[int], float]:
+    """Function from the positions of a sequence to the model FLOPs of a batch of stage `name` with so many image slots."""
+    stage = dataclasses.replace(cfg.stages[name], slots=slots)
+    cfg = dataclasses.replace(cfg, stages={**cfg.stages, name: stage})
+    return functools.cache(lambda t: work(products(cfg, name, shapes, stage.batch_size, t))["total"].model)

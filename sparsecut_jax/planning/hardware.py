@@ -66,6 +66,14 @@ CHIPS = {
     )
 }
 KINDS = ", ".join(CHIPS)
+# what JAX calls them (`device_kind`)
+NAMES = {
+    "v5e": r"TPU v5 ?(lite|e)",
+    "v5p": r"TPU v5p?",
+    "v6e": r"TPU v6 ?(lite|e)",
+    "h100": r"NVIDIA H100.*",
+    "h200": r"NVIDIA H200.*",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +136,11 @@ def parse(text: str) -> Topology:
         raise UserError(f"--topology={text!r}: expected a number of devices{whole}; for example {kind}:8")
     nodes = number // chip.node if chip.node and number > chip.node else 1
     return Topology(chip, (number // nodes,), nodes)
+
+
+def peak_flops(device_kind: str) -> float:
+    """bf16 FLOP/s of a device by its JAX name; 0 where no rate is known."""
+    return next((CHIPS[chip].flops for chip, name in NAMES.items() if re.fullmatch(name, device_kind)), 0.0)
 
 
 def larger(topology: Topology) -> list[Topology]:

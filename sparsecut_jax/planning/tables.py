@@ -66,12 +66,14 @@ def bytes_table(plan: dict[str, Any]) -> str:
 
 def flops_table(plan: dict[str, Any]) -> str:
     work = plan["flops_per_step"]
+    size, unit = flops_unit(work)
+    shown = lambda value: f"{value / size:,.1f}" if value else "-"
     rows = [
-        [label, tera(w["forward"]), tera(w["backward"]), tera(w["forward"] + w["backward"]), tera(w["again"])]
+        [label, shown(w["forward"]), shown(w["backward"]), shown(w["forward"] + w["backward"]), shown(w["again"])]
         for part, label in PARTS.items()
         for w in [work[part]]
     ]
-    return table(["model TFLOP per step, all chips", "forward", "backward", "sum", "computed again"], rows)
+    return table([f"model {unit} per step, all chips", "forward", "backward", "sum", "computed again"], rows)
 
 
 def time_table(plan: dict[str, Any]) -> str:
@@ -123,8 +125,11 @@ def compiled(option: dict[str, Any]) -> str:
 
 
 def gib(value: float) -> str:
-    return f"{value / GIB:.3f}" if value < GIB else f"{value / GIB:.2f}"
+    if 0 < value < GIB / 2000:
+        return "<0.001"
+    return f"{value / GIB:.2f}" if value >= GIB else f"{value / GIB:.3f}" if value else "-"
 
 
-def tera(value: float) -> str:
-    return f"{value / 1e12:,.1f}" if value else "-"
+def flops_unit(work: dict[str, dict[str, float]]) -> tuple[float, str]:
+    """The unit in which the FLOPs of a step are written."""
+    return (1e12, "TFLOP") if work["total"]["forward"] >= 1e12 else (1e9, "GFLOP")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -93,6 +94,8 @@ class Stage:
       data: iterator of (Batch on the devices, bad rows met while reading it).
       note_bad: takes the bad rows; raises UserError above the limit.
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
+      flops: model FLOPs of a batch whose sequences have so many positions (planning/flops.py).
+      peak: FLOP/s of all devices, 0 where no vendor states them.
       meta: what a checkpoint says beside arrays.
       clock: seconds that the run has taken so far, earlier starts included.
       is_last: whether held-out losses are compared to find the best checkpoint.
@@ -103,6 +106,8 @@ class Stage:
     data: Iterator[tuple[Batch, list[Bad]]]
     note_bad: Callable[[list[Bad]], None]
     holdout_loss: Callable[[Any], float] | None
+    flops: Callable[[int], float]
+    peak: float
     meta: dict[str, Any]
     clock: Callable[[], float]
     is_last: bool
@@ -127,8 +132,8 @@ def run_stage(
     """
     span, at = stage.span, int(state.step)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
-    log = _Log(cfg, span, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
-    pending: tuple[int, dict[str, Any], int] | None = None  # a step, its metrics, and how many bad rows it met
+    log = _Log(cfg, stage, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
+    pending: tuple[int, dict[str, Any], int, int] | None = None  # a step, its metrics, its bad rows, positions of a row
     evaluated: dict[int, float] = {}
     tracing = False
     # CPU devices share a pool of threads: of two steps under way at once each could wait for the other's forever.
@@ -163,7 +168,7 @@ def run_stage(
             # The step before is read only now, while this one runs: the device never waits for the host.
             if pending is not None:
                 log.step(*pending)
-            pending = (at, metrics, len(bad))
+            pending = (at, metrics, len(bad), batch.tokens.shape[1])
             if at == window[1] and tracing:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -174,10 +179,11 @@ def run_stage(
             if ends or stopping or due or (cfg.eval.every and at % cfg.eval.every == 0):
                 log.step(*pending)
                 pending = None
-            if ends or (cfg.eval.every and at % cfg.eval.every == 0):
-                evaluate(at)
-            if ends or due or stopping:
-                save()
+            with log.paused():
+                if ends or (cfg.eval.every and at % cfg.eval.every == 0):
+                    evaluate(at)
+                if ends or due or stopping:
+                    save()
             if stopping:
                 checkpoints.manager.wait_until_finished()
                 raise Exit(3, f"stopped by SIGTERM after saving step {at}; the same command goes on from there")
@@ -191,17 +197,21 @@ def run_stage(
 class _Log:
     """Looks at the metrics of every step, and shows and writes those of every `log_every`-th."""
 
-    def __init__(self, cfg, span, plan, writer, compilations, progress):
-        self.cfg, self.span, self.writer, self.compilations, self.progress = cfg, span, writer, compilations, progress
+    def __init__(self, cfg, stage, plan, writer, compilations, progress):
+        self.cfg, self.stage, self.span = cfg, stage, stage.span
+        self.writer, self.compilations, self.progress = writer, compilations, progress
         self.names = shortcut_names(plan)
-        self.since, self.tokens, self.supervised, self.waited, self.steps = time.monotonic(), 0, 0, 0.0, 0
-        self.all_waited, self.all_seconds = 0.0, 0.0  # of all lines but the first, which has the compilation
+        self.now, self.supervised = time.monotonic(), 0
+        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the line before
+        self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which has the compilation
 
-    def step(self, step: int, metrics: dict[str, Any], bad_rows: int) -> None:
+    def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
         values = jax.device_get(metrics)
         self.tokens += int(values["tokens"])
         self.supervised += int(values["supervised_tokens"])
-        self.steps += 1
+        self.flops += self.stage.flops(positions)
+        before, self.now = self.now, time.monotonic()
+        self.seconds.append(max(self.now - before, 1e-9))
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if values["supervised_tokens"] == 0:
             if not placing.gather(np.array(bad_rows)).any():
@@ -225,8 +235,15 @@ class _Log:
         self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
         self.progress.write(f"step {step}: held-out loss {loss:.4f}")
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the block takes is no step's time."""
+        began = time.monotonic()
+        yield
+        self.now += time.monotonic() - began
+
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        seconds = max(time.monotonic() - self.since, 1e-9)
+        seconds = sum(self.seconds)
         line = {
             "stage": self.span.name,
             "loss": _number(values["loss"]),
@@ -236,24 +253,33 @@ class _Log:
             "shortcut_ratio": {name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names},
             "tokens_per_second": self.tokens / seconds,
             "supervised_tokens": self.supervised,
-            "seconds_per_step": seconds / self.steps,
+            "seconds_per_step": seconds / len(self.seconds),
+            "seconds_per_step_median": float(np.median(self.seconds)),
+            "seconds_per_step_most": max(self.seconds),
+            "model_flops_per_second": self.flops / seconds,
+            "mfu": self.flops / seconds / self.stage.peak if self.stage.peak else None,
             "input_wait": self.waited / seconds,
             "skipped_updates": int(values["skipped"]),
             "compilations": self.compilations.count,
             "compilations_cached": self.compilations.cached,
         }
         self.writer.write(step, line)
+        used = f"{line['mfu']:.1%} MFU | " if line["mfu"] is not None else ""
         self.progress.note(
-            f"loss {values['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {self.supervised:,} supervised"
+            f"loss {values['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {used}{self.supervised:,} supervised"
         )
         if step > self.span.first + 1:
-            self.all_waited, self.all_seconds = self.all_waited + self.waited, self.all_seconds + seconds
-        self.since, self.tokens, self.waited, self.steps = time.monotonic(), 0, 0.0, 0
+            self.all_waited, self.all_seconds = self.all_waited + self.waited, self.all_seconds + self.seconds
+        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []
 
     def close(self) -> None:
         if self.all_seconds:
-            share = self.all_waited / self.all_seconds
-            self.progress.write(f"{self.span.name}: {share:.1%} of the time was spent waiting for input")
+            share = self.all_waited / sum(self.all_seconds)
+            low, middle, high = np.quantile(self.all_seconds, [0.05, 0.5, 0.95])
+            self.progress.write(
+                f"{self.span.name}: {middle:.3g} s a step ({low:.3g} to {high:.3g} in 9 of 10), "
+                f"{share:.1%} of it waiting for input"
+            )
         self.progress.close()
 
 

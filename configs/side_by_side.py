@@ -1,0 +1,27 @@
+"""The work that speed is compared on with PyTorch: ViT 256x12 at 336 px with 5 views, LLM 512x12, 8 shortcuts.
+
+    python -m sparsecut_jax.benchmark --config=configs/side_by_side.py --parts=step,decode
+
+Two rows of 576 image tokens and 128 words, float32, tower frozen, AdamW on the rest (docs/speed.md has the figures).
+It is no run: it has no data of its own.
+"""
+
+from ml_collections import ConfigDict
+
+from sparsecut_jax.config import default, variant_arguments
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    variant_arguments(arguments)
+    config = default()
+    config.workdir = "runs/side_by_side"
+    config.vision.update(image_size=336, patch_size=14, width=256, layers=12, heads=8, mlp_dim=1024)
+    config.fusion.name = "channel"
+    config.shortcuts.count = 8
+    config.llm.update(vocab_size=32000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64, mlp_dim=1376)
+    config.dtype = "float32"
+    config.run_stages = ("instruct",)
+    config.stages.instruct.update(
+        seq_len=704, batch_size=2, trainable=("fusion/.*", "llm/.*"), lr=1e-4, weight_decay=0.0
+    )
+    return config

@@ -1,0 +1,187 @@
+# Shared by the scripts in this folder, which source it: flags, sentences, and commands that are shown before they run.
+# shellcheck shell=bash
+
+dry_run=''
+ARGS=() # what stands behind --: arguments of sparsecut_jax.train
+exec 3>&2
+
+usage() { # the header comment of the script
+  sed -n '2,/^$/ s/^# \{0,1\}//p' "launch/${0##*/}"
+}
+
+fail() { # CODE SENTENCE
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+say() { # what happened; in a dry run nothing does
+  [[ $dry_run ]] || echo "launch: $*" >&2
+}
+
+# flags "name= spot ..." "$@": sets the variables of the same names; NAME= takes a value, NAME alone is a switch.
+flags() {
+  local known=" $1 dry-run " arg key
+  shift
+  while (($#)); do
+    arg=$1 key=${1#--}
+    key=${key%%=*}
+    shift
+    case $arg in
+      --help | -h) usage && exit 0 ;;
+      --) ARGS=("$@") && break ;;
+      --*=*)
+        [[ $known == *" $key= "* ]] || fail 2 "unknown flag --$key= (--help lists the flags)"
+        printf -v "${key//-/_}" '%s' "${arg#*=}"
+        ;;
+      --*)
+        [[ $known != *" $key= "* ]] || fail 2 "--$key needs a value: --$key=..."
+        [[ $known == *" $key "* ]] || fail 2 "unknown flag --$key (--help lists the flags)"
+        printf -v "${key//-/_}" 1
+        ;;
+      *) fail 2 "unexpected argument '$arg'; arguments of the training stand behind --" ;;
+    esac
+  done
+  [[ ! $dry_run ]] || exec 3>&1
+}
+
+needs() { # COMMAND HINT
+  [[ $dry_run ]] || command -v "$1" >/dev/null || fail 2 "$1 is not installed here; $2"
+}
+
+number() { # FLAG VALUE LEAST
+  if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then fail 2 "--$1=$2: expected a whole number from $3"; fi
+}
+
+quoted() { # its arguments as one line of shell
+  local arg line='' whole=$'*[!a-zA-Z0-9_@%+=:,./^-]*'
+  for arg in "$@"; do
+    # shellcheck disable=SC2053 # a pattern
+    [[ $arg && $arg != $whole ]] || arg="'${arg//\'/\'\\\'\'}'"
+    line+=" $arg"
+  done
+  echo "${line# }"
+}
+
+# Shows a command and runs it; a dry run only shows it. In the background, so that a signal need not wait for its end.
+child='' quiet=''
+run() {
+  [[ $quiet ]] || quoted "$@" >&3
+  [[ ! $dry_run ]] || return 0
+  local code=0
+  "$@" <&0 &
+  child=$!
+  wait "$child" || code=$?
+  child=''
+  return "$code"
+}
+
+# ask ANSWER COMMAND...: prints what the command prints; a dry run takes the answer for granted.
+ask() {
+  [[ $quiet ]] || quoted "${@:2}" >&3
+  if [[ $dry_run ]]; then echo "$1"; else "${@:2}"; fi
+}
+
+# Looks again in a while, and need not show the commands again.
+pause() { # SECONDS
+  quiet=1
+  sleep "${LAUNCH_POLL:-$1}"
+}
+
+# Refuses before anything is paid for what the program would refuse after.
+check_args() {
+  local arg file
+  ((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py"
+  for arg in "${ARGS[@]}"; do
+    case $arg in
+      *$'\n'*) fail 2 "an argument has a line end in it: $(quoted "$arg")" ;;
+      --config.workdir=*://*) fail 2 "$arg: the workdir must be a folder on a disk that all hosts share, not a bucket" ;;
+      --config=*)
+        file=${arg#*=} file=${file%%:*}
+        git ls-files --error-unmatch -- "$file" >/dev/null 2>&1 ||
+          fail 2 "$file is not a file that git knows, and only those are copied: write it and git add it"
+        ;;
+    esac
+  done
+}
+
+# The tracked files that a run needs, as they are on this disk.
+pack() { # FILE
+  run sh -c "git ls-files -z . ':!tests' ':!docs' | tar -czf $(quoted "$1") --null -T -"
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was created is deleted however the script ends; where that fails it says what is left and how to delete it.
+
+what='' delete=() keep='' # to be set: what is created, the command that deletes it, whether it stays
+step='' created=''        # what is being done; whether there may be something to delete
+
+remove() {
+  run "${delete[@]}" && created=''
+}
+
+gone() { # whether it is known that there is nothing to delete
+  false
+}
+
+# shellcheck disable=SC2329 # called by the trap
+finish() {
+  local code=$? how
+  how="delete it with: $(quoted "${delete[@]}")"
+  trap '' INT TERM HUP
+  trap - EXIT
+  quiet=''
+  [[ ! $child ]] || kill "$child" 2>/dev/null || true
+  ((code == 0)) || [[ ! $step ]] || say "$step ended with exit code $code"
+  if [[ ! $created ]]; then
+    exit "$code"
+  elif gone; then
+    say "nothing of $what is left"
+  elif [[ $keep ]]; then
+    say "$what is left and costs money; $how"
+  elif remove; then
+    say "$what is deleted"
+  else
+    say "$what was created, may still cost money, and could not be deleted; $how"
+    ((code)) || code=1
+  fi
+  exit "$code"
+}
+
+delete_at_the_end() {
+  trap finish EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM HUP
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TPU slices: type and topology, as Google lists them. v4 and v5p count two cores a chip, the others chips.
+
+V4='8:2x2x1 16:2x2x2 32:2x2x4 64:2x4x4 128:4x4x4 256:4x4x8 512:4x8x8 1024:8x8x8 1536:8x8x12 2048:8x8x16 4096:8x16x16'
+V5E='1:1x1 4:2x2 8:2x4 16:4x4 32:4x8 64:8x8 128:8x16 256:16x16'
+V5P='8:2x2x1 16:2x2x2 32:2x2x4 64:2x4x4 128:4x4x4 256:4x4x8 384:4x4x12 512:4x8x8 640:4x4x20 768:4x8x12 896:4x4x28'
+V5P+=' 1024:8x8x8 1536:8x8x12 2048:8x8x16 3072:8x12x16 4096:8x16x16 6144:12x16x16 8192:16x16x16 12288:16x16x24'
+
+# slice TYPE: sets its topology, hosts, chips of a host, GKE's name of the chip, and runtime version. Exits for others.
+slice() {
+  local family=${1%-*} size=${1##*-} sizes entry chips known=''
+  case $family in
+    v4) sizes=$V4 accelerator=tpu-v4-podslice runtime=tpu-ubuntu2204-base ;;
+    v5litepod) sizes=$V5E accelerator=tpu-v5-lite-podslice runtime=v2-alpha-tpuv5-lite ;;
+    v5p) sizes=$V5P accelerator=tpu-v5p-slice runtime=v2-alpha-tpuv5 ;;
+    v6e) sizes=$V5E accelerator=tpu-v6e-slice runtime=v2-alpha-tpuv6e ;;
+    *) fail 2 "--type=$1: no such slice; known are v4-8 to v4-4096, v5litepod-1 to -256, v5p-8 to v5p-12288, v6e-1 to -256" ;;
+  esac
+  topology=''
+  for entry in $sizes; do
+    [[ ${entry%:*} != "$size" ]] || topology=${entry#*:}
+    known+=" $family-${entry%:*}"
+  done
+  [[ $topology ]] || fail 2 "--type=$1: no such slice; known are$known"
+  chips=$((${topology//x/*}))
+  case $topology in
+    *x*x*) chips_per_host=4 ;;
+    *) chips_per_host=$((chips > 8 ? 4 : chips)) ;; # up to eight chips of these are one host
+  esac
+  hosts=$((chips / chips_per_host))
+  : "$accelerator" "$runtime" "$hosts"
+}

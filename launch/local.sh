@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains as several processes on this machine, as on several hosts: to try things out.
+#
+#   launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:smoke
+#
+#   --processes=N   (default 2)
+#   --devices=D     fake CPU devices of each; without it every process takes what JAX finds, so on a GPU use one process
+#   --port=PORT     where they meet (default: one that is free)
+#   --python=PATH   (default .venv/bin/python if it is there, else python3)
+#   --dry-run       print the commands, run none
+#
+# Behind -- stand the arguments of sparsecut_jax.train. Only the first process prints. SIGTERM saves (exit code 3), ^C
+# stops. Exit code: 2 or 4 if any process says so, else that of the one that failed, rather than of those it left behind.
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+processes=2 devices='' port='' python=python3
+[[ ! -x .venv/bin/python ]] || python=.venv/bin/python
+flags "processes= devices= port= python=" "$@"
+number processes "$processes" 1
+[[ ! $devices ]] || number devices "$devices" 1
+[[ ! $port ]] || number port "$port" 1
+((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py:smoke"
+command -v "$python" >/dev/null || fail 2 "--python=$python is not there"
+[[ $port ]] || port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
+
+command=("$python" -m sparsecut_jax.train)
+if [[ $devices ]]; then
+  flag="--xla_force_host_platform_device_count=$devices"
+  command=(env JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$flag" "${command[@]}")
+fi
+command+=(--coordinator="localhost:$port" --processes="$processes")
+
+pids=() told=''
+# shellcheck disable=SC2329 # called by the traps
+pass_on() { # to those that still run
+  told=1
+  kill -"$1" "${pids[@]}" 2>/dev/null || true
+}
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM HUP
+set -m # without it processes in the background would be deaf to SIGINT
+for ((i = 0; i < processes; i++)); do
+  quoted "${command[@]}" --process="$i" "${ARGS[@]}" >&3
+  [[ ! $dry_run ]] || continue
+  "${command[@]}" --process="$i" "${ARGS[@]}" </dev/null &
+  pids+=($!)
+done
+[[ ! $dry_run ]] || exit 0
+
+# 5 means that another process is gone, which has the reason; 3 that the run was stopped after saving.
+rank() {
+  case $1 in 0) echo 0 ;; 3) echo 1 ;; 5) echo 2 ;; 4) echo 4 ;; 2) echo 5 ;; *) echo 3 ;; esac
+}
+worst=0
+for pid in "${pids[@]}"; do
+  while
+    told='' code=0
+    wait "$pid" || code=$?
+    [[ $told ]] # a signal has ended the waiting, not the process
+  do :; done
+  (($(rank "$code") <= $(rank "$worst"))) || worst=$code
+done
+exit "$worst"

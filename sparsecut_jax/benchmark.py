@@ -1,0 +1,80 @@
+"""How fast the parts of a config are on this machine, each beside the least time it could take.
+
+    python -m sparsecut_jax.benchmark --config=configs/base.py
+    python -m sparsecut_jax.benchmark --config=configs/side_by_side.py --parts=step,decode
+
+Parts: tower, encode (tower and fusion), forward, gradient, step (compiled as in a run), decode (a token of one row), and
+input (batches from the config's data). Weights and batches are drawn. The floor of a part is the larger of its FLOPs over
+the peak rate and its bytes over the bandwidth, both measured here before all else (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+import os
+
+from absl import flags
+
+from sparsecut_jax import cli
+from sparsecut_jax.benchmarking import peaks
+from sparsecut_jax.benchmarking.parts import PARTS, Bench
+from sparsecut_jax.planning.answer import default_stage
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training.report import table
+from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.types import UserError
+
+STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
+CHOSEN = flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
+STEPS = flags.DEFINE_integer("steps", 5, "Times that each part is run; the median counts.", lower_bound=1)
+NEW = flags.DEFINE_integer("new", 64, "Tokens that decode makes.", lower_bound=2)
+OUT = flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
+
+
+def benchmark(cfg: Config) -> None:
+    for part in CHOSEN.value:
+        if part not in PARTS:
+            raise UserError(f"--parts={','.join(CHOSEN.value)}: {part!r} is not one of {', '.join(PARTS)}")
+
+    # ------------------------------------------------------------------ the machine
+    bench = Bench(cfg, default_stage(cfg, STAGE.value), STEPS.value, NEW.value)
+    peak = peaks.measure(bench.dtype, bench.mesh)
+    stage = bench.cfg.stages[bench.name]
+    print(f"devices    {bench.mesh.size} x {bench.device}, {bench.dtype}: {peak.flops / 1e9:,.0f} GFLOP/s in products, "
+          f"{peak.bandwidth / 1e9:,.1f} GB/s")  # fmt: skip
+    print(
+        f"batch      {stage.batch_size} sequences of {stage.seq_len} positions, {bench.slots} images each\n", flush=True
+    )
+
+    # ------------------------------------------------------------------ its parts
+    timed = []
+    for part in (part for part in PARTS if part in CHOSEN.value):
+        print(f"timing     {part}", flush=True)
+        timed.append(bench.time(part, peak))
+    rows = [[t.label, f"{t.median * 1e3:,.1f}", f"{t.best * 1e3:,.1f}", *_floor(t), t.rate, _first(t)] for t in timed]
+    print("\n" + table(["part", "median ms", "best ms", "floor ms", "floor / median", "rate", "first call s"], rows))
+    memory = bench.peak_memory()
+    print(f"\nmemory     {memory / 2**20:,.0f} MiB at most")
+
+    # ------------------------------------------------------------------ files
+    folder = OUT.value or cfg.workdir
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "benchmark.json")
+    write_json(
+        path, {**bench.facts(), "peak": vars(peak), "peak_memory": memory, "parts": [t.as_json() for t in timed]}
+    )
+    print(f"written    {path}")
+
+
+def _floor(t) -> list[str]:
+    if not t.floor:
+        return ["-", "-"]
+    return [f"{t.floor * 1e3:,.1f} ({t.bound})", f"{t.floor / t.median:.0%}"]
+
+
+def _first(t) -> str:
+    return f"{t.first:.1f}" if t.first else "-"
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(lambda: benchmark(cli.typed_config()), __doc__)

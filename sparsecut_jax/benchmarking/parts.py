@@ -1,0 +1,259 @@
+"""The parts of a training step and of generation, each timed by itself and beside its floor.
+
+A floor counts what has to be done and moved: products of weights and of attention (planning/flops.py), weights and the
+products' inputs and outputs once each, Adam's numbers. Nothing that is computed again is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsecut_jax import backends, sharding
+from sparsecut_jax.benchmarking.peaks import Peak
+from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.inference.decoding import generate
+from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.planning import flops
+from sparsecut_jax.planning.answer import prepared
+from sparsecut_jax.planning.roofline import UPDATE
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training import state
+from sparsecut_jax.training.losses import summed_loss
+from sparsecut_jax.training.step import make_gradients, make_train_step
+from sparsecut_jax.types import Batch
+
+PARTS = ("tower", "encode", "forward", "gradient", "step", "decode", "input")
+OF = {"tower": ("vision",), "encode": ("vision", "fusion"), "decode": ("llm", "loss")}  # parts of planning/flops.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """One part.
+
+    Attributes:
+      seconds: of every call but the first.
+      first: of the first one, with tracing and compilation; 0 where nothing is compiled.
+      flops, bytes: of the floor; 0 where there is none.
+      floor: seconds; bound: "compute" or "memory".
+      rate: what users count it by.
+    """
+
+    part: str
+    label: str
+    seconds: list[float]
+    first: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    floor: float = 0.0
+    bound: str = ""
+    rate: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "median": self.median, "best": self.best}
+
+
+def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
+    """A batch of stage `name`: images one behind the other after a few words, then text, half of it to be predicted."""
+    stage, n, size = cfg.stages[name], cfg.tokens_per_image, cfg.vision.image_size
+    rng, (b, t) = np.random.default_rng(0), (stage.batch_size, stage.seq_len)
+    start = np.arange(slots, dtype=np.int32) * n + min(4, t - slots * n)
+    mask = np.zeros((b, t), np.uint8)
+    mask[:, (t + int(start[-1]) + n) // 2 :] = 1
+    return Batch(
+        tokens=rng.integers(3, cfg.llm.vocab_size, (b, t), np.int32),
+        loss_mask=mask,
+        segments=np.ones((b, t), np.int32),
+        branches=None,
+        positions=np.tile(np.arange(t, dtype=np.int32), (b, 1)),
+        views=rng.integers(0, 256, (b, slots, views_of(cfg.fusion), size, size, 3), np.uint8),
+        image_start=np.tile(start, (b, 1)),
+        most_segments=1,
+    )
+
+
+class Bench:
+    """A config's stage with drawn weights and a drawn batch on this machine's devices."""
+
+    def __init__(self, cfg: Config, name: str, steps: int, new: int):
+        """steps: timed calls of each part; new: tokens that decode makes. Raises UserError as a run would."""
+        cfg, _ = prepared(cfg, name)
+        self.asked, self.name, self.steps, self.new = cfg, name, steps, new
+        self.mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+        sharding.check_mesh(cfg, self.mesh.shape)
+        self.cfg = cfg = backends.resolve(cfg, sharding.platform(self.mesh))
+        self.stage, self.dtype = cfg.stages[name], backends.compute_dtype(cfg)
+        self.device = self.mesh.devices.flat[0].device_kind
+        # As many images as there is room for, at most one slot's worth.
+        self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
+        self.model = build_model(cfg, self.dtype, ("shortcut_ratio",))
+        self.abstract = state.abstract_params(self.model, cfg, self.mesh, state.stage_dtypes(cfg, name))
+        self.shapes = {path: leaf.shape for path, leaf in state.flatten(self.abstract).items()}
+        with jax.set_mesh(self.mesh):
+            self.params = state.init_params(self.model, cfg, self.abstract)
+            batch = drawn_batch(cfg, name, self.slots)
+            self.batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+    def time(self, part: str, peak: Peak) -> Timed:
+        """Times one of PARTS."""
+        with jax.set_mesh(self.mesh):
+            timed = getattr(self, f"_{part}")()
+        compute, memory = timed.flops / peak.flops, timed.bytes / peak.bandwidth
+        bound = ("compute" if compute >= memory else "memory") if compute else ""
+        return dataclasses.replace(timed, floor=max(compute, memory), bound=bound)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # a training step and what it consists of
+
+    def _tower(self) -> Timed:
+        run = jax.jit(lambda params, views: self.model.apply({"params": params}, views, method="levels"))
+        return self._called("tower", "tower forward", run, self.params, self.batch.views)
+
+    def _encode(self) -> Timed:
+        run = jax.jit(lambda params, views: self.model.apply({"params": params}, views, method="encode"))
+        return self._called("encode", "tower and fusion forward", run, self.params, self.batch.views)
+
+    def _forward(self) -> Timed:
+        run = jax.jit(lambda params, batch: summed_loss(self.model, params, batch, self.cfg.loss_chunk)[0])
+        return self._called("forward", "forward to the loss", run, self.params, self.batch)
+
+    def _gradient(self) -> Timed:
+        run = jax.jit(make_gradients(self.model, self.stage.accumulate, self.cfg.loss_chunk))
+        moving, frozen = opt.split(self.params, self.stage.trainable)
+        return self._called("gradient", "forward and backward", run, moving, frozen, self.batch, jax.random.key(0))
+
+    def _step(self) -> Timed:
+        tx = opt.adamw(self.stage)
+        target = state.abstract_state(self.abstract, self.stage.trainable, tx, self.mesh)
+        now = state.begin_stage(target, jax.tree.map(jnp.copy, self.params), self.stage.trainable, tx, 0, 0)
+        schedule = opt.schedule(self.stage, 1000)
+        step = make_train_step(self.model, self.stage, tx, schedule, 0, self.cfg.seed, self.cfg.loss_chunk)
+        jitted, seconds = jax.jit(step, donate_argnums=0), []
+        for _ in range(self.steps + 1):
+            began = time.perf_counter()
+            now, metrics = jitted(now, self.batch)
+            jax.block_until_ready((now, metrics))
+            seconds.append(time.perf_counter() - began)
+        return self._floored(Timed("step", "training step", seconds[1:], seconds[0]))
+
+    def _called(self, part: str, label: str, run: Callable, *args: Any) -> Timed:
+        seconds = []
+        for _ in range(self.steps + 1):
+            began = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            seconds.append(time.perf_counter() - began)
+        return self._floored(Timed(part, label, seconds[1:], seconds[0]))
+
+    def _floored(self, timed: Timed) -> Timed:
+        """With the FLOPs and bytes of all rows, and the rate."""
+        stage, part = self.stage, timed.part
+        cfg = dataclasses.replace(
+            self.cfg, stages={**self.cfg.stages, self.name: dataclasses.replace(stage, slots=self.slots)}
+        )
+        found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len)
+        found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
+        more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
+        work = sum(p.flops * (1 + more(p)) for p in found)
+        moved = sum((p.moved + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
+        if part == "step":
+            moving, _ = opt.split(self.abstract, stage.trainable)
+            moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
+        tokens = stage.batch_size * stage.seq_len / timed.median
+        rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
+        return dataclasses.replace(timed, flops=work, bytes=moved, rate=rate)
+
+    @property
+    def _images(self) -> int:
+        return self.stage.batch_size * self.slots
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # generation
+
+    def _decode(self) -> Timed:
+        """One row a device group, its image and words in front: a whole answer less its first token, by tokens."""
+        here = backends.resolve_for_inference(self.asked, sharding.platform(self.mesh))
+        model = build_model(here, self.dtype)
+        params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
+        rows = sharding.data_parallel()
+        row = jax.tree.map(lambda x: np.asarray(x)[:rows], self.batch)
+        encoded = jax.jit(lambda p, views: model.apply({"params": p}, views, method="encode"))(params, row.views)
+        length = np.full(rows, self.stage.seq_len, np.int32)
+        run = lambda new: jax.block_until_ready(
+            generate(model, params, row.tokens, length, row.image_start, encoded, new)
+        )
+        seconds = {}
+        for new in (1, self.new):
+            seconds[new] = []
+            for _ in range(self.steps + 1):
+                began = time.perf_counter()
+                run(new)
+                seconds[new].append(time.perf_counter() - began)
+        prefill = statistics.median(seconds[1][1:])
+        each = [(s - prefill) / (self.new - 1) for s in seconds[self.new][1:]]
+        m, size = self.cfg.llm, self.dtype.itemsize
+        found = flops.products(self.cfg, self.name, self.shapes, rows, 1)
+        found = [p for p in found if p.part in OF["decode"] and p.weights]
+        seen = self.stage.seq_len + self.new
+        work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
+        moved = rows * (sum(p.weights for p in found) + 2.0 * m.layers * m.kv_heads * m.head_dim * seen) * size
+        rate = f"{rows / statistics.median(each):,.1f} tokens/s"
+        return Timed("decode", "decode, a token", each, seconds[self.new][0], work, moved, rate=rate)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # input
+
+    def _input(self) -> Timed:
+        """Batches of the config's data as a run reads them, nothing else meanwhile."""
+        from sparsecut_jax.train import make_reader, make_tokenizer
+
+        source = sources.load_source(self.asked)
+        tokenizer = make_tokenizer(self.asked, source, {})
+        reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
+        reader.pictures.forget = True
+        stage = dataclasses.replace(self.stage, max_steps=10_000)
+        plan = stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)
+        batches, seconds = pipeline.train_batches(reader, plan, self.asked, (self.asked.seed, 0)), []
+        with pipeline.closing(batches):
+            for _ in range(4 * self.steps + 1):
+                began = time.perf_counter()
+                pipeline.next_batch(batches)
+                seconds.append(time.perf_counter() - began)
+        rate = f"{stage.batch_size * (len(seconds) - 1) / sum(seconds[1:]):,.1f} sequences/s"
+        return Timed("input", "input, a batch", seconds[1:], rate=rate)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def peak_memory(self) -> int:
+        """Bytes that a device has held at most; of the whole process where the devices do not say."""
+        stats = self.mesh.devices.flat[0].memory_stats() or {}
+        unit = 1 if sys.platform == "darwin" else 1024
+        return stats.get("peak_bytes_in_use", 0) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def facts(self) -> dict[str, Any]:
+        s = self.stage
+        return {
+            "stage": self.name, "device": self.device, "devices": self.mesh.size, "mesh": dict(self.mesh.shape),
+            "dtype": str(self.dtype), "attention": self.cfg.attention, "batch_size": s.batch_size,
+            "seq_len": s.seq_len, "images": self.slots, "new_tokens": self.new, "jax": jax.__version__,
+        }  # fmt: skip

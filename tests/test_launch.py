@@ -1,0 +1,594 @@
+"""The scripts of launch/, with fakes of gcloud, kubectl and SLURM that note how they are called. No cloud is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+import runs
+from sparsecut_jax import platforms
+from sparsecut_jax.types import UserError
+
+SCRIPTS = ("tpu_vm", "gke", "slurm", "local")
+CONFIG = "--config=configs/base.py"
+
+# FAIL_AT: part of the command line that ends with FAIL_CODE; ONCE: only the first time. HANG_AT: one that never ends.
+FAKE = r"""#!/bin/bash
+name=${0##*/}
+if [[ $name == date ]]; then echo 2025-01-02T03:04:05Z; exit; fi
+line="$name $*"
+{ printf '%s\x1f' "$name" "$@"; echo; } >>"$LOG"
+[[ $name != srun ]] || echo "$JAX_LOCAL_DEVICE_IDS" >"$LOG.devices"
+[[ $line != *" apply "* ]] || cat >"$LOG.applied"
+if [[ ${HANG_AT-} && $line == *"$HANG_AT"* ]]; then touch "$LOG.hangs"; exec sleep 60; fi
+if [[ ${FAIL_AT-} && $line == *"$FAIL_AT"* && ! -e $LOG.failed ]]; then
+  [[ ! ${ONCE-} ]] || touch "$LOG.failed"
+  exit "${FAIL_CODE-1}"
+fi
+case $line in
+  *" list "* | *" get "*=name*) echo "${LISTED-}" ;;
+  *" describe "*) echo "${STATE-ACTIVE}" ;;
+  *" get pods "*) echo "${CODES-}" ;;
+  *terminalState*) echo "${STATE-Completed}" ;;
+esac
+"""
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a script ended, and the commands it called, each as one line of shell."""
+
+    code: int
+    out: str
+    err: str
+    called: list[str]
+
+
+@pytest.fixture
+def fakes(tmp_path) -> Path:
+    """Folder with the fakes; $LOG and what else they write lie beside it."""
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    for name in ("gcloud", "kubectl", "sbatch", "scontrol", "srun", "date"):
+        (folder / name).write_text(FAKE)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def start(fakes, tmp_path):
+    """Function of a command and environment variables: the process, which finds the fakes before anything else."""
+
+    def started(*command: str, **environment: str) -> subprocess.Popen:
+        env = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), "LAUNCH_POLL": "0"}
+        env |= {"LOG": str(tmp_path / "log"), **environment}
+        return subprocess.Popen(
+            command, cwd=runs.ROOT, env=env, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return started
+
+
+@pytest.fixture
+def launch(start, tmp_path):
+    """Function of a script's name, its arguments and environment variables: how it ended."""
+
+    def launched(script: str, *args: str, **environment: str) -> Ended:
+        return ended(start(f"launch/{script}.sh", *args, **environment))
+
+    def ended(process: subprocess.Popen) -> Ended:
+        code, out, err = runs.finish(process, 30)
+        log = tmp_path / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return Ended(code, out, err, [shlex.join(line.split("\x1f")[:-1]) for line in lines])
+
+    launched.ended = ended
+    return launched
+
+
+def tpu(*args: str, type: str = "v5litepod-8") -> list[str]:
+    return ["tpu_vm", "--name=run-1", "--zone=z", f"--type={type}", *args, "--", CONFIG]
+
+
+TWO = tpu("--slices=2", "--spot", "--mount=nfs:/share", "--project=p", type="v5litepod-16")
+GKE = ["gke", "--name=run-1", "--type=v5litepod-16", "--claim=shared", "--", CONFIG]
+SLURM = ["slurm", "--nodes=2", "--partition=gpu", "--python=python3", "--", CONFIG, "--config.llm.layers=2"]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all scripts
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck():
+    files = sorted(str(file) for file in (runs.ROOT / "launch").glob("*.sh"))
+    done = subprocess.run(["shellcheck", "--external-sources", *files], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_header(launch, script):
+    done = launch(script, "--help")
+    assert (done.code, done.err, done.called) == (0, "", [])
+    header = (runs.ROOT / "launch" / f"{script}.sh").read_text().split("\n\n")[0].splitlines()[1:]
+    assert done.out == "".join(f"{line[2:]}\n" for line in header)
+    assert f"launch/{script}.sh --" in done.out and "--dry-run" in done.out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [tpu(), tpu("--queued"), TWO, tpu("--keep"), GKE, [*GKE[:-2], "--slices=2", "--spot", *GKE[-2:]], SLURM],
+    ids=lambda args: "_".join(args[:1] + [arg.strip("-") for arg in args if arg.count("=") == 0 and arg != "--"][1:]),
+)
+def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
+    """What it prints, given to a shell, calls the same commands as the run; and it calls none itself."""
+    dry = launch(args[0], "--dry-run", *args[1:])
+    assert (dry.code, dry.err, dry.called) == (0, "", [])
+    real = launch(*args)
+    assert (real.code, real.out) == (0, "")
+    applied = tmp_path / "log.applied"
+    manifest = applied.read_text() if applied.exists() else ""
+    again = launch.ended(start("bash", "-ec", dry.out))
+    assert (again.code, again.called) == (0, real.called) and real.called
+    assert manifest == (applied.read_text() if applied.exists() else "")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["tpu_vm"], "--name=: expected up to 40 small letters, digits and -, a letter first"),
+        (["tpu_vm", "--name=A"], "--name=A: expected up to 40 small letters"),
+        (["tpu_vm", "--name=a"], "--zone is missing; for example --zone=us-west4-a"),
+        (["tpu_vm", "--name=a", "--zone=z"], "--type is missing; for example --type=v5litepod-16"),
+        (tpu(type="v5e-16"), "--type=v5e-16: no such slice; known are v4-8 to v4-4096, v5litepod-1 to -256, "),
+        (
+            tpu(type="v6e-12"),
+            "--type=v6e-12: no such slice; known are v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256\n",
+        ),
+        (tpu("--slices=none"), "--slices=none: expected a whole number from 1"),
+        (tpu("--slices=0"), "--slices=0: expected a whole number from 1"),
+        (tpu("--mount=share"), "--mount=share: expected HOST:/SHARE"),
+        (tpu(type="v5p-16"), "1 x v5p-16 has 2 hosts, which must share runs/: give --mount=HOST:/SHARE"),
+        (tpu("--requeue=3"), "--requeue goes on from what the last slice has saved: give --mount=HOST:/SHARE"),
+        (
+            tpu("--slices=2", "--mount=h:/s", type="v5p-512"),
+            "2 x v5p-512 has 128 hosts; more than 64 in several slices need launch/gke.sh",
+        ),
+        (tpu("--spott"), "unknown flag --spott (--help lists the flags)"),
+        (tpu("--spott=1"), "unknown flag --spott= (--help lists the flags)"),
+        (tpu("--slices"), "--slices needs a value: --slices=..."),
+        (tpu("spot"), "unexpected argument 'spot'; arguments of the training stand behind --"),
+        (tpu()[:-1], "the training's arguments are missing; for example -- --config=configs/base.py"),
+        ([*tpu(), "--config.workdir=gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder on a disk"),
+        (
+            [*tpu()[:-1], "--config=configs/bse.py:smoke"],
+            "configs/bse.py is not a file that git knows, and only those are copied: write it and git add it",
+        ),
+        ([*tpu(), "a\nb"], "an argument has a line end in it: 'a"),
+        (["gke", "--name=a", "--type=v5litepod-16"], "--claim=: expected the name of a ReadWriteMany volume claim"),
+        (["gke", "--name=a", "--type=v3-8"], "--type=v3-8: no such slice; known are v4-8"),
+        (
+            ["gke", "--name=a", "--type=v6e-8", "--claim=c", "--slices=2"],
+            "--slices=2: GKE joins slices of several hosts only, and v6e-8 has one",
+        ),
+        (["slurm", "--gpus-per-node=0"], "--gpus-per-node=0: expected a number or TYPE:NUMBER; without GPUs use"),
+        (["slurm", "--time=long"], "--time=long: expected [DAYS-]HOURS:MINUTES:SECONDS"),
+        (["slurm", "--", CONFIG], ".venv/bin/python is not installed here; make the environment there, or give --py"),
+        (["local", "--processes=0", "--", CONFIG], "--processes=0: expected a whole number from 1"),
+        (["local", "--python=nopython", "--", CONFIG], "--python=nopython is not there"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_call_nothing(launch, args, sentence):
+    if sentence.startswith(".venv") and (runs.ROOT / ".venv").exists():
+        pytest.skip("there is an environment")
+    done = launch(*args)
+    assert (done.code, done.out, done.called) == (2, "", [])
+    assert done.err.startswith(f"error: {sentence}") and done.err.endswith("\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tpu_vm.sh
+
+
+def test_one_slice(launch, tmp_path):
+    done = launch(*tpu("--spot"))
+    assert done.code == 0
+    gcloud, everywhere = "gcloud compute tpus tpu-vm", "--zone=z --worker=all"
+    assert done.called == [
+        f"{gcloud} list --zone=z '--format=value(name.basename())'",
+        f"{gcloud} create run-1 --zone=z --accelerator-type=v5litepod-8 --spot --version=v2-alpha-tpuv5-lite",
+        f"{gcloud} scp {tmp_path}/run-1.tgz run-1: {everywhere}",
+        f"{gcloud} ssh run-1 {everywhere} "
+        + shlex.quote(
+            "--command=set -e; mkdir -p sparsecut_jax; tar -xzf run-1.tgz -C sparsecut_jax; cd sparsecut_jax;"
+            " python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --python=3.12 .venv;"
+            " ~/.local/bin/uv pip install -q --python=.venv/bin/python -r requirements.txt 'jax[tpu]'"
+        ),
+        f"{gcloud} ssh run-1 {everywhere} "
+        + shlex.quote(
+            "--command=cd sparsecut_jax && exec nohup .venv/bin/python -m sparsecut_jax.train --require-platform=tpu "
+            + CONFIG
+        ),
+        f"{gcloud} scp run-1:sparsecut_jax/runs . --zone=z --worker=0 --recurse",
+        f"{gcloud} delete run-1 --zone=z --quiet",
+    ]
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+
+
+def test_the_copy_holds_the_tracked_files_that_a_run_needs(launch, tmp_path):
+    launch(*tpu())
+    names = subprocess.run(["tar", "-tzf", tmp_path / "run-1.tgz"], capture_output=True, text=True).stdout.split()
+    assert {"requirements.txt", "configs/base.py", "sparsecut_jax/train.py", "sparsecut_jax/data/rows.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "runs/"))]
+    assert (tmp_path / "run-1.tgz").stat().st_size < 1_000_000  # a ConfigMap holds a MiB
+
+
+def test_two_slices_are_one_queued_resource(launch):
+    done = launch(*TWO)
+    assert done.code == 0
+    short = [
+        line.removeprefix("gcloud compute tpus queued-resources ").split(" '--command")[0].split(" /")[0]
+        for line in done.called
+    ]
+    where = "--zone=z --project=p"
+    everywhere = f"{where} --worker=all --node=all --batch-size=64"
+    assert short == [
+        f"list {where} '--format=value(name.basename())'",
+        f"create run-1 {where} --accelerator-type=v5litepod-16 --spot --node-count=2 --node-prefix=run-1"
+        " --runtime-version=v2-alpha-tpuv5-lite",
+        f"describe run-1 {where} '--format=value(state.state)'",
+        "scp",
+        f"ssh run-1 {everywhere}",
+        f"ssh run-1 {everywhere}",
+        f"ssh run-1 {everywhere}",
+        f"delete run-1 {where} --quiet --force",
+    ]
+    assert "sudo mount -t nfs nfs:/share sparsecut_jax/runs" in done.called[5]
+    assert "sparsecut_jax.train" in done.called[6]
+
+
+@pytest.mark.parametrize(
+    ("type", "runtime"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-1", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_runtime_version_follows_from_the_type(launch, type, runtime):
+    assert f" --version={runtime}\n" in launch(*tpu("--dry-run", type=type)).out
+    assert " --version=mine\n" in launch(*tpu("--dry-run", "--version=mine", type=type)).out
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "code"),
+    [
+        (" create ", "creating run-1", 1),
+        (".tgz run-1:", "copying to run-1", 1),
+        ("pip install", "installing on run-1", 255),
+        ("sparsecut_jax.train", "the run on run-1", 4),
+    ],
+)
+def test_after_a_failure_the_slice_is_deleted(launch, at, step, code):
+    done = launch(*tpu(), FAIL_AT=at, FAIL_CODE=str(code), LISTED="run-1")
+    assert done.code == 2 and "run-1 is already in z" in done.err  # that is what LISTED says at the start
+    done = launch(*tpu(), FAIL_AT=at, FAIL_CODE=str(code))
+    assert done.code == code
+    assert f"launch: {step} ended with exit code {code}\n" in done.err
+    if at == " create ":
+        assert done.called[-1].startswith("gcloud compute tpus tpu-vm list ")  # which does not know it
+        assert done.err.endswith("launch: nothing of run-1 (1 x v5litepod-8 in z) is left\n")
+    else:
+        assert done.called[-1] == "gcloud compute tpus tpu-vm delete run-1 --zone=z --quiet"
+        assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+
+
+def test_a_creation_that_gcloud_says_failed_may_have_left_something(launch, fakes):
+    """A queued resource that is there after `create` has ended with an error is deleted."""
+    gcloud = fakes / "gcloud"
+    gcloud.write_text(FAKE.replace('  *" list', '  *" list "*) [[ ! -e $LOG.failed ]] || echo run-1 ;;\n  *" list'))
+    done = launch(*tpu("--queued"), FAIL_AT=" create ", ONCE="1")
+    assert done.code == 1
+    assert done.called[-1] == "gcloud compute tpus queued-resources delete run-1 --zone=z --quiet --force"
+
+
+def test_what_cannot_be_deleted_is_said_with_the_command(launch):
+    delete = "gcloud compute tpus tpu-vm delete run-1 --zone=z --quiet"
+    what = "launch: run-1 (1 x v5litepod-8 in z)"
+    done = launch(*tpu(), FAIL_AT=" delete ")
+    assert done.code == 1 and done.called[-1] == delete
+    told = f"{what} was created, may still cost money, and could not be deleted; delete it with: {delete}\n"
+    assert done.err.endswith(told)
+    done = launch(*tpu("--keep"))
+    assert done.code == 0 and delete not in done.called
+    assert done.err.endswith(f"{what} is left and costs money; delete it with: {delete}\n")
+
+
+def test_of_a_name_that_is_taken_nothing_is_touched(launch):
+    done = launch(*tpu(), LISTED="run-10\nrun-1")
+    assert (done.code, len(done.called)) == (2, 1)
+    assert "error: run-1 is already in z; choose another --name, or delete it with: gcloud compute" in done.err
+    assert launch(*tpu(), LISTED="run-10").code == 0
+    done = launch(*tpu(), FAIL_AT=" list ")
+    assert (done.code, len(done.called)) == (1, 1)
+    assert done.err.endswith("error: gcloud cannot list what is in z; nothing was created\n")
+
+
+def test_a_queue_that_gives_nothing(launch):
+    done = launch(*tpu("--queued"), STATE="FAILED")
+    assert done.code == 1
+    assert "launch: waiting for run-1 ended with exit code 1\n" in done.err
+    assert done.called[-1] == "gcloud compute tpus queued-resources delete run-1 --zone=z --quiet --force"
+
+
+def verbs(done: Ended) -> list[str]:
+    return [line.split()[4] for line in done.called]
+
+
+GO = ["create", "scp", "ssh", "ssh", "ssh"]  # copy, install, mount, train
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "asked"), [("3", "READY", 0), ("255", "PREEMPTED", 1)], ids=["saved", "connection lost"]
+)
+def test_a_slice_that_was_taken_away_is_created_again(launch, code, state, asked):
+    args = tpu("--spot", "--requeue=2", "--mount=h:/s")
+    done = launch(*args, FAIL_AT="sparsecut_jax.train", FAIL_CODE=code, ONCE="1", STATE=state)
+    assert done.code == 0
+    assert verbs(done) == ["list", *GO, *["describe"] * asked, "delete", *GO, "delete"]
+    assert "the slice was taken away; creating it again (1 of 2)" in done.err
+
+
+@pytest.mark.parametrize(("code", "asked"), [("2", 0), ("4", 0), ("1", 4)])
+def test_no_other_end_is_repeated(launch, code, asked):
+    args = tpu("--spot", "--requeue=2", "--mount=h:/s")
+    done = launch(*args, FAIL_AT="sparsecut_jax.train", FAIL_CODE=code, STATE="READY")
+    assert done.code == int(code)
+    assert verbs(done) == ["list", *GO, *["describe"] * asked, "delete"]
+
+
+def test_it_is_created_again_only_so_often(launch):
+    done = launch(*tpu("--requeue=2", "--mount=h:/s"), FAIL_AT="sparsecut_jax.train", FAIL_CODE="3")
+    assert done.code == 3
+    assert verbs(done) == ["list", *GO, "delete", *GO, "delete", *GO, "delete"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_who_stops_the_script_leaves_nothing(launch, start, tmp_path, number, code):
+    process = start(f"launch/{tpu()[0]}.sh", *tpu()[1:], HANG_AT="sparsecut_jax.train")
+    wait_for(tmp_path / "log.hangs", process)
+    began = time.monotonic()
+    process.send_signal(number)
+    done = launch.ended(process)
+    assert (done.code, verbs(done)[-1]) == (code, "delete") and time.monotonic() - began < 10
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gke.sh
+
+
+def test_the_manifest_is_yaml_before_and_after_it_is_filled_in(launch, tmp_path):
+    text = (runs.ROOT / "launch" / "gke.yaml").read_text()
+    assert yaml.safe_load(text)["metadata"]["name"] == "${NAME}"
+    done = launch(
+        "gke", "--slices=2", "--type=v5p-32", *[arg for arg in GKE[1:] if "type" not in arg], "--config.x=a&'b'"
+    )
+    assert done.code == 0
+    filled = (tmp_path / "log.applied").read_text()
+    assert "${" not in filled
+    job = yaml.safe_load(filled)
+    assert job["spec"]["failurePolicy"] == {
+        "maxRestarts": 10,
+        "rules": [{"name": "mendFirst", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+    (slices,) = job["spec"]["replicatedJobs"]
+    assert slices["replicas"] == 2
+    spec = slices["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (4, 4, 0)
+    rules = [{"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [2, 4]}}]
+    assert spec["podFailurePolicy"] == {"rules": rules}
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 600
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x4",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"] == {"limits": {"google.com/tpu": "4"}}
+    (script,) = container["args"]
+    last = script.splitlines()[-1]
+    assert shlex.split(last)[1:] == [
+        "python", "-m", "sparsecut_jax.train", "--require-platform=tpu", CONFIG, "--config.x=a&'b'",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("type", "expected"),
+    [("v5litepod-1", (1, "1", "1x1")), ("v6e-8", (1, "8", "2x4")), ("v6e-16", (4, "4", "4x4")),
+     ("v4-8", (1, "4", "2x2x1")), ("v5p-384", (48, "4", "4x4x12"))],
+)  # fmt: skip
+def test_hosts_and_topology_of_a_type(launch, type, expected):
+    out = launch("gke", "--name=a", f"--type={type}", "--claim=c", "--dry-run", "--", CONFIG).out
+    spec = yaml.safe_load(out.split("<<'END'\n")[1].split("\nEND\n")[0])["spec"]["replicatedJobs"][0]["template"][
+        "spec"
+    ]
+    pod = spec["template"]["spec"]
+    chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert (spec["parallelism"], chips, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]) == expected
+
+
+def test_gke(launch, tmp_path):
+    done = launch(*GKE)
+    assert done.code == 0
+    first = (
+        "jobset.sigs.k8s.io/jobset-name=run-1,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    )
+    assert done.called == [
+        "kubectl get jobset/run-1 configmap/run-1 --ignore-not-found --output=name",
+        f"kubectl create configmap run-1 --from-file=code.tgz={tmp_path}/run-1.tgz",
+        "kubectl apply --filename=-",
+        f"kubectl logs --follow --selector={first} --since-time=2025-01-02T03:04:05Z",
+        "kubectl get jobset/run-1 '--output=jsonpath={.status.terminalState}'",
+        "kubectl delete jobset/run-1 configmap/run-1 --ignore-not-found",
+    ]
+    done = launch(*GKE, STATE="Failed", CODES="4")
+    assert done.code == 4 and done.called[-1].startswith("kubectl delete ")
+    assert launch(*GKE, STATE="Failed", CODES="").code == 1
+
+
+@pytest.mark.parametrize("at", ["create configmap", " apply ", "terminalState"])
+def test_gke_deletes_after_a_failure(launch, at):
+    done = launch(*GKE, FAIL_AT=at)
+    assert done.code == 1
+    assert done.called[-1] == "kubectl delete jobset/run-1 configmap/run-1 --ignore-not-found"
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-16) is deleted\n")
+
+
+def test_gke_touches_no_run_of_the_same_name(launch):
+    done = launch(*GKE, LISTED="jobset.jobset.x-k8s.io/run-1")
+    assert (done.code, len(done.called)) == (2, 1)
+    assert "error: run-1 is already there; choose another --name, or delete it with: kubectl delete" in done.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# slurm.sh
+
+
+def test_slurm_submits_itself(launch):
+    done = launch(*SLURM)
+    assert done.code == 0
+    assert done.called == [
+        "sbatch --job-name=sparsecut --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=16 --time=24:00:00"
+        " --signal=TERM@300 --requeue --open-mode=append --partition=gpu launch/slurm.sh --in-job python3"
+        f" {CONFIG} --config.llm.layers=2"
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4])
+def test_a_slurm_job_that_has_saved_goes_back_into_the_queue(launch, tmp_path, code):
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_GPUS_PER_NODE": "a100:4", "SLURM_CPUS_PER_TASK": "16"}
+    done = launch("slurm", "--in-job", "py", CONFIG, **slurm, FAIL_AT="srun", FAIL_CODE=str(code))
+    assert done.code == code
+    assert done.called == [
+        "srun --cpus-per-task=16 --kill-on-bad-exit=0 --wait=0 py -m sparsecut_jax.train --require-platform=gpu "
+        + CONFIG,
+        *["scontrol requeue 7"] * (code == 3),
+    ]
+    assert (tmp_path / "log.devices").read_text() == "0,1,2,3\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# local.sh, with a shell script as Python
+
+PYTHON = r"""#!/bin/bash
+printf '%s\x1f' "$@" >>"$LOG.$BASHPID"; echo >>"$LOG.$BASHPID"; cat "$LOG.$BASHPID" >>"$LOG"
+[[ $* =~ --process=([0-9]) ]]; index=${BASH_REMATCH[1]}
+codes=($CODES)
+case ${codes[index]} in
+  wait)
+    trap 'exit 3' TERM; trap 'exit 130' INT
+    touch "$LOG.up$index"
+    for ((i = 0; i < 600; i++)); do sleep 0.02; done ;;
+  *) exit "${codes[index]}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def python(tmp_path) -> str:
+    file = tmp_path / "python"
+    file.write_text(PYTHON)
+    file.chmod(0o755)
+    return f"--python={file}"
+
+
+def test_local_starts_every_process(launch, python):
+    args = ["--processes=3", "--port=8476", python, "--", CONFIG, "--config.workdir=a b"]
+    done = launch("local", *args, CODES="0 0 0")
+    assert done.code == 0
+    assert sorted(done.called) == [
+        f"-m sparsecut_jax.train --coordinator=localhost:8476 --processes=3 --process={i} {CONFIG} '--config.workdir=a b'"
+        for i in range(3)
+    ]
+    dry = launch("local", "--dry-run", *args)
+    assert dry.called == [] and dry.err == ""
+    prefix = f"{python.removeprefix('--python=')} "
+    assert [line.removeprefix(prefix) for line in dry.out.splitlines()] == sorted(done.called)
+    fake = launch("local", "--dry-run", "--devices=4", *args, XLA_FLAGS="--a").out.splitlines()[0]
+    flag = "'XLA_FLAGS=--a --xla_force_host_platform_device_count=4'"
+    assert fake.startswith(f"env JAX_PLATFORMS=cpu {flag} {prefix}-m sparsecut_jax.train --coordinator")
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [("5 2 5", 2), ("3 3 3", 3), ("5 137 5", 137), ("0 5 0", 5), ("4 4 4", 4), ("1 2 4", 2), ("3 5 3", 5)],
+)
+def test_the_exit_code_is_of_the_one_that_failed(launch, python, codes, expected):
+    assert launch("local", "--processes=3", "--port=1", python, "--", CONFIG, CODES=codes).code == expected
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
+def test_local_passes_signals_on(start, python, tmp_path, number, code):
+    process = start("launch/local.sh", "--port=1", python, "--", CONFIG, CODES="wait wait")
+    for index in range(2):
+        wait_for(tmp_path / f"log.up{index}", process)
+    process.send_signal(number)
+    assert runs.finish(process, 10)[0] == code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --require-platform
+
+
+def test_a_platform_that_is_not_there_is_refused():
+    platforms.require(None)
+    platforms.require("cpu")
+    with pytest.raises(UserError) as caught:
+        platforms.require("tpu")
+    assert str(caught.value) == (
+        f'--require-platform=tpu: JAX finds only {jax.device_count()} x cpu (cpu); install "jax[tpu]" and run on a TPU VM, '
+        "which no other process may be using"
+    )
+
+
+def test_what_jax_says_of_missing_devices_is_a_sentence():
+    error = RuntimeError(
+        "Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices. (set JAX_PLATFORMS='' to"
+        " automatically choose an available backend)"
+    )
+    assert platforms.missing(error) == (
+        "JAX_PLATFORMS=cpu asks for devices that JAX cannot use (FAILED_PRECONDITION: No visible GPU devices); set "
+        "JAX_PLATFORMS=cpu, or unset JAX_PLATFORMS"
+    )
+    assert platforms.missing(RuntimeError("another")) is None
+    assert platforms.missing(AssertionError()) is None
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path):
+    train = ["train", f"{CONFIG}:smoke", f"--config.workdir={tmp_path}/run", "--require-platform=gpu"]
+    assert runs.finish(runs.command(*train, JAX_PLATFORMS="cuda")) == (
+        2,
+        "",
+        "error: --require-platform=gpu: JAX_PLATFORMS=cuda asks for devices that JAX cannot use (none is here); install "
+        '"jax[cuda13]", and see that nvidia-smi lists a GPU, or unset JAX_PLATFORMS\n',
+    )
+    assert not (tmp_path / "run").exists()
