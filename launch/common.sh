@@ -81,22 +81,35 @@ ask() {
   if [[ $dry_run ]]; then echo "$1"; else "${@:2}"; fi
 }
 
+# ask_often ANSWER COMMAND...: sets `answer`. A network that fails for a while must not end a run of days.
+answer=''
+# shellcheck disable=SC2034 # for the scripts
+ask_often() {
+  local misses=0
+  until answer=$(ask "$@"); do
+    ((++misses < 20)) || return 1
+    pause 15
+  done
+}
+
 # Looks again in a while, and need not show the commands again.
 pause() { # SECONDS
   quiet=1
   sleep "${LAUNCH_POLL:-$1}"
 }
 
-# Refuses before anything is paid for what the program would refuse after.
-check_args() {
+# Refuses before anything is paid for what the program would refuse after. copied: it will see tracked files only.
+check_args() { # [copied]
   local arg file
   ((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py"
   for arg in "${ARGS[@]}"; do
     case $arg in
       *$'\n'*) fail 2 "an argument has a line end in it: $(quoted "$arg")" ;;
-      --config.workdir=*://*) fail 2 "$arg: the workdir must be a folder on a disk that all hosts share, not a bucket" ;;
+      --config.workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
       --config=*)
         file=${arg#*=} file=${file%%:*}
+        [[ ${1-} ]] || continue
+        [[ $file != /* ]] || fail 2 "$file: give the path from the project's folder, which is where it will be"
         git ls-files --error-unmatch -- "$file" >/dev/null 2>&1 ||
           fail 2 "$file is not a file that git knows, and only those are copied: write it and git add it"
         ;;
@@ -134,7 +147,7 @@ finish() {
   ((code == 0)) || [[ ! $step ]] || say "$step ended with exit code $code"
   if [[ ! $created ]]; then
     exit "$code"
-  elif gone; then
+  elif ((code < 128)) && gone; then # after a signal it may still be on its way
     say "nothing of $what is left"
   elif [[ $keep ]]; then
     say "$what is left and costs money; $how"
@@ -169,14 +182,17 @@ slice() {
     v5litepod) sizes=$V5E accelerator=tpu-v5-lite-podslice runtime=v2-alpha-tpuv5-lite ;;
     v5p) sizes=$V5P accelerator=tpu-v5p-slice runtime=v2-alpha-tpuv5 ;;
     v6e) sizes=$V5E accelerator=tpu-v6e-slice runtime=v2-alpha-tpuv6e ;;
-    *) fail 2 "--type=$1: no such slice; known are v4-8 to v4-4096, v5litepod-1 to -256, v5p-8 to v5p-12288, v6e-1 to -256" ;;
+    *)
+      fail 2 "--type=$1 is no slice type known here; known are v4-8 to v4-4096, v5litepod-1 to v5litepod-256, \
+v5p-8 to v5p-12288, v6e-1 to v6e-256"
+      ;;
   esac
   topology=''
   for entry in $sizes; do
     [[ ${entry%:*} != "$size" ]] || topology=${entry#*:}
     known+=" $family-${entry%:*}"
   done
-  [[ $topology ]] || fail 2 "--type=$1: no such slice; known are$known"
+  [[ $topology ]] || fail 2 "--type=$1 is no slice type known here; known are$known"
   chips=$((${topology//x/*}))
   case $topology in
     *x*x*) chips_per_host=4 ;;

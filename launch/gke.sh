@@ -15,8 +15,8 @@
 #   --keep           do not delete, also when this script is stopped: the run goes on
 #   --dry-run        print the commands and the manifest, run none
 #
-# Behind -- stand the arguments of sparsecut_jax.train. The cluster needs JobSet, and node pools of that type, or
-# autoscaling that makes them. Exit code: the training's, 2 for mistakes here, otherwise that of the command that failed.
+# Behind -- stand the arguments of sparsecut_jax.train. The cluster needs JobSet, and node pools of that type or
+# autoscaling that makes them. Exit code: the training's, 2 for mistakes here, else that of the command that failed.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +35,7 @@ number slices "$slices" 1
 number requeue "$requeue" 0
 number grace "$grace" 1
 ((slices == 1 || hosts > 1)) || fail 2 "--slices=$slices: GKE joins slices of several hosts only, and $type has one"
-check_args
+check_args copied
 needs kubectl "see https://kubernetes.io/docs/tasks/tools"
 
 kubectl=(kubectl)
@@ -45,10 +45,10 @@ what="$name ($slices x $type)"
 delete=("${kubectl[@]}" delete "jobset/$name" "configmap/$name" --ignore-not-found)
 
 manifest() {
-  local text key value
+  local text line
   text=$(if [[ $spot ]]; then cat launch/gke.yaml; else sed '/# spot only$/d' launch/gke.yaml; fi)
-  while IFS='=' read -r key value; do
-    text=${text//"\${$key}"/"$value"}
+  while IFS='' read -r line; do # NAME=VALUE, into the place of ${NAME}
+    text=${text//"\${${line%%=*}}"/"${line#*=}"}
   done <<END
 NAME=$name
 SLICES=$slices
@@ -95,7 +95,8 @@ say "its log follows as soon as it has started; kubectl get pods says what it wa
 until [[ $state ]]; do
   run "${kubectl[@]}" logs --follow --selector="$first" --since-time="$since" 2>/dev/null || true # not started yet, say
   since=$(date -u +%Y-%m-%dT%H:%M:%SZ)
-  state=$(ask Completed "${kubectl[@]}" get "jobset/$name" --output='jsonpath={.status.terminalState}')
+  ask_often Completed "${kubectl[@]}" get "jobset/$name" --output='jsonpath={.status.terminalState}'
+  state=$answer
   [[ $state ]] || pause 15
 done
 code=0

@@ -4,13 +4,13 @@
 #   launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:smoke
 #
 #   --processes=N   (default 2)
-#   --devices=D     fake CPU devices of each; without it every process takes what JAX finds, so on a GPU use one process
+#   --devices=D     fake CPU devices of each; without it every process takes what JAX finds: on GPUs use one process
 #   --port=PORT     where they meet (default: one that is free)
 #   --python=PATH   (default .venv/bin/python if it is there, else python3)
 #   --dry-run       print the commands, run none
 #
 # Behind -- stand the arguments of sparsecut_jax.train. Only the first process prints. SIGTERM saves (exit code 3), ^C
-# stops. Exit code: 2 or 4 if any process says so, else that of the one that failed, rather than of those it left behind.
+# stops. Exit code: 2 or 4 if any process says so, else that of the one that failed rather than of those it left alone.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."

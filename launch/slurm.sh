@@ -12,8 +12,8 @@
 #   --python=PATH        of the environment with jax[cuda13] (default .venv/bin/python), on a disk that all nodes see
 #   --dry-run            print the command, run none
 #
-# Behind -- stand the arguments of sparsecut_jax.train. SBATCH_* variables give any further option. At the time limit, and
-# when SLURM takes the nodes away, the run saves, goes back into the queue, and goes on where it was; scancel ends it.
+# Behind -- stand the arguments of sparsecut_jax.train. SBATCH_* variables give any further option. At the time limit,
+# and when SLURM takes the nodes away, the run saves, goes back into the queue, and goes on later; scancel ends it.
 
 set -euo pipefail
 
@@ -28,8 +28,11 @@ if [[ ${1-} == --in-job ]]; then
   # Where a process ends the others notice, say which, and end by themselves: srun must not kill one that is saving.
   code=0
   srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 \
-    "$python" -m sparsecut_jax.train --require-platform=gpu "$@" || code=$?
-  if ((code == 3)); then scontrol requeue "$SLURM_JOB_ID"; fi # stopped after saving
+    "$python" -u -m sparsecut_jax.train --require-platform=gpu "$@" || code=$?
+  # 3: stopped after saving. A preempted job SLURM requeues by itself, and a cancelled one shall not go on.
+  if ((code == 3)) && [[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
   exit "$code"
 fi
 

@@ -11,10 +11,10 @@
 #   --queued                  wait in the queue until there is room, rather than fail
 #   --spot                    cheaper, and may be taken away
 #   --requeue=N               a slice that was taken away is created anew up to N times; the run goes on where it was
-#   --mount=HOST:/SHARE       NFS (Filestore) that becomes runs/ on every host; needed where there is more than one host,
-#                             and to requeue. Without it runs/ is copied here before the slice is deleted
+#   --mount=HOST:/SHARE       NFS (Filestore) that becomes runs/ on every host; needed for several hosts and to
+#                             requeue. Without it runs/ is copied here before the slice is deleted
 #   --version=RUNTIME         default: what Google names for the type
-#   --keep                    do not delete, whatever happens
+#   --keep                    do not delete at the end, whatever happens
 #   --dry-run                 print the commands, run none
 #
 # Behind -- stand the arguments of sparsecut_jax.train. Exit code: the training's (0 done, 2 something to mend, 4
@@ -36,11 +36,14 @@ number requeue "$requeue" 0
 hosts=$((hosts * slices))
 ((slices == 1)) || queued=1
 [[ ! $mount || $mount =~ ^[^:/]+:/.+$ ]] || fail 2 "--mount=$mount: expected HOST:/SHARE"
-[[ $mount ]] || ((hosts == 1)) || fail 2 "$slices x $type has $hosts hosts, which must share runs/: give --mount=HOST:/SHARE"
-[[ $mount ]] || ((requeue == 0)) || fail 2 "--requeue goes on from what the last slice has saved: give --mount=HOST:/SHARE"
+[[ $mount ]] || ((hosts == 1)) ||
+  fail 2 "$slices x $type has $hosts hosts, which must share runs/: give --mount=HOST:/SHARE"
+[[ $mount ]] || ((requeue == 0)) ||
+  fail 2 "--requeue goes on from what the last slice has saved: give --mount=HOST:/SHARE"
 # gcloud logs in to at most 64 hosts of a queued resource at a time, and the run needs all of them at once
-((slices == 1 || hosts <= 64)) || fail 2 "$slices x $type has $hosts hosts; more than 64 in several slices need launch/gke.sh"
-check_args
+((slices == 1 || hosts <= 64)) ||
+  fail 2 "$slices x $type has $hosts hosts; more than 64 in several slices need launch/gke.sh"
+check_args copied
 needs gcloud "see https://cloud.google.com/sdk/docs/install"
 
 tpus=(gcloud compute tpus)
@@ -57,7 +60,8 @@ else
   reach=tpu-vm everywhere=(--worker=all)
 fi
 on_all() { # COMMAND, in the home folder of every host
-  run "${tpus[@]}" "$reach" ssh "$name" "${where[@]}" "${everywhere[@]}" --command="$1"
+  run "${tpus[@]}" "$reach" ssh "$name" "${where[@]}" "${everywhere[@]}" \
+    --ssh-flag=-oServerAliveInterval=60 --command="$1"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +82,9 @@ create() {
   local state=''
   until [[ $state == ACTIVE ]]; do
     [[ ! $state ]] || pause 30
-    state=$(ask ACTIVE "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)') || return
+    ask_often ACTIVE "${tpus[@]}" queued-resources describe "$name" "${where[@]}" \
+      --format='value(state.state)' || return
+    state=$answer
     [[ $state != FAILED && $state != SUSPEND* ]] || return 1
   done
   quiet=''
@@ -96,13 +102,14 @@ install() {
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q --python=.venv/bin/python -r requirements.txt 'jax[tpu]'" || return
   [[ ! $mount ]] || on_all "set -e; sudo apt-get -qq install -y nfs-common; mkdir -p sparsecut_jax/runs;\
- sudo mount -t nfs $(quoted "$mount") sparsecut_jax/runs; test -w sparsecut_jax/runs || sudo chmod a+rwx sparsecut_jax/runs"
+ sudo mount -t nfs $(quoted "$mount") sparsecut_jax/runs; cd sparsecut_jax; test -w runs || sudo chmod a+rwx runs"
 }
 
 # nohup: when a spot VM is taken away its shells get SIGTERM, which saves, and right after SIGHUP, which would kill.
 train() {
   step="the run on $name"
-  on_all "cd sparsecut_jax && exec nohup .venv/bin/python -m sparsecut_jax.train --require-platform=tpu $(quoted "${ARGS[@]}")"
+  on_all "cd sparsecut_jax && exec nohup .venv/bin/python -u -m sparsecut_jax.train --require-platform=tpu\
+ $(quoted "${ARGS[@]}")"
 }
 
 fetch() {

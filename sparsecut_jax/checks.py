@@ -64,7 +64,8 @@ def check_values(cfg: Config) -> None:
     }.items():
         need(value >= 0, f"config.{key}={value}: expected 0 or more")
     need(cfg.seed < 2**32, f"config.seed={cfg.seed}: expected a number below 2^32")
-    need(cfg.log_every >= 1, f"config.log_every={cfg.log_every}: expected at least 1")
+    for key, value in {"log_every": cfg.log_every, "loss_chunk": cfg.loss_chunk}.items():
+        need(value >= 1, f"config.{key}={value}: expected at least 1")
     need(cfg.workdir != "", "config.workdir is empty: name the folder that the run writes to")
     need(
         v.image_size % v.patch_size == 0 or v.family == "siglip" and v.image_size > v.patch_size,

@@ -120,6 +120,9 @@ def _parse() -> None:
         near = checks.nearest(error.flagname, list(flags.FLAGS))
         raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
     except flags.Error as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, Exception) and "parsing config file" in str(error):
+            raise UserError(f"config file {file!r}: {_cause(cause, file)}") from error
         raise UserError(str(error).strip().splitlines()[0]) from error
     except KeyError as error:
         for arg in sys.argv[1:]:
@@ -174,7 +177,8 @@ def _cause(error: Exception, file: str | None) -> str:
         return "it defines no get_config()"
     if isinstance(error, KeyError) and error.args:
         return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}{where}"
+    said, kind = (str(error).strip().splitlines() or [""])[-1], type(error).__name__
+    return f"{kind}: {said.removeprefix(f'{kind}: ')}{where}"
 
 
 def _help(doc: str) -> str:
@@ -203,7 +207,7 @@ def _quiet(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that there is no PyTorch
     warnings.filterwarnings("ignore")
-    for name in ("absl", "jax", "orbax", "grain", "transformers", "huggingface_hub"):
+    for name in ("absl", "jax", "orbax", "grain", "matplotlib", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

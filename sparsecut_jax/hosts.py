@@ -119,6 +119,8 @@ def _asked() -> Process | None:
             f"--{missing[0]} is missing beside --{next(iter(given))}; a run of several processes is started with "
             "--coordinator=HOST:PORT --processes=N --process=I, where I is 0 to N-1"
         )
+    if count < 1:
+        raise UserError(f"--processes={count}: expected at least 1")
     if not 0 <= index < count:
         raise UserError(f"--process={index} of --processes={count}: expected 0 to {max(0, count - 1)}")
     host, _, port = given["coordinator"].rpartition(":")
@@ -153,11 +155,14 @@ def _check_coordinator(me: Process, host: str, port: int) -> None:
             raise UserError(
                 f"port {port} of --coordinator={me.coordinator} cannot be used ({os.strerror(error.errno)}); give another one"
             ) from error
-        return
+    reach = (
+        socket.getaddrinfo if me.index == 0 else lambda host, port: socket.create_connection((host, port), 5).close()
+    )
     until = time.monotonic() + me.join_timeout
     while True:
         try:
-            return socket.create_connection((host, port), timeout=5).close()
+            reach(host, port)
+            return
         except OSError as error:
             if time.monotonic() > until:
                 raise UserError(

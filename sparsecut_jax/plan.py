@@ -40,6 +40,9 @@ def plan(cfg: Config) -> None:
         search=SEARCH.value,
     )
 
+    folder = OUT.value or os.path.join("runs/plan", file_name(cfg, question))
+    os.makedirs(folder, exist_ok=True)  # an answer takes minutes: it must have a place
+
     # ------------------------------------------------------------------ the answer
     found = {"config": config_argument(), **answer.answer(cfg, question, tell=lambda text: print(text, flush=True))}
     print(f"\n{tables.text(found)}\n")
@@ -47,8 +50,6 @@ def plan(cfg: Config) -> None:
     # ------------------------------------------------------------------ files
     from sparsecut_jax.planning import chart  # here: matplotlib takes a third of a second
 
-    folder = OUT.value or os.path.join("runs/plan", file_name(cfg, question))
-    os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "plan.json"), found)
     chart.save(os.path.join(folder, "plan.png"), found)
     print(f"written    {os.path.join(folder, 'plan.json')}, plan.png")

@@ -58,6 +58,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ devices
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    backends.resolve(cfg, sharding.platform(mesh))  # what the platform lacks is said before anything is written
 
     # ------------------------------------------------------------------ where the run stands
     asked = cfg
@@ -98,7 +99,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     abstract = abstract_of(meta["stage"] if meta else spans[0].name)
     shapes = {path: leaf.shape for path, leaf in state.flatten(abstract).items()}
     for s in spans:
-        opt.rates(opt.split(abstract, s.stage.trainable)[0], s.stage)
+        opt.checked_rates(shapes, s.stage, s.name)
     states = {
         s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage), mesh) for s in spans
     }

@@ -1,4 +1,4 @@
-"""The scripts of launch/, with fakes of gcloud, kubectl and SLURM that note how they are called. No cloud is touched."""
+"""The scripts of launch/, with fakes of gcloud, kubectl and SLURM that note their calls. No cloud is touched."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ if [[ ${FAIL_AT-} && $line == *"$FAIL_AT"* && ! -e $LOG.failed ]]; then
 fi
 case $line in
   *" list "* | *" get "*=name*) echo "${LISTED-}" ;;
+  "squeue "*) echo "${STATE-RUNNING}" ;;
   *" describe "*) echo "${STATE-ACTIVE}" ;;
   *" get pods "*) echo "${CODES-}" ;;
   *terminalState*) echo "${STATE-Completed}" ;;
@@ -59,7 +60,7 @@ def fakes(tmp_path) -> Path:
     """Folder with the fakes; $LOG and what else they write lie beside it."""
     folder = tmp_path / "fakes"
     folder.mkdir()
-    for name in ("gcloud", "kubectl", "sbatch", "scontrol", "srun", "date"):
+    for name in ("gcloud", "kubectl", "sbatch", "scontrol", "squeue", "srun", "date"):
         (folder / name).write_text(FAKE)
         (folder / name).chmod(0o755)
     return folder
@@ -91,7 +92,8 @@ def launch(start, tmp_path):
         code, out, err = runs.finish(process, 30)
         log = tmp_path / "log"
         lines = log.read_text().splitlines() if log.exists() else []
-        log.unlink(missing_ok=True)
+        for file in (log, tmp_path / "log.failed"):
+            file.unlink(missing_ok=True)
         return Ended(code, out, err, [shlex.join(line.split("\x1f")[:-1]) for line in lines])
 
     launched.ended = ended
@@ -151,10 +153,13 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
         (["tpu_vm", "--name=A"], "--name=A: expected up to 40 small letters"),
         (["tpu_vm", "--name=a"], "--zone is missing; for example --zone=us-west4-a"),
         (["tpu_vm", "--name=a", "--zone=z"], "--type is missing; for example --type=v5litepod-16"),
-        (tpu(type="v5e-16"), "--type=v5e-16: no such slice; known are v4-8 to v4-4096, v5litepod-1 to -256, "),
+        (
+            tpu(type="v5e-16"),
+            "--type=v5e-16 is no slice type known here; known are v4-8 to v4-4096, v5litepod-1 to v5litepod-256, v5p-",
+        ),
         (
             tpu(type="v6e-12"),
-            "--type=v6e-12: no such slice; known are v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256\n",
+            "--type=v6e-12 is no slice type known here; known are v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256\n",
         ),
         (tpu("--slices=none"), "--slices=none: expected a whole number from 1"),
         (tpu("--slices=0"), "--slices=0: expected a whole number from 1"),
@@ -170,14 +175,18 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
         (tpu("--slices"), "--slices needs a value: --slices=..."),
         (tpu("spot"), "unexpected argument 'spot'; arguments of the training stand behind --"),
         (tpu()[:-1], "the training's arguments are missing; for example -- --config=configs/base.py"),
-        ([*tpu(), "--config.workdir=gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder on a disk"),
+        ([*tpu(), "--config.workdir=gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
         (
             [*tpu()[:-1], "--config=configs/bse.py:smoke"],
             "configs/bse.py is not a file that git knows, and only those are copied: write it and git add it",
         ),
+        (
+            [*tpu()[:-1], f"--config={runs.ROOT}/configs/base.py"],
+            f"{runs.ROOT}/configs/base.py: give the path from the project's folder, which is where it will be",
+        ),
         ([*tpu(), "a\nb"], "an argument has a line end in it: 'a"),
         (["gke", "--name=a", "--type=v5litepod-16"], "--claim=: expected the name of a ReadWriteMany volume claim"),
-        (["gke", "--name=a", "--type=v3-8"], "--type=v3-8: no such slice; known are v4-8"),
+        (["gke", "--name=a", "--type=v3-8"], "--type=v3-8 is no slice type known here; known are v4-8"),
         (
             ["gke", "--name=a", "--type=v6e-8", "--claim=c", "--slices=2"],
             "--slices=2: GKE joins slices of several hosts only, and v6e-8 has one",
@@ -209,15 +218,15 @@ def test_one_slice(launch, tmp_path):
         f"{gcloud} list --zone=z '--format=value(name.basename())'",
         f"{gcloud} create run-1 --zone=z --accelerator-type=v5litepod-8 --spot --version=v2-alpha-tpuv5-lite",
         f"{gcloud} scp {tmp_path}/run-1.tgz run-1: {everywhere}",
-        f"{gcloud} ssh run-1 {everywhere} "
+        f"{gcloud} ssh run-1 {everywhere} --ssh-flag=-oServerAliveInterval=60 "
         + shlex.quote(
             "--command=set -e; mkdir -p sparsecut_jax; tar -xzf run-1.tgz -C sparsecut_jax; cd sparsecut_jax;"
             " python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --python=3.12 .venv;"
             " ~/.local/bin/uv pip install -q --python=.venv/bin/python -r requirements.txt 'jax[tpu]'"
         ),
-        f"{gcloud} ssh run-1 {everywhere} "
+        f"{gcloud} ssh run-1 {everywhere} --ssh-flag=-oServerAliveInterval=60 "
         + shlex.quote(
-            "--command=cd sparsecut_jax && exec nohup .venv/bin/python -m sparsecut_jax.train --require-platform=tpu "
+            "--command=cd sparsecut_jax && exec nohup .venv/bin/python -u -m sparsecut_jax.train --require-platform=tpu "
             + CONFIG
         ),
         f"{gcloud} scp run-1:sparsecut_jax/runs . --zone=z --worker=0 --recurse",
@@ -238,7 +247,7 @@ def test_two_slices_are_one_queued_resource(launch):
     done = launch(*TWO)
     assert done.code == 0
     short = [
-        line.removeprefix("gcloud compute tpus queued-resources ").split(" '--command")[0].split(" /")[0]
+        line.removeprefix("gcloud compute tpus queued-resources ").split(" --ssh-flag")[0].split(" /")[0]
         for line in done.called
     ]
     where = "--zone=z --project=p"
@@ -365,9 +374,17 @@ def test_it_is_created_again_only_so_often(launch):
     assert verbs(done) == ["list", *GO, "delete", *GO, "delete", *GO, "delete"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_who_stops_the_script_leaves_nothing(launch, start, tmp_path, number, code):
-    process = start(f"launch/{tpu()[0]}.sh", *tpu()[1:], HANG_AT="sparsecut_jax.train")
+@pytest.mark.parametrize(
+    ("number", "code", "at"),
+    [
+        (signal.SIGINT, 130, "sparsecut_jax.train"),
+        (signal.SIGTERM, 143, "sparsecut_jax.train"),
+        (signal.SIGHUP, 143, "sparsecut_jax.train"),
+        (signal.SIGINT, 130, " create "),
+    ],
+)
+def test_who_stops_the_script_leaves_nothing(launch, start, tmp_path, number, code, at):
+    process = start(f"launch/{tpu()[0]}.sh", *tpu()[1:], HANG_AT=at)
     wait_for(tmp_path / "log.hangs", process)
     began = time.monotonic()
     process.send_signal(number)
@@ -390,7 +407,12 @@ def test_the_manifest_is_yaml_before_and_after_it_is_filled_in(launch, tmp_path)
     text = (runs.ROOT / "launch" / "gke.yaml").read_text()
     assert yaml.safe_load(text)["metadata"]["name"] == "${NAME}"
     done = launch(
-        "gke", "--slices=2", "--type=v5p-32", *[arg for arg in GKE[1:] if "type" not in arg], "--config.x=a&'b'"
+        "gke",
+        "--slices=2",
+        "--type=v5p-32",
+        *[arg for arg in GKE[1:] if "type" not in arg],
+        "--config.x=a&'b'",
+        "--config.y=",
     )
     assert done.code == 0
     filled = (tmp_path / "log.applied").read_text()
@@ -417,7 +439,7 @@ def test_the_manifest_is_yaml_before_and_after_it_is_filled_in(launch, tmp_path)
     (script,) = container["args"]
     last = script.splitlines()[-1]
     assert shlex.split(last)[1:] == [
-        "python", "-m", "sparsecut_jax.train", "--require-platform=tpu", CONFIG, "--config.x=a&'b'",
+        "python", "-u", "-m", "sparsecut_jax.train", "--require-platform=tpu", CONFIG, "--config.x=a&'b'", "--config.y=",
     ]  # fmt: skip
 
 
@@ -463,6 +485,15 @@ def test_gke_deletes_after_a_failure(launch, at):
     assert done.err.endswith("launch: run-1 (1 x v5litepod-16) is deleted\n")
 
 
+def test_a_network_that_fails_for_a_while_ends_nothing(launch):
+    done = launch(*GKE, FAIL_AT="terminalState", ONCE="1")
+    assert done.code == 0 and [line for line in done.called if "terminalState" in line] == [done.called[4]] * 2
+    done = launch(*tpu("--queued"), FAIL_AT=" describe ", ONCE="1")
+    assert done.code == 0 and [line.split()[4] for line in done.called][:5] == [
+        "list", "create", "describe", "describe", "scp",
+    ]  # fmt: skip
+
+
 def test_gke_touches_no_run_of_the_same_name(launch):
     done = launch(*GKE, LISTED="jobset.jobset.x-k8s.io/run-1")
     assert (done.code, len(done.called)) == (2, 1)
@@ -489,11 +520,17 @@ def test_a_slurm_job_that_has_saved_goes_back_into_the_queue(launch, tmp_path, c
     done = launch("slurm", "--in-job", "py", CONFIG, **slurm, FAIL_AT="srun", FAIL_CODE=str(code))
     assert done.code == code
     assert done.called == [
-        "srun --cpus-per-task=16 --kill-on-bad-exit=0 --wait=0 py -m sparsecut_jax.train --require-platform=gpu "
+        "srun --cpus-per-task=16 --kill-on-bad-exit=0 --wait=0 py -u -m sparsecut_jax.train --require-platform=gpu "
         + CONFIG,
-        *["scontrol requeue 7"] * (code == 3),
+        *["squeue --noheader --format=%T --jobs=7", "scontrol requeue 7"] * (code == 3),
     ]
     assert (tmp_path / "log.devices").read_text() == "0,1,2,3\n"
+
+
+def test_a_slurm_job_that_was_cancelled_stays_so(launch):
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_GPUS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "16"}
+    done = launch("slurm", "--in-job", "py", CONFIG, **slurm, FAIL_AT="srun", FAIL_CODE="3", STATE="COMPLETING")
+    assert done.code == 3 and done.called[-1].startswith("squeue ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -148,14 +148,40 @@ def test_without_the_compiler(monkeypatch):
 @pytest.mark.parametrize(
     "asked, sentence",
     [
-        (dict(mfu=1.5), "--mfu=1.5: expected a share of the peak rate, above 0 and at most 1"),
-        (dict(mfu=0.0), "--mfu=0.0: expected a share of the peak rate, above 0 and at most 1"),
+        (dict(mfu=1.5), "--mfu=1.5: expected a share of the peak rate, 0.001 to 1"),
+        (dict(mfu=0.0), "--mfu=0.0: expected a share of the peak rate, 0.001 to 1"),
         (dict(price=-1.0), "--price=-1.0: expected 0 or more"),
-        (dict(rows=-1), "--rows=-1: expected 0 or more"),
+        (dict(rows=-1), "--rows=-1: expected 0 to 1,000,000,000,000"),
     ],
 )
 def test_questions(asked, sentence):
     assert refusal(lambda: answer.Question(parse("cpu:1"), "instruct", **asked)) == sentence
+
+
+def test_nothing_is_expected_to_be_faster_than_the_roofline():
+    plan = plan_of(*load("base", ""), "h100:8", mfu=0.9)
+    t = plan["time"]
+    assert t["seconds"] == pytest.approx(t["roofline"]["seconds"]) and t["mfu"] == t["most_mfu"] < 0.9
+    said = tables.text({**plan, "config": "base.py"})
+    assert "model GFLOP per step" in said and "ms per step" in said
+    assert f"--mfu=0.9 is more than the roofline allows: {t['mfu']:.3g} is assumed" in said
+    assert "fits: below 0.1% of 74.51 GiB" in said
+
+
+def test_a_cpu_has_no_stated_rate():
+    plan = plan_of(*load("base", ""), "cpu:8", price=2.0)
+    assert plan["time"] == {}
+    assert "no vendor states the peak rate of a cpu: no time, no price" in plan["notes"]
+
+
+def test_what_is_trained_is_asked_as_in_a_run():
+    cfg, stage = load("base", "", stage__trainable=("nothing",))
+    assert refusal(plan_of, cfg, stage, "h100:8").startswith("config.stages.instruct.trainable='nothing' matches no")
+
+
+@pytest.mark.parametrize("hours, text", [(2.4712, "2.47 h"), (0.5, "30 min"), (0.001, "3.6 s")])
+def test_durations(hours, text):
+    assert tables.duration(hours) == text
 
 
 def test_stages():
@@ -164,7 +190,7 @@ def test_stages():
     both = dataclasses.replace(cfg, run_stages=("align", "instruct"))
     assert answer.default_stage(both, "align") == "align"
     assert refusal(answer.default_stage, both, "instructs") == (
-        "--stage='instructs' is not in config.run_stages; did you mean 'instruct'?; expected align or instruct"
+        "--stage='instructs' is not in config.run_stages, expected align or instruct; did you mean 'instruct'?"
     )
 
 
@@ -182,6 +208,6 @@ def test_the_command(tmp_path):
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["config"] == "configs/sparsecut.py:size=7b,stage=lora" and len(found["search"]["options"]) > 1
-    assert "would fit (analytic model)" in out and f"written    {tmp_path}/plan.json, plan.png" in out
+    assert "also fits (analytic model)" in out and f"written    {tmp_path}/plan.json, plan.png" in out
     with Image.open(tmp_path / "plan.png") as picture:
         assert min(picture.size) > 700

@@ -525,8 +525,12 @@ def test_make_mesh_of_some_devices():
     "sizes, asked, instead",
     [
         ((1, 2, 2, 1), "mesh(data=2, fsdp=2, tensor=1) asks for 4", "mesh(data=2, fsdp=2, tensor=2)"),
-        ((1, 3, -1, 1), "mesh(data=3, fsdp=-1, tensor=1) asks for 6", "mesh(data=4, fsdp=2, tensor=1)"),
-        ((1, 16, -1, 1), "mesh(data=16, fsdp=-1, tensor=1) asks for 16", "mesh(data=8, fsdp=1, tensor=1)"),
+        ((1, 3, -1, 1), "mesh(data=3, fsdp=-1, tensor=1) asks for a multiple of 3", "mesh(data=4, fsdp=2, tensor=1)"),
+        (
+            (1, 16, -1, 1),
+            "mesh(data=16, fsdp=-1, tensor=1) asks for a multiple of 16",
+            "mesh(data=8, fsdp=1, tensor=1)",
+        ),
         (
             (2, 1, 1, 3),
             "mesh(replica=2, data=1, fsdp=1, tensor=3) asks for 6",

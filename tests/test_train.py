@@ -267,7 +267,15 @@ BAD = [
     (["--config.llm.widht=3"], "config.llm.widht is not a setting; did you mean 'width'?"),
     (["--config.llm.width=wide"], "config.llm.width='wide': expected int"),
     (["--config.fusion.name=chanel"], "config.fusion.name='chanel': expected one of channel, cross_attention, mlp"),
-    (["--config.mesh.tensor=3"], "mesh(data=-1, fsdp=1, tensor=3) asks for 3 devices, but there are 1 cpu devices"),
+    (
+        ["--config.mesh.tensor=3"],
+        "mesh(data=-1, fsdp=1, tensor=3) asks for a multiple of 3 devices, but there are 1 cpu devices",
+    ),
+    (["--config.loss_chunk=0"], "config.loss_chunk=0: expected at least 1"),
+    (
+        ["--config.llm.remat=offload"],
+        "config.llm.remat='offload' moves activations to the host's memory, and a CPU has no",
+    ),
     (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 5 blocks"),
     (["--config.data.source=nowhere.json"], "data source 'nowhere.json' is not there"),
     (["--confg=configs/base.py"], "unknown flag --confg; did you mean 'config'?"),
@@ -287,6 +295,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     for (_, _, sentence), (code, _, err) in zip(cases, found, strict=True):
         assert code == 2, err
         assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run5" / "checkpoints").exists()  # what the platform lacks is said before anything is made
 
 
 def test_generate_names_the_file_that_is_no_image(unbroken, tmp_path):
@@ -371,7 +380,7 @@ def test_a_profile_window_behind_the_last_step_is_refused(pictures, tmp_path):
     [
         ({"mesh.tensor": 8}, "config.vision.heads=2 cannot be split over mesh axis tensor=8"),
         ({"mesh.data": 8, "stages.align.batch_size": 4}, r"stages.align.batch_size / accumulate = 4 rows .* 8 devices"),
-        ({"mesh.fsdp": 3}, "asks for 6 devices, but there are 8 cpu devices"),
+        ({"mesh.fsdp": 3}, "asks for a multiple of 3 devices, but there are 8 cpu devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit(pictures, tmp_path, changes, sentence):

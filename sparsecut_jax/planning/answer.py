@@ -16,10 +16,12 @@ from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.roofline import Roofline, roofline
 from sparsecut_jax.planning.search import Option, search, smallest, step_products, with_settings
 from sparsecut_jax.settings import Config, MeshConfig
+from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 
 SHOWN = 6  # settings of a search
+MOST_ROWS = 10**12
 CHECKED = 2  # of them that the compiler is asked about, at most
 
 
@@ -44,8 +46,8 @@ class Question:
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("mfu", 0 < self.mfu <= 1, "a share of the peak rate, above 0 and at most 1"),
-            ("rows", self.rows >= 0, "0 or more"),
+            ("mfu", 0.001 <= self.mfu <= 1, "a share of the peak rate, 0.001 to 1"),
+            ("rows", 0 <= self.rows <= MOST_ROWS, f"0 to {MOST_ROWS:,}"),
             ("price", 0 <= self.price < math.inf, "0 or more"),
         ):
             if not ok:
@@ -69,6 +71,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
     if platform == "tpu":
         compiler.check_installed()
     parameters = Parameters(cfg, name)
+    checked_rates(parameters.shapes, cfg.stages[name], name)
     expected = memory.estimate(cfg, name, sizes, platform, parameters)
     needed, source = _needed(cfg, question, expected, tell)
     fits = isinstance(needed, Bytes) and needed.total <= topology.memory
@@ -84,7 +87,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
         "bytes_per_chip": _bytes(needed, expected, topology, source, fits),
         "flops_per_step": {part: dataclasses.asdict(w) for part, w in work.items()},
         "time": _time(cfg, question, work["total"].model, line, parameters, found) if line else {},
-        "notes": notes + _share_note(topology, needed),
+        "notes": notes + _share_note(topology, needed) + _time_note(topology),
     }
     if question.search or not fits:
         tell("searching for settings that fit")
@@ -159,11 +162,13 @@ def _time(
     """Seconds of a step, tokens/s, hours and price. `total`: model FLOPs of a step."""
     name, topology = question.stage, question.topology
     stage, peak = cfg.stages[name], topology.chips * topology.chip.flops
-    at_mfu = lambda model: model / (peak * question.mfu)
+    mfu = min(question.mfu, total / peak / line.seconds)  # nothing is faster than the roofline
+    at_mfu = lambda model: model / (peak * mfu)
     made = {
         "roofline": {**dataclasses.asdict(line), "seconds": line.seconds, "bound": line.bound},
         "most_mfu": total / peak / line.seconds,
-        "mfu": question.mfu,
+        "asked_mfu": question.mfu,
+        "mfu": mfu,
         "seconds": at_mfu(total),
         "tokens_per_second": stage.batch_size * stage.seq_len / at_mfu(total),
         "rows": found.rows,
@@ -185,6 +190,12 @@ def _share_note(topology: Topology, needed: Bytes | compiler.TooLarge) -> list[s
     if topology.chip.platform != "gpu" or not 0.75 * topology.memory < needed.total <= topology.memory:
         return []
     return [f"a GPU's program gets three quarters of its memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION={0.95} is set"]
+
+
+def _time_note(topology: Topology) -> list[str]:
+    return (
+        [] if topology.chip.flops else [f"no vendor states the peak rate of a {topology.chip.name}: no time, no price"]
+    )
 
 
 def _search(cfg: Config, question: Question, parameters: Parameters, tell: Callable) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def default_stage(cfg: Config, asked: str) -> str:
     """The stage that is planned: `asked`, or the last one. Raises UserError if the config does not run it."""
     if asked and asked not in cfg.run_stages:
         raise UserError(
-            f"--stage={asked!r} is not in config.run_stages{checks.nearest(asked, cfg.run_stages)}; expected "
-            f"{' or '.join(cfg.run_stages)}"
+            f"--stage={asked!r} is not in config.run_stages, expected {' or '.join(cfg.run_stages)}"
+            f"{checks.nearest(asked, cfg.run_stages)}"
         )
     return asked or cfg.run_stages[-1]

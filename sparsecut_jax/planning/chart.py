@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from sparsecut_jax.planning.hardware import GIB  # noqa: E402
-from sparsecut_jax.planning.tables import KINDS, LINES, PARTS, flops_unit, gib  # noqa: E402
+from sparsecut_jax.planning.tables import KINDS, PARTS, duration, flops_unit, gib, line_labels, time_unit  # noqa: E402
 
 COLORS = {
     "parameters": "#31688e",
@@ -62,18 +62,33 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
     axes.text(left, 0, f"  {gib(b['total'])}", va="center", fontsize=9, fontweight="bold")
     for row, option in enumerate(options, 1):
         mesh = ", ".join(f"{axis} {n}" for axis, n in option["mesh"].items() if n > 1)
-        turns = f", {option['accumulate']} turns" if option["accumulate"] > 1 else ""
-        labels.append(f"{mesh}, {option['remat']}{turns}")
+        turns = f", accumulate {option['accumulate']}" if option["accumulate"] > 1 else ""
+        labels.append(f"{mesh or 'one device'}, remat {option['remat']}{turns}")
         axes.barh(row, option["bytes"] / GIB, color="#8fbf9f")
-        note = f"  {gib(option['bytes'])}, {option['seconds']:.2f} s"
+        note = f"  {gib(option['bytes'])}"
+        if option["seconds"]:
+            size, unit = time_unit(option["seconds"])
+            note += f", {option['seconds'] / size:.2f} {unit}"
         if isinstance(option.get("compiled"), float):
             note += f" (compiled {gib(option['compiled'])})"
         over = dict(facecolor="white", edgecolor="none", pad=0.4)  # the line of the chip's memory
         axes.text(option["bytes"] / GIB, row, note, va="center", fontsize=8, bbox=over)
     memory = b["memory"] / GIB
+    most = max([left, *(option["bytes"] / GIB for option in options)])
+    shown = memory if most > memory / 20 else most  # else one would see nothing of the bars
     axes.axvline(memory, color=BAD, linestyle="--", lw=1.2)
-    axes.text(memory, -0.62, f"{gib(b['memory'])} GiB a chip ", color=BAD, fontsize=9, ha="right", va="center")
-    axes.set(xlim=(0, 1.12 * max(memory, left)), ylim=(len(labels) - 0.4, -0.9), xlabel="GiB per chip")
+    edge = min(1.0, memory / (1.3 * max(shown, most)))
+    axes.text(
+        edge,
+        0.97,
+        f"{gib(b['memory'])} GiB a chip ",
+        transform=axes.transAxes,
+        color=BAD,
+        fontsize=9,
+        ha="right",
+        va="top",
+    )
+    axes.set(xlim=(0, 1.3 * max(shown, most)), ylim=(len(labels) - 0.4, -0.9), xlabel="GiB per chip")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_title(f"bytes per chip, from the {b['source']}", fontsize=10, loc="left")
     axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -97,7 +112,7 @@ def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
     for row, part in enumerate(parts):
         model = work[part]["forward"] + work[part]["backward"]
         axes.text(left[row], row, f"  {model / size:,.1f} ({model / whole:.1%})", va="center", fontsize=8)
-    axes.set(xlim=(0, 1.25 * max(left)), xlabel=f"{unit} per step, all chips")
+    axes.set(xlim=(0, 1.4 * max(left)), xlabel=f"{unit} per step, all chips")
     axes.set_yticks(range(len(parts)), [PARTS[part] for part in parts])
     axes.invert_yaxis()
     axes.set_title(f"model FLOPs per step: {whole / size:,.0f} {unit}", fontsize=10, loc="left")
@@ -107,19 +122,21 @@ def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
 def draw_time(axes: Axes, plan: dict[str, Any]) -> None:
     """The terms of the roofline and the step at the assumed MFU."""
     t, line = plan["time"], plan["time"]["roofline"]
-    keys = [key for key in LINES if line[key] or key != "network"]
-    labels = [LINES[key] for key in keys] + [f"expected at {t['mfu']:.0%} MFU"]
-    seconds = [line[key] for key in keys] + [t["seconds"]]
+    size, unit = time_unit(t["seconds"])
+    names = line_labels(plan)
+    keys = [key for key in names if line[key] or key != "network"]
+    labels = [names[key] for key in keys] + [f"expected at {t['mfu']:.0%} MFU"]
+    seconds = [line[key] / size for key in keys] + [t["seconds"] / size]
     colors = [BAD if key == line["bound"] else "#c9b8d8" for key in keys] + ["#5b3f7d"]
     axes.barh(range(len(labels)), seconds, color=colors)
     for row, value in enumerate(seconds):
         axes.text(value, row, f"  {value:.3f}", va="center", fontsize=8)
-    axes.set(xlim=(0, 1.12 * max(seconds)), xlabel="seconds per step")
+    axes.set(xlim=(0, 1.12 * max(seconds)), xlabel=f"{unit} per step")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     title = f"time: {t['tokens_per_second']:,.0f} tokens/s"
     if t["steps"]:
-        title += f", {t['hours']:,.1f} h for {t['steps']:,} steps"
+        title += f", {duration(t['hours'])} for {t['steps']:,} steps"
     if "price" in t:
-        title += f", {t['price']:,.0f} in all"
+        title += f", costs {t['price']:,.2f}"
     axes.set_title(title, fontsize=10, loc="left")

@@ -132,8 +132,9 @@ def parse(text: str) -> Topology:
         return Topology(chip, tuple(map(int, shape.split("x"))), count)
     number = int(shape) if shape and shape.isdigit() else 0
     if not 1 <= number <= 2**16 or slices or (chip.node and number > chip.node and number % chip.node):
-        whole = f", above {chip.node} in nodes of {chip.node}" if chip.node else ""
-        raise UserError(f"--topology={text!r}: expected a number of devices{whole}; for example {kind}:8")
+        whole = f", up to {chip.node} or a multiple of it (whole nodes)" if chip.node else ""
+        stars = "; slices (2*) are TPUs'" if slices else ""
+        raise UserError(f"--topology={text!r}: expected {kind}:N for N devices{whole}{stars}; for example {kind}:8")
     nodes = number // chip.node if chip.node and number > chip.node else 1
     return Topology(chip, (number // nodes,), nodes)
 

@@ -20,8 +20,8 @@ PARTS = {"vision": "vision tower", "fusion": "fusion", "llm": "LLM", "loss": "lo
 LINES = {
     "compute": "products at peak rate",
     "memory": "memory",
-    "links": "links in a slice",
-    "network": "network between slices",
+    "links": "links in a {}",
+    "network": "network between {}s",
 }
 
 
@@ -57,7 +57,9 @@ def bytes_table(plan: dict[str, Any]) -> str:
     share = b["total"] / b["memory"]
     rows.append(["total", gib(b["total"])])
     verdict = (
-        f"fits: {share:.0%} of {gib(b['memory'])} GiB" if b["fits"] else f"does not fit into {gib(b['memory'])} GiB"
+        f"fits: {f'{share:.1%}' if share >= 0.001 else 'below 0.1%'} of {gib(b['memory'])} GiB"
+        if b["fits"]
+        else f"does not fit into {gib(b['memory'])} GiB"
     )
     if b["refusal"]:
         verdict += f"; the compiler says: {b['refusal']}"
@@ -78,18 +80,24 @@ def flops_table(plan: dict[str, Any]) -> str:
 
 def time_table(plan: dict[str, Any]) -> str:
     t, line = plan["time"], plan["time"]["roofline"]
-    rows = [[label, f"{line[key]:.3f}"] for key, label in LINES.items() if line[key] or key != "network"]
-    rows.append([f"roofline: {LINES[line['bound']]}, at most {t['most_mfu']:.0%} MFU", f"{line['seconds']:.3f}"])
-    rows.append([f"expected at {t['mfu']:.0%} MFU", f"{t['seconds']:.3f}"])
-    lines = [table(["seconds per step", ""], rows), "", f"  {t['tokens_per_second']:,.0f} tokens/s"]
-    if t["mfu"] > t["most_mfu"]:
-        lines.append(f"  {t['mfu']:.0%} MFU is more than the roofline allows: assume at most --mfu={t['most_mfu']:.2f}")
+    size, unit = time_unit(t["seconds"])
+    labels = line_labels(plan)
+    rows = [[label, f"{line[key] / size:.3f}"] for key, label in labels.items() if line[key] or key != "network"]
+    rows.append(
+        [f"roofline: {labels[line['bound']]}, at most {t['most_mfu']:.0%} MFU", f"{line['seconds'] / size:.3f}"]
+    )
+    rows.append([f"expected at {t['mfu']:.0%} MFU", f"{t['seconds'] / size:.3f}"])
+    positions = plan["settings"]["seq_len"]
+    lines = [table([f"{unit} per step", ""], rows), ""]
+    lines.append(f"  {t['tokens_per_second']:,.0f} tokens/s, all {positions:,} positions of a sequence counted")
+    if t["asked_mfu"] > t["mfu"]:
+        lines.append(f"  --mfu={t['asked_mfu']:g} is more than the roofline allows: {t['mfu']:.3g} is assumed")
     if t["steps"]:
         rows_text = f"{t['rows']:,} rows ({t['rows_from']}), " if t["rows"] else ""
         mean = sum(length * share for length, share in t["lengths"].items())
         lines.append(
-            f"  {rows_text}{t['steps']:,} steps of {mean:,.0f} positions a sequence: {t['hours']:.1f} h, "
-            f"{t['chip_hours']:,.0f} chip-hours" + (f", {t['price']:,.0f} for all" if "price" in t else "")
+            f"  {rows_text}{t['steps']:,} steps of {mean:,.0f} positions a sequence on average: {duration(t['hours'])}, "
+            f"{t['chip_hours']:,.3g} chip-hours" + (f"; costs {t['price']:,.2f}" if "price" in t else "")
         )
     else:
         lines.append("  hours for the dataset: give --rows=N")
@@ -106,17 +114,18 @@ def search_table(plan: dict[str, Any]) -> str:
                 f"; {found['larger']['topology']} would do, {gib(option['bytes'])} GiB a chip with {option['flags']}"
             )
         return line
-    head = ["would fit (analytic model)", "GiB", "roofline s", "compiled GiB"]
-    rows = [
-        [
-            option["flags"].replace("--config.", ""),
-            gib(option["bytes"]),
-            f"{option['seconds']:.3f}" if option["seconds"] else "-",
-            compiled(option),
-        ]
-        for option in found["options"]
-    ]
-    return table(head, rows) + "\n\n  settings are written --config.KEY=VALUE"
+    size, unit = time_unit(max(option["seconds"] for option in found["options"]))
+    other = "also fits" if plan["bytes_per_chip"]["fits"] else "would fit"
+    columns = {
+        f"{other} (analytic model)": lambda option: option["flags"].replace("--config.", ""),
+        "GiB": lambda option: gib(option["bytes"]),
+        f"roofline {unit}": lambda option: f"{option['seconds'] / size:.3f}" if option["seconds"] else "-",
+        "compiled GiB": compiled,
+    }
+    if not any(map(compiled, found["options"])):
+        del columns["compiled GiB"]
+    rows = [[shown(option) for shown in columns.values()] for option in found["options"]]
+    return table(list(columns), rows) + "\n\n  settings are written --config.KEY=VALUE"
 
 
 def compiled(option: dict[str, Any]) -> str:
@@ -128,6 +137,23 @@ def gib(value: float) -> str:
     if 0 < value < GIB / 2000:
         return "<0.001"
     return f"{value / GIB:.2f}" if value >= GIB else f"{value / GIB:.3f}" if value else "-"
+
+
+def line_labels(plan: dict[str, Any]) -> dict[str, str]:
+    """The terms of the roofline, as one speaks of the chips."""
+    group = "node" if plan["chip"]["platform"] == "gpu" else "slice"
+    return {key: label.format(group) for key, label in LINES.items()}
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit in which such times are written."""
+    return (1.0, "s") if seconds >= 0.1 else (1e-3, "ms")
+
+
+def duration(hours: float) -> str:
+    """Three digits of hours, minutes or seconds."""
+    unit, size = next(((u, s) for u, s in (("h", 1.0), ("min", 60.0)) if hours * s >= 1), ("s", 3600.0))
+    return f"{hours * size:.3g} {unit}"
 
 
 def flops_unit(work: dict[str, dict[str, float]]) -> tuple[float, str]:

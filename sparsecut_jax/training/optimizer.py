@@ -57,6 +57,14 @@ def rates(paths: Iterable[str], stage: StageConfig) -> dict[str, float]:
     return found
 
 
+def checked_rates(paths: Iterable[str], stage: StageConfig, name: str) -> None:
+    """Raises UserError, which names the stage, if its `trainable` or `lr_of` do not go with the parameters."""
+    try:
+        rates(split(join(dict.fromkeys(paths, 0)), stage.trainable)[0], stage)
+    except UserError as error:
+        raise UserError(f"config.stages.{name}.{error}") from error
+
+
 def schedule(stage: StageConfig, steps: int) -> optax.Schedule:
     """Learning rate of step 0..steps-1 of a stage: linear warm-up, then cosine to final_lr * lr."""
     warmup = max(1, round(stage.warmup * steps)) if stage.warmup > 0 else 0

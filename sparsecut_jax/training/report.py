@@ -141,10 +141,8 @@ class Progress:
         self.shown = time.monotonic()
         steps = self.done - self.initial - 1
         pace = (self.shown - self.steady) / steps if steps > 0 else 0.0
-        left = f"{pace * (self.total - self.done):.0f}s left"
-        print(
-            f"{self.name} {self.done}/{self.total} [{self.shown - self.started:.0f}s, {left}] {self.text}", flush=True
-        )
+        left = f", {pace * (self.total - self.done):.0f}s left" if steps > 0 else ""
+        print(f"{self.name} {self.done}/{self.total} [{self.shown - self.started:.0f}s{left}] {self.text}", flush=True)
 
 
 class MetricsWriter:
