@@ -194,3 +194,21 @@ def test_a_head_that_is_not_trained_costs_nothing():
 
     product = 2 * hidden.size * 512
     assert flops((0, 1)) > 3 * product > flops(0) > 2 * product
+
+
+def test_chunks_in_which_nothing_is_predicted_are_left_out():
+    """Whatever stands there: an image, a question. Chunks of 4: only the second and the fourth have targets."""
+    rng = np.random.default_rng(3)
+    hidden, words = rng.standard_normal((2, 16, 8), np.float32), rng.standard_normal((8, 11), np.float32)
+    mask = np.zeros((2, 16), np.uint8)
+    mask[0, 6:8] = mask[1, 14] = 1
+    batch = batch_of(rng.integers(0, 11, (2, 16)), mask)
+    summed = lambda hidden, words: chunked_cross_entropy(hidden, words, batch, 4)[0]
+    whole, gradients = jax.value_and_grad(lambda h, w: cross_entropy(h @ w, batch)[0], (0, 1))(hidden, words)
+    spoilt = hidden.copy()
+    spoilt[:, 0:4], spoilt[:, 8:12] = np.nan, np.inf
+    found, (by_hidden, by_words) = jax.jit(jax.value_and_grad(summed, (0, 1)))(spoilt, words)
+    np.testing.assert_allclose(found, whole, rtol=1e-6)
+    np.testing.assert_allclose(by_hidden, gradients[0], atol=1e-6)
+    np.testing.assert_allclose(by_words, gradients[1], atol=1e-5)
+    np.testing.assert_allclose(jax.jit(summed)(spoilt, words), whole, rtol=1e-6)

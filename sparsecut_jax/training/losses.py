@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,8 +64,8 @@ def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.A
       size: positions of a chunk.
     """
     words = _copies(words, hidden.shape[0])
-    add = lambda total, part: (total + _nll(_logits(part[0], words), *part[1:]), None)
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, mask))[0]
+    add = lambda total, part, at: total + _nll(_logits(part[0], words), *part[1:])
+    return _over_supervised(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, mask))
 
 
 def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int):
@@ -77,18 +78,24 @@ def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int)
     copies = _copies(words, targets.shape[0])
     in_blocks = ways("embed") > 1 and ways("act_vocab") == 1
 
-    def add(carry: tuple, part: tuple) -> tuple:
-        (total, by_words), (hidden, targets, mask) = carry, part
+    def add(carry: tuple, part: tuple, at: jax.Array) -> tuple:
+        (total, by_words, made), (hidden, targets, mask) = carry, part
         logits = _logits(hidden, copies)
         log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         by_logits = _by_logits(logits, log_sum, targets, mask).astype(words.dtype)
         if by_words is not None:
             by_words += jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits)
         by_hidden = jnp.einsum("gBTW,gDW->gBTD", by_logits, copies)
-        return (total + _nll(logits, targets, mask), by_words), (by_hidden, log_sum)
+        made = [
+            jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+            for x, new in zip(made, (by_hidden, log_sum), strict=True)
+        ]
+        return total + _nll(logits, targets, mask), by_words, made
 
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies) if trained and not in_blocks else None)
-    (total, by_words), made = jax.lax.scan(add, carry, _chunks(size, hidden, targets, mask))
+    parts = _chunks(size, hidden, targets, mask)
+    made = [jnp.zeros_like(parts[0]), jnp.zeros((*parts[1].shape, 1), jnp.float32)]
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies) if trained and not in_blocks else None, made)
+    total, by_words, made = _over_supervised(add, carry, parts)
     whole = lambda x: jnp.moveaxis(x, 0, 2).reshape(*targets.shape[:2], -1, x.shape[-1])[:, :, : targets.shape[2]]
     by_hidden, log_sum = map(whole, made)
     if by_words is not None:
@@ -146,6 +153,19 @@ def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
 
     return tuple(map(cut, arrays))
+
+
+def _over_supervised(add: Callable, carry: Any, parts: tuple[jax.Array, ...]) -> Any:
+    """Folds add(carry, part, number) over the chunks in which anything is to be predicted: most of a row is image and
+    question. `parts` are arrays [chunks, ...], the last of them the mask."""
+    some = jnp.any(parts[-1] > 0, axis=tuple(range(1, parts[-1].ndim)))
+    order = jnp.argsort(~some)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        part = tuple(jax.lax.dynamic_index_in_dim(x, order[i], keepdims=False) for x in parts)
+        return add(carry, part, order[i])
+
+    return jax.lax.fori_loop(0, jnp.sum(some), step, carry)
 
 
 def _logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
