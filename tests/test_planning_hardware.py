@@ -42,10 +42,19 @@ SHAPES = "expected one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
         ("v5e:8x4", f"--topology='v5e:8x4': v5e has no slice '8x4'; did you mean '4x8'?; {SHAPES}"),
         ("v5e:64", f"--topology='v5e:64': v5e has no slice '64'; {SHAPES}"),
         ("0*v5e:8x8", "--topology='0*v5e:8x8': expected 1 to 256 slices; for example 2*v5e:8x8"),
-        ("h100:12", "--topology='h100:12': expected a number of devices, above 8 in nodes of 8; for example h100:8"),
-        ("2*h100:8", "--topology='2*h100:8': expected a number of devices, above 8 in nodes of 8; for example h100:8"),
-        ("h100:0", "--topology='h100:0': expected a number of devices, above 8 in nodes of 8; for example h100:8"),
-        ("cpu:many", "--topology='cpu:many': expected a number of devices; for example cpu:8"),
+        (
+            "h100:12",
+            "--topology='h100:12': expected h100:N for N devices, up to 8 or a multiple of it (whole nodes); for example h100:8",
+        ),
+        (
+            "2*h100:8",
+            "--topology='2*h100:8': expected h100:N for N devices, up to 8 or a multiple of it (whole nodes); slices (2*) are TPUs'; for example h100:8",
+        ),
+        (
+            "h100:0",
+            "--topology='h100:0': expected h100:N for N devices, up to 8 or a multiple of it (whole nodes); for example h100:8",
+        ),
+        ("cpu:many", "--topology='cpu:many': expected cpu:N for N devices; for example cpu:8"),
     ],
 )
 def test_refusals(text, sentence):
