@@ -4,11 +4,13 @@
     python -m sparsecut_jax.plan --config=configs/sparsecut.py:size=7b,stage=finetune --topology=h100:8 --price=2.5
 
 For TPUs the real compiler is asked (pip install "jax[tpu]" on any machine), for GPUs and CPUs the analytic model
-(docs/plan.md). Topologies: v5e:8x8, 2*v5e:16x16 (two slices), v5p:4x4x4, v6e:8x8, h100:8, h200:16, cpu:8.
+(docs/plan.md). Topologies: v5e:8x8, 2*v5e:16x16 (two slices), v5p:4x4x4, v6e:8x8, h100:8, h200:16, cpu:8. Several, with
+commas between them, are compared; --rows_per_chip=1 lets the batch grow with them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -19,10 +21,17 @@ from sparsecut_jax import cli
 from sparsecut_jax.planning import answer, compiler, hardware, tables
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
 STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that the run is assumed to reach.")
+PER_CHIP = flags.DEFINE_integer(
+    "rows_per_chip",
+    0,
+    "Sequences of a batch for each chip; default: the config's batch, however many chips.",
+    lower_bound=0,
+)
 ROWS = flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: those of config.data, where they are known.")
 PRICE = flags.DEFINE_float("price", 0.0, "Price of one chip for an hour.")
 SEARCH = flags.DEFINE_boolean("search", False, "Look for other settings also where these fit.")
@@ -31,28 +40,51 @@ OUT = flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default
 
 def plan(cfg: Config) -> None:
     # ------------------------------------------------------------------ what is asked
-    question = answer.Question(
-        topology=hardware.parse(TOPOLOGY.value),
-        stage=answer.default_stage(cfg, STAGE.value),
-        mfu=MFU.value,
-        rows=ROWS.value,
-        price=PRICE.value,
-        search=SEARCH.value,
-    )
-
-    folder = OUT.value or os.path.join("runs/plan", file_name(cfg, question))
+    stage = answer.default_stage(cfg, STAGE.value)
+    topologies = [hardware.parse(text) for text in TOPOLOGY.value.split(",")]
+    several = len(topologies) > 1
+    questions = [
+        answer.Question(
+            topology=topology,
+            stage=stage,
+            mfu=MFU.value,
+            rows=ROWS.value,
+            price=PRICE.value,
+            search=SEARCH.value or several,
+            checked=0 if several else 2,  # each would be a compilation
+        )
+        for topology in topologies
+    ]
+    if several and not all(topology.chip.flops for topology in topologies):
+        raise UserError(f"--topology={TOPOLOGY.value}: only chips whose rates vendors state can be compared")
+    folder = OUT.value or os.path.join("runs/plan", file_name(cfg, stage))
     os.makedirs(folder, exist_ok=True)  # an answer takes minutes: it must have a place
 
-    # ------------------------------------------------------------------ the answer
-    found = {"config": config_argument(), **answer.answer(cfg, question, tell=lambda text: print(text, flush=True))}
-    print(f"\n{tables.text(found)}\n")
+    # ------------------------------------------------------------------ the answers
+    tell = lambda text: print(text, flush=True)
+    found = [
+        {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, tell)}
+        for question in questions
+    ]
 
-    # ------------------------------------------------------------------ files
-    from sparsecut_jax.planning import chart  # here: matplotlib takes a third of a second
+    # ------------------------------------------------------------------ shown and written
+    from sparsecut_jax.planning import chart, scaling  # here: matplotlib takes a third of a second
 
-    write_json(os.path.join(folder, "plan.json"), found)
-    chart.save(os.path.join(folder, "plan.png"), found)
-    print(f"written    {os.path.join(folder, 'plan.json')}, plan.png")
+    print(f"\n{scaling.text(found) if several else tables.text(found[0])}\n")
+    name = "scaling" if several else "plan"
+    write_json(os.path.join(folder, f"{name}.json"), found if several else found[0])
+    draw = scaling.save if several else chart.save
+    draw(os.path.join(folder, f"{name}.png"), found if several else found[0])
+    print(f"written    {os.path.join(folder, name)}.json, {name}.png")
+
+
+def with_rows(cfg: Config, question: answer.Question) -> Config:
+    """The config with --rows_per_chip sequences for every chip, in as many turns as before."""
+    if not PER_CHIP.value:
+        return cfg
+    stage = cfg.stages[question.stage]
+    rows = PER_CHIP.value * question.topology.chips * stage.accumulate
+    return dataclasses.replace(cfg, stages={**cfg.stages, question.stage: dataclasses.replace(stage, batch_size=rows)})
 
 
 def config_argument() -> str:
@@ -61,9 +93,9 @@ def config_argument() -> str:
     return next(values, "") or sys.argv[sys.argv.index("--config") + 1]
 
 
-def file_name(cfg: Config, question: answer.Question) -> str:
+def file_name(cfg: Config, stage: str) -> str:
     """ "sparsecut_7b_finetune-instruct-v5e-8x8"."""
-    parts = (os.path.basename(os.path.normpath(cfg.workdir)), question.stage, question.topology.text)
+    parts = (os.path.basename(os.path.normpath(cfg.workdir)), stage, TOPOLOGY.value)
     return re.sub(r"[^\w.]+", "-", "-".join(parts))
 
 

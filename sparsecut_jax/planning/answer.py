@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from sparsecut_jax import backends, checks, sharding
 from sparsecut_jax.planning import compiler, flops, memory, steps
+from sparsecut_jax.planning.collectives import Collective
 from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.roofline import Roofline, roofline
@@ -22,7 +24,6 @@ from sparsecut_jax.weights import pretrained
 
 SHOWN = 6  # settings of a search
 MOST_ROWS = 10**12
-CHECKED = 2  # of them that the compiler is asked about, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Question:
       rows: of the dataset; 0: see `steps`.
       price: of a chip for an hour; 0: not asked.
       search: look for other settings also where the config's fit.
+      checked: of those, how many the compiler is asked about at most, until one fits.
     """
 
     topology: Topology
@@ -43,6 +45,7 @@ class Question:
     rows: int = 0
     price: float = 0.0
     search: bool = False
+    checked: int = 2
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
@@ -73,7 +76,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
     parameters = Parameters(cfg, name)
     checked_rates(parameters.shapes, cfg.stages[name], name)
     expected = memory.estimate(cfg, name, sizes, platform, parameters)
-    needed, source = _needed(cfg, question, expected, tell)
+    needed, source, crossing = _needed(cfg, question, expected, tell)
     fits = isinstance(needed, Bytes) and needed.total <= topology.memory
     work = flops.work(products := step_products(cfg, name, parameters))
     line = roofline(cfg, name, topology, sizes, products, parameters) if topology.chip.flops else None
@@ -86,6 +89,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
         "settings": _settings(cfg, name),
         "bytes_per_chip": _bytes(needed, expected, topology, source, fits),
         "flops_per_step": {part: dataclasses.asdict(w) for part, w in work.items()},
+        "collectives": _collectives(crossing, topology) if crossing is not None else {},
         "time": _time(cfg, question, work["total"].model, line, parameters, found) if line else {},
         "notes": notes + _share_note(topology, needed) + _time_note(topology),
     }
@@ -116,14 +120,25 @@ def _with_slots(cfg: Config, name: str, slots: int) -> Config:
     return dataclasses.replace(cfg, stages={**cfg.stages, name: stage})
 
 
-def _needed(cfg: Config, question: Question, expected: Bytes, tell: Callable) -> tuple[Bytes | compiler.TooLarge, str]:
-    """Bytes of the step, and who says so."""
+def _needed(
+    cfg: Config, question: Question, expected: Bytes, tell: Callable
+) -> tuple[Bytes | compiler.TooLarge, str, list[Collective] | None]:
+    """Bytes of the step, who says so, and what crosses the links, where that is known."""
     if question.topology.chip.platform != "tpu":
-        return expected, "analytic model"
+        return expected, "analytic model", None
     tell(f"compiling for {question.topology.text}, which takes a minute or two")
     began = time.monotonic()
-    found = compiler.ask(cfg, question.stage, question.topology, expected)
-    return found, f"TPU compiler, {time.monotonic() - began:.0f} s"
+    found, crossing = compiler.ask(cfg, question.stage, question.topology, expected)
+    return found, f"TPU compiler, {time.monotonic() - began:.0f} s", crossing
+
+
+def _collectives(found: list[Collective], topology: Topology) -> dict[str, Any]:
+    """Bytes that come into a chip in a step, by kind, and what that takes if links do nothing else."""
+    by_kind = collections.defaultdict(float)
+    for each in found:
+        by_kind[each.kind] += each.bytes * each.times
+    total = sum(by_kind.values())
+    return {"bytes": dict(by_kind), "total": total, "seconds": total / topology.chip.link}
 
 
 def _settings(cfg: Config, name: str) -> dict[str, Any]:
@@ -204,10 +219,10 @@ def _search(cfg: Config, question: Question, parameters: Parameters, tell: Calla
     options = search(cfg, name, topology, parameters)[:SHOWN]
     made: dict[str, Any] = {"options": [_option(option, name) for option in options]}
     if topology.chip.platform == "tpu":
-        for shown, option in list(zip(made["options"], options, strict=True))[:CHECKED]:
+        for shown, option in list(zip(made["options"], options, strict=True))[: question.checked]:
             tell(f"asking the compiler about {option.flags}")
             tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
-            found = compiler.ask(tried, name, topology, option.bytes)
+            found, _ = compiler.ask(tried, name, topology, option.bytes)
             shown["compiled"] = found.total if isinstance(found, Bytes) else found.reason
             if isinstance(found, Bytes):
                 break

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from sparsecut_jax.planning.collectives import Collective, collectives
 from sparsecut_jax.planning.compile import lower_step
 from sparsecut_jax.planning.hardware import GIB, Topology
 from sparsecut_jax.planning.memory import Bytes
@@ -64,20 +65,22 @@ def devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
 
 
-def ask(cfg: Config, name: str, topology: Topology, expected: Bytes) -> Bytes | TooLarge:
-    """Compiles the real step of stage `name`.
+def ask(
+    cfg: Config, name: str, topology: Topology, expected: Bytes
+) -> tuple[Bytes | TooLarge, list[Collective] | None]:
+    """Compiles the real step of stage `name`: what a chip holds, and what crosses the links.
 
     expected: the estimate; how the compiler's temporaries are divided into kinds follows it.
     """
     with quiet():
         lowered = lower_step(cfg, name, devices(topology))
         try:
-            found = lowered.compile().memory_analysis()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return too_large(str(error))
-    return divided(found, expected)
+            return too_large(str(error)), None
+    return divided(compiled.memory_analysis(), expected), collectives(compiled.as_text())
 
 
 def divided(found: Any, expected: Bytes) -> Bytes:

@@ -87,6 +87,9 @@ def time_table(plan: dict[str, Any]) -> str:
         [f"roofline: {labels[line['bound']]}, at most {t['most_mfu']:.0%} MFU", f"{line['seconds'] / size:.3f}"]
     )
     rows.append([f"expected at {t['mfu']:.0%} MFU", f"{t['seconds'] / size:.3f}"])
+    if crossing := plan["collectives"]:
+        parts = ", ".join(f"{kind} {moved / 1e9:.1f}" for kind, moved in crossing["bytes"].items())
+        rows.append([f"links, by the compiled step ({parts} GB into a chip)", f"{crossing['seconds'] / size:.3f}"])
     positions = plan["settings"]["seq_len"]
     lines = [table([f"{unit} per step", ""], rows), ""]
     lines.append(f"  {t['tokens_per_second']:,.0f} tokens/s, all {positions:,} positions of a sequence counted")

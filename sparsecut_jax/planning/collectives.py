@@ -1,0 +1,123 @@
+"""What crosses the links in a compiled step, read off its HLO text.
+
+The compiler cuts one collective into several instructions that work beside others (they share a channel), and a loop's
+body stands there once: each channel counts once in its loop, times the loop's turns, which stand in its condition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+WIDTHS = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+}
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+COMPUTATION = re.compile(r"^(?:ENTRY )?(%[\w.-]+) \(.*\{$")
+COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%[\w.-]+ = (.+?) ({KINDS})(-start)?\(")
+WHILE = re.compile(r" while\(.*condition=(%[\w.-]+), body=(%[\w.-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|called_computation)=(%[\w.-]+)|branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One of a step.
+
+    Attributes:
+      bytes: that come into a chip each time, where they go round in a ring.
+      times: in a step.
+    """
+
+    kind: str
+    bytes: float
+    times: int
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """All of a program, the text of a compiled step (`jax.stages.Compiled.as_text()`)."""
+    bodies = _computations(hlo)
+    calls = {name: list(_calls(lines, bodies)) for name, lines in bodies.items()}
+    entry = next(m[1] for m in map(COMPUTATION.match, hlo.splitlines()) if m and m[0].startswith("ENTRY"))
+    found: dict[tuple[str, str, str], Collective] = {}
+
+    def walk(name: str, loop: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if match := COLLECTIVE.match(line):
+                shapes, kind, start = match.groups()
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (loop, kind, channel[1] if channel else line)
+                found.setdefault(key, Collective(kind, _incoming(kind, shapes, bool(start), _ways(line)), times))
+        for called, turns in calls.get(name, ()):
+            walk(called, called if turns else loop, times * (turns or 1))
+
+    walk(entry, "", 1)
+    return list(found.values())
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    """The lines of each computation by its name."""
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            lines = bodies.setdefault(match[1], [])
+        else:
+            lines.append(line)
+    return bodies
+
+
+def _calls(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """Computations that these lines call, and how often a loop runs them; 0: it is no loop."""
+    for line in lines:
+        if match := WHILE.search(line):
+            known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            yield match[2], int(known[1]) if known else _turns(bodies[match[1]])
+            continue
+        for one, several in CALLED.findall(line):
+            for called in [one] if one else re.findall(r"%[\w.-]+", several):
+                yield called, 0
+
+
+def _turns(condition: list[str]) -> int:
+    """Of a loop that counts up to a constant; 1 where the number is known only at run time."""
+    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(constants[0]) if len(constants) == 1 else 1
+
+
+def _ways(line: str) -> int:
+    """Chips that take part in one group."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return match[1].count(",") + 1
+    return 2  # a permutation names pairs
+
+
+def _incoming(kind: str, shapes: str, started: bool, n: int) -> float:
+    """Bytes from the shapes of a result; that of a -start holds the operands as well."""
+    sizes = [
+        math.prod(map(int, filter(None, dims.split(",")))) * WIDTHS.get(dtype, 4)
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", shapes))
+    ]
+    if started and kind != "all-reduce" and len(sizes) > 1:
+        sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[1:2]
+    size, share = sum(sizes), (n - 1) / n
+    return {"all-gather": share, "all-reduce": 2 * share, "all-to-all": share, "reduce-scatter": n - 1}.get(
+        kind, 1.0
+    ) * size

@@ -1,0 +1,93 @@
+"""One config on several topologies side by side: what a chip does, moves and waits for as the chips grow in number."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from sparsecut_jax.planning.tables import gib  # noqa: E402
+from sparsecut_jax.training.report import table  # noqa: E402
+
+COLORS = {"products": "#35618f", "memory": "#e8a35c", "links": "#b3262a"}
+
+
+def row(plan: dict[str, Any]) -> dict[str, Any]:
+    """What is compared of one plan (planning/answer.py); all of one chip and one step, times in seconds.
+
+    Links: what the compiled step collects and sums, where it was compiled, else the analytic count. Their share is of the
+    roofline, the longest of the three.
+    """
+    line, chips = plan["time"]["roofline"], plan["chips"]
+    seconds = {"products": line["compute"], "memory": line["memory"]}
+    seconds["links"] = plan["collectives"].get("seconds", line["links"] + line["network"])
+    options = plan.get("search", {}).get("options", [])
+    return {
+        "topology": plan["topology"],
+        "chips": chips,
+        "rows": plan["settings"]["batch_size"],
+        "bytes": plan["bytes_per_chip"]["total"],
+        "fits": plan["bytes_per_chip"]["fits"],
+        "flops": (plan["flops_per_step"]["total"]["forward"] + plan["flops_per_step"]["total"]["backward"]) / chips,
+        "moved": line["memory"] * plan["chip"]["bandwidth"],
+        "crossing": plan["collectives"].get("total", 0.0),
+        "seconds": seconds,
+        "links_share": seconds["links"] / max(seconds.values()),
+        "recommended": options[0]["flags"] if options else "",
+    }
+
+
+def text(plans: list[dict[str, Any]]) -> str:
+    """The plans as one table, and the settings that are recommended for each."""
+    head = [
+        "topology",
+        "rows",
+        "GiB",
+        "model TFLOP",
+        "memory GB",
+        "links GB",
+        "products s",
+        "memory s",
+        "links s",
+        "links / roofline",
+    ]
+    found = [row(plan) for plan in plans]
+    rows = [
+        [
+            r["topology"], f"{r['rows']:,}", gib(r["bytes"]) if r["fits"] else "does not fit", f"{r['flops'] / 1e12:,.1f}",
+            f"{r['moved'] / 1e9:,.1f}", f"{r['crossing'] / 1e9:,.1f}" if r["crossing"] else "-",
+            *(f"{r['seconds'][key]:.3f}" for key in ("products", "memory", "links")), f"{r['links_share']:.0%}",
+        ]
+        for r in found
+    ]  # fmt: skip
+    lines = ["of one chip in a step:", "", table(head, rows), "", "recommended by the analytic model:"]
+    lines += [f"  {r['topology']:<12} {r['recommended'] or 'nothing fits'}" for r in found]
+    return "\n".join(lines)
+
+
+def save(path: str | os.PathLike, plans: list[dict[str, Any]]) -> None:
+    """Draws seconds a step by cause, and bytes a chip, over the number of chips."""
+    found = [row(plan) for plan in plans]
+    chips = [str(r["chips"]) for r in found]
+    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4), dpi=120, layout="constrained")
+    for key, color in COLORS.items():
+        times.plot(chips, [r["seconds"][key] for r in found], marker="o", color=color, label=key)
+    times.set(xlabel="chips", ylabel="seconds a step", ylim=(0, None), title="a chip's products, memory and links")
+    times.legend(frameon=False)
+    bytes_.bar(chips, [r["bytes"] / 2**30 for r in found], color="#6ba3c7")
+    bytes_.axhline(
+        plans[0]["bytes_per_chip"]["memory"] / 2**30, color=COLORS["links"], linestyle="--", label="of a chip"
+    )
+    bytes_.set(xlabel="chips", ylabel="GiB a chip", title="bytes")
+    bytes_.legend(frameon=False)
+    for axes in (times, bytes_):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{plans[0]['config']}, stage {plans[0]['stage']}, {found[0]['rows'] / found[0]['chips']:g} rows a chip"
+    )
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,50 @@
+"""Several topologies beside one another."""
+
+import json
+
+import pytest
+
+import runs
+from planning_configs import load
+from sparsecut_jax.planning import answer, scaling
+from sparsecut_jax.planning.hardware import parse
+
+
+@pytest.fixture(scope="module")
+def plans():
+    found = []
+    for chips in (8, 16):
+        cfg, stage = load("sparsecut", "size=7b,stage=finetune", stage__batch_size=4 * chips)
+        question = answer.Question(parse(f"h100:{chips}"), stage, search=True)
+        found.append({"config": "sparsecut.py", **answer.answer(cfg, question)})
+    return found
+
+
+def test_rows(plans):
+    """Weak scaling: a chip's FLOPs stay, its bytes fall, and beyond a node the network bears the gradients."""
+    small, large = map(scaling.row, plans)
+    assert (small["chips"], small["rows"], large["chips"], large["rows"]) == (8, 32, 16, 64)
+    assert small["flops"] == pytest.approx(large["flops"])
+    assert small["bytes"] > 1.2 * large["bytes"]
+    assert large["seconds"]["links"] > small["seconds"]["links"]
+    assert small["links_share"] == small["seconds"]["links"] / small["seconds"]["products"]
+    assert small["recommended"].startswith("--config.mesh.")
+
+
+def test_compiled_collectives_win(plans):
+    plan = {**plans[0], "collectives": {"bytes": {"all-gather": 9e9}, "total": 9e9, "seconds": 0.02}}
+    assert scaling.row(plan)["seconds"]["links"] == 0.02
+    assert "9.0" in scaling.text([plan]) and "-" in scaling.text([plans[0]])
+
+
+def test_the_command(tmp_path):
+    config = "--config=configs/sparsecut.py:size=7b,stage=finetune"
+    (code, out, err), mixed = runs.each(
+        ("plan", config, "--topology=h100:8,h100:16", "--rows_per_chip=2", f"--out={tmp_path}"),
+        ("plan", config, "--topology=h100:8,cpu:8", f"--out={tmp_path}"),
+    )
+    assert (code, err) == (0, "")
+    assert "links / roofline" in out and "recommended by the analytic model:\n  h100:8" in out
+    assert [plan["settings"]["batch_size"] for plan in json.loads((tmp_path / "scaling.json").read_text())] == [16, 32]
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert mixed[0] == 2 and "--topology=h100:8,cpu:8: only chips whose rates vendors state" in mixed[2]
