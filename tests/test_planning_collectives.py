@@ -48,8 +48,8 @@ def test_literal():
     assert collectives(HLO) == [
         Collective("reduce-scatter", 10 * 4 * 4, 1),
         Collective("collective-permute", 10 * 4, 1),
-        Collective("all-gather", 4096 * 4096 * 2 * 63 / 64, 32),
         Collective("all-reduce", 2 * 200 * 2 * 3 / 4, 32),
+        Collective("all-gather", 4096 * 4096 * 2 * 63 / 64, 32),
     ]
 
 
