@@ -18,7 +18,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.vision.update(image_size=336, patch_size=14, width=256, layers=12, heads=8, mlp_dim=1024)
     config.fusion.name = "channel"
     config.shortcuts.count = 8
-    config.llm.update(vocab_size=32000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64, mlp_dim=1376)
+    config.llm.update(
+        vocab_size=32000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64, mlp_dim=1376, remat="full"
+    )
     config.dtype = "float32"
     config.run_stages = ("instruct",)
     config.stages.instruct.update(

@@ -3,9 +3,9 @@
     python -m sparsecut_jax.benchmark --config=configs/base.py
     python -m sparsecut_jax.benchmark --config=configs/side_by_side.py --parts=step,decode
 
-Parts: tower, encode (tower and fusion), forward, gradient, step (compiled as in a run), decode (a token of one row), and
-input (batches from the config's data). Weights and batches are drawn. The floor of a part is the larger of its FLOPs over
-the peak rate and its bytes over the bandwidth, both measured here before all else (docs/speed.md).
+Parts: tower, encode (tower and fusion), forward, gradient, step (compiled as in a run), prefill, decode (a token of one
+row), and input (batches from the config's data). Weights and batches are drawn. The floor of a part is the larger of its
+FLOPs over the peak rate and its bytes over the bandwidth, both measured here before all else (docs/speed.md).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
+PLATFORM = flags.DEFINE_enum("require_platform", None, ["tpu", "gpu", "cpu"], "Refuse to run on other devices.")
 
 
 class Exit(Exception):
@@ -61,7 +62,7 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
         _keep_compiled()
         if "coordinator" in flags.FLAGS:
             hosts.start(resumes, debug)
-            platforms.require(flags.FLAGS.require_platform)
+        platforms.require(PLATFORM.value)
         with hosts.together():
             command()
     except UserError as error:

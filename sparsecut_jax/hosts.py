@@ -50,7 +50,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("processes", None, "How many processes make up the run; 1: do not look for others.")
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
     flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes must have come.", lower_bound=1)
-    flags.DEFINE_enum("require_platform", None, ["tpu", "gpu", "cpu"], "Refuse to run on other devices.")
     flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process is gone.", lower_bound=5)
 
 

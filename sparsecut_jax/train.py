@@ -54,7 +54,8 @@ def train(cfg: Config) -> dict[str, float]:
 
 def run_stages(cfg: Config) -> dict[str, float]:
     """`train` in a workdir that nobody else writes to."""
-    began = time.monotonic()
+    began, startup = time.monotonic(), report.Startup()
+    startup.done("imports")
 
     # ------------------------------------------------------------------ devices
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
@@ -78,6 +79,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     backends.resolve(cfg, sharding.platform(mesh))
 
     # ------------------------------------------------------------------ data
+    startup.done("devices")
     source = sources.load_source(cfg)
     if meta is not None:
         check_same_data(meta["data"], source.fingerprint, cfg)
@@ -91,6 +93,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
+    startup.done("data")
     branched = any(plan.branched for plan in plans.values())
     here = backends.resolve(cfg, sharding.platform(mesh), branched)  # what checkpoints hold stays free of platforms
     dtype = backends.compute_dtype(here)
@@ -107,6 +110,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     print_data(source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
+    startup.done("shapes")
     compilations, stop = loop.Compilations(), loop.StopSignal()
     with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
@@ -124,6 +128,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         writer = report.MetricsWriter(cfg.workdir, step)
         placed = sharding.batch_sharding(mesh)
         names = [span.name for span in spans]
+        startup.done("parameters")
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
             tx = opt.adamw(span.stage)
             target = states[span.name]
@@ -155,6 +160,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 },
                 flops=flops.of_batch(here, span.name, shapes, plans[span.name].slots),
                 peak=mesh.size * hardware.peak_flops(mesh.devices.flat[0].device_kind),
+                startup=startup,
                 clock=clock,
                 is_last=span is spans[-1],
             )

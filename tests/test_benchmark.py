@@ -28,9 +28,9 @@ def test_the_command(folder):
         assert text in out, text
     written = json.loads((folder / "out" / "benchmark.json").read_text())
     assert [part["part"] for part in written["parts"]] == [
-        "tower", "encode", "forward", "gradient", "step", "decode", "input",
+        "tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input",
     ]  # fmt: skip
-    assert all(len(part["seconds"]) == 2 for part in written["parts"][:6])
+    assert all(len(part["seconds"]) == 2 for part in written["parts"][:7])
     assert written["peak"]["flops"] > 0 and written["peak_memory"] > 2**20
     assert wrong[0] == 2 and "--parts=step,stpe: 'stpe' is not one of tower, encode, forward" in wrong[2]
     assert none[0] == 2 and "steps" in none[2]
@@ -41,16 +41,18 @@ def test_floors(folder, one_device):
     cfg = config_lib.check(runs.small(folder, folder / "run"))
     bench = Bench(cfg, "instruct", 1, 2)
     peak = Peak(flops=1e9, bandwidth=1e9)
-    timed = {part: bench.time(part, peak) for part in ("tower", "forward", "step", "decode")}
+    timed = {part: bench.time(part, peak) for part in ("tower", "forward", "step", "prefill", "decode")}
     work = flops.work(flops.products(bench.cfg, "instruct", bench.shapes, 8, 32))
     assert timed["tower"].flops == work["vision"].forward
     assert timed["forward"].flops == work["total"].forward
     assert timed["step"].flops == work["total"].model
     assert timed["step"].bytes > 7 * 4 * 20_000
+    words = 16 * bench.cfg.llm.vocab_size
+    assert timed["prefill"].flops == (work["llm"].forward / 8) + 2 * words  # one row, logits of its last position
     for t in timed.values():
         assert t.floor == max(t.flops, t.bytes) / 1e9
         assert t.bound == ("compute" if t.flops > t.bytes else "memory")
     # a token: twice every weight of the LLM's matrices and head, and the scores of the 34 positions it sees
-    weights = 3 * (4 * 16 * 16 + 3 * 16 * 32) + 16 * bench.cfg.llm.vocab_size
+    weights = 3 * (4 * 16 * 16 + 3 * 16 * 32) + words
     assert timed["decode"].flops == 2 * weights + 4 * 3 * 16 * 34
     assert timed["decode"].bytes == 4 * (weights + 2 * 3 * 16 * 34)

@@ -100,8 +100,14 @@ def test_nothing_recompiles_after_the_first_step_of_a_stage(unbroken):
 def test_the_start_shows_devices_parameters_and_plan(unbroken):
     out = (unbroken.parent / "stdout.txt").read_text()
     for text in ("devices    1 x cpu", "mesh       data=1 x fsdp=1 x tensor=1", "ViT block (of 3)  2  0",
-                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s a step (", "sample question", "results.json"):  # fmt: skip
+                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s a step (", "s: imports", "sample question", "results.json"):  # fmt: skip
         assert text in out, text
+
+
+def test_the_log_says_what_the_start_took(unbroken):
+    (startup,) = [line["startup"] for line in read_metrics(str(unbroken)) if "startup" in line]
+    assert list(startup) == ["imports", "devices", "data", "shapes", "parameters", "first step"]
+    assert all(0 <= seconds < 240 for seconds in startup.values()) and startup["imports"] > 0.5
 
 
 def test_loss_falls(unbroken):

@@ -28,6 +28,7 @@ from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.answer import prepared
+from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
@@ -36,8 +37,8 @@ from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_gradients, make_train_step
 from sparsecut_jax.types import Batch
 
-PARTS = ("tower", "encode", "forward", "gradient", "step", "decode", "input")
-OF = {"tower": ("vision",), "encode": ("vision", "fusion"), "decode": ("llm", "loss")}  # parts of planning/flops.py
+PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
+OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/flops.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +166,21 @@ class Bench:
         return self._floored(Timed("step", "training step", seconds[1:], seconds[0]))
 
     def _called(self, part: str, label: str, run: Callable, *args: Any) -> Timed:
+        first, *seconds = self._seconds(run, *args)
+        return self._floored(Timed(part, label, seconds, first))
+
+    def _seconds(self, run: Callable, *args: Any) -> list[float]:
+        """Of a first call, which compiles, and of `steps` more."""
         seconds = []
         for _ in range(self.steps + 1):
             began = time.perf_counter()
             jax.block_until_ready(run(*args))
             seconds.append(time.perf_counter() - began)
-        return self._floored(Timed(part, label, seconds[1:], seconds[0]))
+        return seconds
+
+    def _with_mfu(self, rate: str, work: float, seconds: list[float]) -> str:
+        peak = self.mesh.size * peak_flops(self.device)
+        return f"{rate}, {work / statistics.median(seconds) / peak:.1%} MFU" if peak else rate
 
     def _floored(self, timed: Timed) -> Timed:
         """With the FLOPs and bytes of all rows, and the rate."""
@@ -188,6 +198,7 @@ class Bench:
             moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
         tokens = stage.batch_size * stage.seq_len / timed.median
         rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
+        rate = self._with_mfu(rate, work, timed.seconds)
         return dataclasses.replace(timed, flops=work, bytes=moved, rate=rate)
 
     @property
@@ -197,35 +208,45 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------------------
     # generation
 
-    def _decode(self) -> Timed:
-        """One row a device group, its image and words in front: a whole answer less its first token, by tokens."""
+    @functools.cached_property
+    def _answers(self) -> dict[int, list[float]]:
+        """Seconds of whole answers of one token and of `new`, to one row for each group of devices that shares one."""
         here = backends.resolve_for_inference(self.asked, sharding.platform(self.mesh))
-        model = build_model(here, self.dtype)
+        model, rows = build_model(here, self.dtype), sharding.data_parallel()
         params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
-        rows = sharding.data_parallel()
         row = jax.tree.map(lambda x: np.asarray(x)[:rows], self.batch)
         encoded = jax.jit(lambda p, views: model.apply({"params": p}, views, method="encode"))(params, row.views)
         length = np.full(rows, self.stage.seq_len, np.int32)
-        run = lambda new: jax.block_until_ready(
-            generate(model, params, row.tokens, length, row.image_start, encoded, new)
+        run = lambda new: generate(model, params, row.tokens, length, row.image_start, encoded, new)
+        return {new: self._seconds(run, new) for new in (1, self.new)}
+
+    def _prefill(self) -> Timed:
+        first, *seconds = self._answers[1]
+        found, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
+        work = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in found)  # logits of one position
+        moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in found) * self.dtype.itemsize
+        rate = f"{rows * self.stage.seq_len / statistics.median(seconds):,.0f} positions/s"
+        return Timed(
+            "prefill", "prefill and a token", seconds, first, work, moved, rate=self._with_mfu(rate, work, seconds)
         )
-        seconds = {}
-        for new in (1, self.new):
-            seconds[new] = []
-            for _ in range(self.steps + 1):
-                began = time.perf_counter()
-                run(new)
-                seconds[new].append(time.perf_counter() - began)
-        prefill = statistics.median(seconds[1][1:])
-        each = [(s - prefill) / (self.new - 1) for s in seconds[self.new][1:]]
-        m, size = self.cfg.llm, self.dtype.itemsize
-        found = flops.products(self.cfg, self.name, self.shapes, rows, 1)
-        found = [p for p in found if p.part in OF["decode"] and p.weights]
-        seen = self.stage.seq_len + self.new
+
+    def _decode(self) -> Timed:
+        """Whole answers less their first token, by tokens."""
+        first, *seconds = self._answers[self.new]
+        prefill, rows = statistics.median(self._answers[1][1:]), sharding.data_parallel()
+        each = [(s - prefill) / (self.new - 1) for s in seconds]
+        m, seen = self.cfg.llm, self.stage.seq_len + self.new
+        found = [p for p in self._generation(1) if p.weights]
         work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
-        moved = rows * (sum(p.weights for p in found) + 2.0 * m.layers * m.kv_heads * m.head_dim * seen) * size
+        cache = 2.0 * m.layers * m.kv_heads * m.head_dim * seen
+        moved = rows * (sum(p.weights for p in found) + cache) * self.dtype.itemsize
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
-        return Timed("decode", "decode, a token", each, seconds[self.new][0], work, moved, rate=rate)
+        return Timed("decode", "decode, a token", each, first, work, moved, rate=rate)
+
+    def _generation(self, seq_len: int) -> list[flops.Product]:
+        """The LLM's products for that many positions of every row."""
+        found = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len)
+        return [p for p in found if p.part in ("llm", "loss")]
 
     # ------------------------------------------------------------------------------------------------------------------
     # input

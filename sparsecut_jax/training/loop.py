@@ -20,7 +20,7 @@ from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
-from sparsecut_jax.training.report import MetricsWriter, Progress, shortcut_names
+from sparsecut_jax.training.report import MetricsWriter, Progress, Startup, shortcut_names
 from sparsecut_jax.types import Batch, TrainState, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
@@ -96,6 +96,7 @@ class Stage:
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
       flops: model FLOPs of a batch whose sequences have so many positions (planning/flops.py).
       peak: FLOP/s of all devices, 0 where no vendor states them.
+      startup: is told when the first step of the process has ended.
       meta: what a checkpoint says beside arrays.
       clock: seconds that the run has taken so far, earlier starts included.
       is_last: whether held-out losses are compared to find the best checkpoint.
@@ -108,6 +109,7 @@ class Stage:
     holdout_loss: Callable[[Any], float] | None
     flops: Callable[[int], float]
     peak: float
+    startup: Startup
     meta: dict[str, Any]
     clock: Callable[[], float]
     is_last: bool
@@ -207,6 +209,11 @@ class _Log:
 
     def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
         values = jax.device_get(metrics)
+        if not self.stage.startup.finished:
+            self.stage.startup.done("first step")
+            self.stage.startup.finished = True
+            self.progress.write(self.stage.startup.text())
+            self.writer.write(step, {"startup": self.stage.startup.parts})
         self.tokens += int(values["tokens"])
         self.supervised += int(values["supervised_tokens"])
         self.flops += self.stage.flops(positions)

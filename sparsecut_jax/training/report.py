@@ -145,6 +145,34 @@ class Progress:
         print(f"{self.name} {self.done}/{self.total} [{self.shown - self.started:.0f}s{left}] {self.text}", flush=True)
 
 
+class Startup:
+    """Seconds from the start of the process to the end of its first step, by what they went into."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.finished = False
+        self._last = _process_start()
+
+    def done(self, part: str) -> None:
+        """What has passed since the last call went into `part`."""
+        now = time.time()
+        self.parts[part], self._last = now - self._last, now
+
+    def text(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"started in {sum(self.parts.values()):.1f} s: {parts}"
+
+
+def _process_start() -> float:
+    """As time.time() counts; now, where the system does not say."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # since the machine has started
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time()
+
+
 class MetricsWriter:
     """metrics.jsonl and TensorBoard events in the workdir; a resumed run takes its own later lines back first.
 
