@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from sparsecut_jax.planning.collectives import Collective, collectives
 from sparsecut_jax.sharding import make_mesh
 
-# A loop of 32 turns that collects a matrix (in two instructions of one channel) and sums a gradient, and one sum behind it.
+# A loop of 32 turns, by twos to 64, that collects a matrix (in two instructions of one channel) and sums a gradient, and one sum behind it.
 HLO = """HloModule jit_step, is_scheduled=true
 
 %add.1 (x.1: bf16[], y.1: bf16[]) -> bf16[] {
@@ -25,15 +25,19 @@ HLO = """HloModule jit_step, is_scheduled=true
 }
 
 %condition.1 (state.1: (s32[], bf16[64,4096])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(32)
-  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+  %limit = u32[]{:T(128)} constant(64)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[] compare(%i.1, %limit), direction=LT
 }
 
 %body.1 (state.2: (s32[], bf16[64,4096])) -> (s32[], bf16[64,4096]) {
   %a = bf16[4096,4096] fusion(%w), kind=kCustom, calls=%fused.1
   %b = bf16[4096,4096] fusion(%w), kind=kCustom, calls=%fused.2
   %all-reduce.3 = (bf16[100]{0}, bf16[4,25]{1,0}) all-reduce(%g, %h), channel_id=6, replica_groups=[16,4]<=[64], to_apply=%add.1
-  ROOT %next = (s32[], bf16[64,4096]) tuple(%i, %w)
+  %i.2 = u32[]{:T(128)} get-tuple-element(%state.2), index=0
+  %two = u32[]{:T(128)} constant(2)
+  %i.3 = u32[]{:T(128)} add(%i.2, %two)
+  ROOT %next = (u32[], bf16[64,4096]) tuple(%i.3, %w)
 }
 
 ENTRY %main (p.1: bf16[64,4096]) -> f32[10] {

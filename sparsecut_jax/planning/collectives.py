@@ -84,17 +84,32 @@ def _calls(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[tuple[str
     for line in lines:
         if match := WHILE.search(line):
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            yield match[2], int(known[1]) if known else _turns(bodies[match[1]])
+            yield match[2], int(known[1]) if known else _turns(bodies[match[1]], bodies[match[2]])
             continue
         for one, several in CALLED.findall(line):
             for called in [one] if one else re.findall(r"%[\w.-]+", several):
                 yield called, 0
 
 
-def _turns(condition: list[str]) -> int:
-    """Of a loop that counts up to a constant; 1 where the number is known only at run time."""
-    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    return int(constants[0]) if len(constants) == 1 else 1
+def _turns(condition: list[str], body: list[str]) -> int:
+    """Of a loop that counts up to a constant; 1 where the number is known only at run time.
+
+    Where products wait for pieces of a matrix the compiler makes loops of its own and takes several pieces in a turn.
+    """
+    before, after = (dict(re.findall(r"(%[\w.-]+) = (.*)", "\n".join(lines))) for lines in (condition, body))
+    constant = lambda text: re.search(r"^[su]32\[\]\S* constant\((\d+)\)", text or "")
+    compared = re.search(r"compare\((%[\w.-]+), (%[\w.-]+)\)", "\n".join(condition))
+    limit = constant(before.get(compared[2])) if compared else None
+    if not limit:
+        return 1
+    step, counter = 1, re.search(r"index=(\d+)", before.get(compared[1], ""))
+    ends = re.search(r"^\s*ROOT .* tuple\(([^)]*)\)", "\n".join(body), re.MULTILINE)
+    if counter and ends:
+        named = re.findall(r"%[\w.-]+", ends[1])[int(counter[1])]
+        added = re.search(r" add\(%[\w.-]+, (%[\w.-]+)\)", after.get(named, ""))
+        found = constant(after.get(added[1])) if added else None
+        step = int(found[1]) if found else 1
+    return -(-int(limit[1]) // step)
 
 
 def _ways(line: str) -> int:
