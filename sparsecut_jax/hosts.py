@@ -121,7 +121,7 @@ def _asked() -> Process | None:
     if count < 1:
         raise UserError(f"--processes={count}: expected at least 1")
     if not 0 <= index < count:
-        raise UserError(f"--process={index} of --processes={count}: expected 0 to {max(0, count - 1)}")
+        raise UserError(f"--process={index} of --processes={count}: expected 0 to {count - 1}")
     host, _, port = given["coordinator"].rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={given['coordinator']!r}: expected HOST:PORT, for example 10.0.0.1:8476")

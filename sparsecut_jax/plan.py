@@ -10,7 +10,6 @@ commas between them, are compared; --rows_per_chip=1 lets the batch grow with th
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
@@ -82,9 +81,8 @@ def with_rows(cfg: Config, question: answer.Question) -> Config:
     """The config with --rows_per_chip sequences for every chip, in as many turns as before."""
     if not PER_CHIP.value:
         return cfg
-    stage = cfg.stages[question.stage]
-    rows = PER_CHIP.value * question.topology.chips * stage.accumulate
-    return dataclasses.replace(cfg, stages={**cfg.stages, question.stage: dataclasses.replace(stage, batch_size=rows)})
+    rows = PER_CHIP.value * question.topology.chips * cfg.stages[question.stage].accumulate
+    return cfg.with_stage(question.stage, batch_size=rows)
 
 
 def config_argument() -> str:

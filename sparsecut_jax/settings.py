@@ -6,8 +6,8 @@ the result into a `Config`, and the program reads nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 # What a layer keeps from forward to backward (models/remat.py); auto: "full" on accelerators, "none" on CPU.
 Remat = Literal["auto", "none", "dots", "full", "offload"]
@@ -284,3 +284,7 @@ class Config:
     def tokens_per_image(self) -> int:
         """Positions that one image takes in the LLM (N)."""
         return self.vision.tokens_per_image
+
+    def with_stage(self, name: str, **changes: Any) -> Config:
+        """The config with settings of stage `name` changed."""
+        return replace(self, stages={**self.stages, name: replace(self.stages[name], **changes)})

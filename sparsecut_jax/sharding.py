@@ -75,13 +75,14 @@ def mesh_sizes(sizes: Mapping[str, int], count: int, platform: str) -> dict[str,
     asked = mesh_text(dict(zip(MESH_AXES, shape, strict=True)))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
         raise UserError(f"{asked}: sizes must be positive, and at most one of them -1 (what is left over)")
-    known, asked_sizes = math.prod(size for size in shape if size != -1), tuple(shape)
+    known = math.prod(size for size in shape if size != -1)
+    wanted = f"a multiple of {known}" if -1 in shape else str(known)
     if -1 in shape:
         shape[shape.index(-1)] = max(1, count // known)
     if math.prod(shape) != count:
         nearest = mesh_text(dict(zip(MESH_AXES, _nearest(shape, count), strict=True)))
         raise UserError(
-            f"{asked} asks for {f'a multiple of {known}' if -1 in asked_sizes else known} devices, but there are {count} {platform} devices; "
+            f"{asked} asks for {wanted} devices, but there are {count} {platform} devices; "
             f"change config.mesh so that its sizes multiply to {count}, for example {nearest}"
         )
     return dict(zip(MESH_AXES, shape, strict=True))

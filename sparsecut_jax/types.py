@@ -79,9 +79,8 @@ class TrainState:
     """Everything an update reads and writes."""
 
     step: jax.Array  # int32[]; optimizer steps of the whole run, skipped ones included
-    params: dict[
-        str, Any
-    ]  # {"vision", "fusion", "llm"}; float32 masters of what is trained, the rest as it is computed
+    # {"vision", "fusion", "llm"}; float32 masters of what is trained, the rest as it is computed
+    params: dict[str, Any]
     opt_state: Any  # of the trainable parameters of this stage only
     skipped: jax.Array  # int32[]; updates left out because loss or gradient was not finite
     streak: jax.Array  # int32[]; how many of the latest updates in a row were left out

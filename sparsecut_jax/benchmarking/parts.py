@@ -12,7 +12,6 @@ import math
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from sparsecut_jax import backends, sharding
-from sparsecut_jax.benchmarking.peaks import Peak
+from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
@@ -28,13 +27,14 @@ from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.answer import prepared
+from sparsecut_jax.planning.compile import step_of
 from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.losses import summed_loss
-from sparsecut_jax.training.step import make_gradients, make_train_step
+from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
@@ -151,43 +151,29 @@ class Bench:
         return self._called("gradient", "forward and backward", run, moving, frozen, self.batch, jax.random.key(0))
 
     def _step(self) -> Timed:
-        tx = opt.adamw(self.stage)
-        target = state.abstract_state(self.abstract, self.stage.trainable, tx, self.mesh)
+        step, target = step_of(self.cfg, self.name, self.mesh)
         # Parameters of its own, which it takes apart: so memory is what a run needs, where nothing else is timed.
-        now = state.begin_stage(target, self._drawn_params(), self.stage.trainable, tx, 0, 0)
-        schedule = opt.schedule(self.stage, 1000)
-        step = make_train_step(self.model, self.stage, tx, schedule, 0, self.cfg.seed, self.cfg.loss_chunk)
-        jitted, seconds = jax.jit(step, donate_argnums=0), []
-        for _ in range(self.steps + 1):
-            began = time.perf_counter()
-            now, metrics = jitted(now, self.batch)
-            jax.block_until_ready((now, metrics))
-            seconds.append(time.perf_counter() - began)
-        return self._floored(Timed("step", "training step", seconds[1:], seconds[0]))
+        now = state.begin_stage(target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage), 0, 0)
+
+        def run() -> Any:
+            nonlocal now
+            now, metrics = step(now, self.batch)
+            return now, metrics
+
+        return self._called("step", "training step", run)
 
     def _called(self, part: str, label: str, run: Callable, *args: Any) -> Timed:
-        first, *seconds = self._seconds(run, *args)
-        return self._floored(Timed(part, label, seconds, first))
+        first, *others = seconds(self.steps, run, *args)
+        return self._floored(Timed(part, label, others, first))
 
-    def _seconds(self, run: Callable, *args: Any) -> list[float]:
-        """Of a first call, which compiles, and of `steps` more."""
-        seconds = []
-        for _ in range(self.steps + 1):
-            began = time.perf_counter()
-            jax.block_until_ready(run(*args))
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    def _with_mfu(self, rate: str, work: float, seconds: list[float]) -> str:
+    def _with_mfu(self, rate: str, work: float, times: list[float]) -> str:
         peak = self.mesh.size * peak_flops(self.device)
-        return f"{rate}, {work / statistics.median(seconds) / peak:.1%} MFU" if peak else rate
+        return f"{rate}, {work / statistics.median(times) / peak:.1%} MFU" if peak else rate
 
     def _floored(self, timed: Timed) -> Timed:
         """With the FLOPs and bytes of all rows, and the rate."""
         stage, part = self.stage, timed.part
-        cfg = dataclasses.replace(
-            self.cfg, stages={**self.cfg.stages, self.name: dataclasses.replace(stage, slots=self.slots)}
-        )
+        cfg = self.cfg.with_stage(self.name, slots=self.slots)
         found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len)
         found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
@@ -218,23 +204,23 @@ class Bench:
         encoded = jax.jit(lambda p, views: model.apply({"params": p}, views, method="encode"))(params, row.views)
         length = np.full(rows, self.stage.seq_len, np.int32)
         run = lambda new: generate(model, params, row.tokens, length, row.image_start, encoded, new)
-        return {new: self._seconds(run, new) for new in (1, self.new)}
+        return {new: seconds(self.steps, run, new) for new in (1, self.new)}
 
     def _prefill(self) -> Timed:
-        first, *seconds = self._answers[1]
+        first, *others = self._answers[1]
         found, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
         work = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in found)  # logits of one position
         moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in found) * self.dtype.itemsize
-        rate = f"{rows * self.stage.seq_len / statistics.median(seconds):,.0f} positions/s"
+        rate = f"{rows * self.stage.seq_len / statistics.median(others):,.0f} positions/s"
         return Timed(
-            "prefill", "prefill and a token", seconds, first, work, moved, rate=self._with_mfu(rate, work, seconds)
+            "prefill", "prefill and a token", others, first, work, moved, rate=self._with_mfu(rate, work, others)
         )
 
     def _decode(self) -> Timed:
         """Whole answers less their first token, by tokens."""
-        first, *seconds = self._answers[self.new]
+        first, *others = self._answers[self.new]
         prefill, rows = statistics.median(self._answers[1][1:]), sharding.data_parallel()
-        each = [(s - prefill) / (self.new - 1) for s in seconds]
+        each = [(s - prefill) / (self.new - 1) for s in others]
         m, seen = self.cfg.llm, self.stage.seq_len + self.new
         found = [p for p in self._generation(1) if p.weights]
         work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
@@ -261,14 +247,11 @@ class Bench:
         reader.pictures.forget = True
         stage = dataclasses.replace(self.stage, max_steps=10_000)
         plan = stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)
-        batches, seconds = pipeline.train_batches(reader, plan, self.asked, (self.asked.seed, 0)), []
+        batches = pipeline.train_batches(reader, plan, self.asked, (self.asked.seed, 0))
         with pipeline.closing(batches):
-            for _ in range(4 * self.steps + 1):
-                began = time.perf_counter()
-                pipeline.next_batch(batches)
-                seconds.append(time.perf_counter() - began)
-        rate = f"{stage.batch_size * (len(seconds) - 1) / sum(seconds[1:]):,.1f} sequences/s"
-        return Timed("input", "input, a batch", seconds[1:], rate=rate)
+            others = seconds(4 * self.steps, pipeline.next_batch, batches)[1:]
+        rate = f"{stage.batch_size * len(others) / sum(others):,.1f} sequences/s"
+        return Timed("input", "input, a batch", others, rate=rate)
 
     # ------------------------------------------------------------------------------------------------------------------
 

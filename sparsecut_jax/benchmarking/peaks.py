@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,14 @@ def measure(dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Peak:
 
 def best(function: Callable, *args: jax.Array) -> float:
     """Seconds of the fastest of a few calls, compilation left out."""
-    jax.block_until_ready(function(*args))
-    seconds = []
-    for _ in range(TRIES):
+    return min(seconds(TRIES, function, *args)[1:])
+
+
+def seconds(times: int, function: Callable, *args: Any) -> list[float]:
+    """Of a first call, which compiles, and of so many more."""
+    found = []
+    for _ in range(times + 1):
         began = time.perf_counter()
         jax.block_until_ready(function(*args))
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        found.append(time.perf_counter() - began)
+    return found

@@ -67,7 +67,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
     platform = topology.chip.platform
     cfg, notes = prepared(cfg, name)
     found = steps.steps_of(cfg, name, question.rows)
-    cfg = _with_slots(backends.resolve(cfg, platform), name, found.slots)
+    cfg = backends.resolve(cfg, platform).with_stage(name, slots=found.slots)
     sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
     sharding.check_mesh(cfg, sizes)
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(**sizes))
@@ -113,11 +113,6 @@ def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
     cfg = dataclasses.replace(cfg, run_stages=(name,))
     checks.check_room(cfg)
     return cfg, notes
-
-
-def _with_slots(cfg: Config, name: str, slots: int) -> Config:
-    stage = dataclasses.replace(cfg.stages[name], slots=slots)
-    return dataclasses.replace(cfg, stages={**cfg.stages, name: stage})
 
 
 def _needed(
@@ -177,11 +172,12 @@ def _time(
     """Seconds of a step, tokens/s, hours and price. `total`: model FLOPs of a step."""
     name, topology = question.stage, question.topology
     stage, peak = cfg.stages[name], topology.chips * topology.chip.flops
-    mfu = min(question.mfu, total / peak / line.seconds)  # nothing is faster than the roofline
+    most_mfu = total / peak / line.seconds
+    mfu = min(question.mfu, most_mfu)
     at_mfu = lambda model: model / (peak * mfu)
     made = {
         "roofline": {**dataclasses.asdict(line), "seconds": line.seconds, "bound": line.bound},
-        "most_mfu": total / peak / line.seconds,
+        "most_mfu": most_mfu,
         "asked_mfu": question.mfu,
         "mfu": mfu,
         "seconds": at_mfu(total),

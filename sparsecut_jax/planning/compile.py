@@ -18,7 +18,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.step import make_train_step
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, TrainState
 
 STEPS = 1000  # of the schedule; only numbers in the program depend on it
 
@@ -49,11 +49,17 @@ def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered
     """
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
     cfg = backends.resolve(cfg, devices[0].platform)
+    step, target = step_of(cfg, name, mesh)
+    with jax.set_mesh(mesh):
+        return step.lower(target, abstract_batch(cfg, name, mesh))
+
+
+def step_of(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState]:
+    """The jitted, donated step of stage `name`, and the shapes of its state; `cfg` is resolved."""
     stage = cfg.stages[name]
     model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
     abstract = state.abstract_params(model, cfg, mesh, state.stage_dtypes(cfg, name))
     tx = opt.adamw(stage)
     target = state.abstract_state(abstract, stage.trainable, tx, mesh)
     step = make_train_step(model, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
-    with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(target, abstract_batch(cfg, name, mesh))
+    return jax.jit(step, donate_argnums=0), target

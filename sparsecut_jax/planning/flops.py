@@ -266,6 +266,6 @@ def work(found: list[Product]) -> dict[str, Work]:
 
 def of_batch(cfg: Config, name: str, shapes: Shapes, slots: int) -> Callable[[int], float]:
     """Function from the positions of a sequence to the model FLOPs of a batch of stage `name` with so many image slots."""
-    stage = dataclasses.replace(cfg.stages[name], slots=slots)
-    cfg = dataclasses.replace(cfg, stages={**cfg.stages, name: stage})
-    return functools.cache(lambda t: work(products(cfg, name, shapes, stage.batch_size, t))["total"].model)
+    cfg = cfg.with_stage(name, slots=slots)
+    rows = cfg.stages[name].batch_size
+    return functools.cache(lambda t: work(products(cfg, name, shapes, rows, t))["total"].model)

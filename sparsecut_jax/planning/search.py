@@ -92,12 +92,10 @@ def meshes(topology: Topology) -> Iterator[Sizes]:
 
 def with_settings(cfg: Config, name: str, sizes: Sizes | None = None, accumulate: int = 1, remat: str = "") -> Config:
     """The config with the settings of an option."""
-    stage = dataclasses.replace(cfg.stages[name], accumulate=accumulate)
     return dataclasses.replace(
-        cfg,
+        cfg.with_stage(name, accumulate=accumulate),
         mesh=MeshConfig(**sizes) if sizes else cfg.mesh,
         llm=dataclasses.replace(cfg.llm, remat=remat),
-        stages={**cfg.stages, name: stage},
     )
 
 

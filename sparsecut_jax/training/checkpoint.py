@@ -31,7 +31,7 @@ META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a ch
 # Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
 FREE_ON_RESUME = (
     "workdir", "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
-     "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
+    "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
     "data.max_bad_fraction", "init_from", "init_parts",
 )  # fmt: skip
 

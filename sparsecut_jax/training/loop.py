@@ -209,9 +209,8 @@ class _Log:
 
     def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
         values = jax.device_get(metrics)
-        if not self.stage.startup.finished:
+        if "first step" not in self.stage.startup.parts:
             self.stage.startup.done("first step")
-            self.stage.startup.finished = True
             self.progress.write(self.stage.startup.text())
             self.writer.write(step, {"startup": self.stage.startup.parts})
         self.tokens += int(values["tokens"])

@@ -150,7 +150,6 @@ class Startup:
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
-        self.finished = False
         self._last = _process_start()
 
     def done(self, part: str) -> None:
