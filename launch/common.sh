@@ -41,7 +41,9 @@ flags() {
       *) fail 2 "unexpected argument '$arg'; arguments of the training stand behind --" ;;
     esac
   done
-  [[ ! $dry_run ]] || exec 3>&1
+  [[ $dry_run ]] || return 0
+  exec 3>&1
+  [[ $OLDPWD -ef . ]] || quoted cd "$PWD" >&3
 }
 
 needs() { # COMMAND HINT
@@ -49,7 +51,7 @@ needs() { # COMMAND HINT
 }
 
 number() { # FLAG VALUE LEAST
-  if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then fail 2 "--$1=$2: expected a whole number from $3"; fi
+  if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then fail 2 "--$1=$2: expected a whole number from $3"; fi
 }
 
 quoted() { # its arguments as one line of shell
@@ -65,7 +67,7 @@ quoted() { # its arguments as one line of shell
 # Shows a command and runs it; a dry run only shows it. In the background, so that a signal need not wait for its end.
 child='' quiet=''
 run() {
-  [[ $quiet ]] || quoted "$@" >&3
+  [[ $quiet ]] || quoted "$@" >&3 || unread
   [[ ! $dry_run ]] || return 0
   local code=0
   "$@" <&0 &
@@ -92,33 +94,54 @@ ask_often() {
   done
 }
 
-# Looks again in a while, and need not show the commands again.
+# Looks again in a while, and need not show the commands again. A signal need not wait for it.
 pause() { # SECONDS
   quiet=1
-  sleep "${LAUNCH_POLL:-$1}"
+  sleep "${LAUNCH_POLL:-$1}" &
+  child=$!
+  wait "$child" || true
+  child=''
 }
 
 # Refuses before anything is paid for what the program would refuse after. copied: it will see tracked files only.
 check_args() { # [copied]
-  local arg file
+  local i arg key file=''
   ((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py"
-  for arg in "${ARGS[@]}"; do
-    case $arg in
-      *$'\n'*) fail 2 "an argument has a line end in it: $(quoted "$arg")" ;;
-      --config.workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
-      --config=*)
-        file=${arg#*=} file=${file%%:*}
-        [[ ${1-} ]] || continue
-        [[ $file != /* ]] || fail 2 "$file: give the path from the project's folder, which is where it will be"
-        git ls-files --error-unmatch -- "$file" >/dev/null 2>&1 ||
-          fail 2 "$file is not a file that git knows, and only those are copied: write it and git add it"
-        ;;
+  for ((i = 0; i < ${#ARGS[@]}; i++)); do
+    arg=${ARGS[i]}
+    key=${arg#-} key=${key#-} # the program takes one dash for two, and a value as a word of its own
+    case $key in
+      config | config.workdir) arg+="=${ARGS[++i]-}" key+="=${ARGS[i]-}" ;;
+    esac
+    [[ $arg != *$'\n'* ]] || fail 2 "an argument has a line end in it: $(quoted "$arg")"
+    case $key in
+      config.workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
+      config.workdir=runs/*) ;;
+      config.workdir=*) [[ ! ${1-} ]] || fail 2 "$arg: only runs/ outlives the hosts; give a folder in it" ;;
+      config=*) file=${key#*=} file=${file%%:*} ;;
     esac
   done
+  [[ $file ]] || fail 2 "the training's --config is missing; for example -- --config=configs/base.py"
+  [[ $file != /* || ! ${1-} ]] || fail 2 "$file: give the path from the project's folder, which is where it will be"
+  [[ -f $file ]] || fail 2 "$file: there is no such file"
+  [[ ! ${1-} ]] || check_copied "${file#./}"
 }
 
-# The tracked files that a run needs, as they are on this disk.
-pack() { # FILE
+check_copied() { # FILE
+  local lost
+  needs git "the files that it tracks are copied"
+  git rev-parse --git-dir >/dev/null 2>&1 || fail 2 "$PWD is no git repository, and the files that git tracks are copied"
+  tracked | tr '\0' '\n' | grep -xF -- "$1" >/dev/null ||
+    fail 2 "$1 is not among the files that git tracks (tests and docs aside), and only those are copied: git add it"
+  lost=$(tracked --deleted | tr '\0' ' ')
+  [[ ! $lost ]] || fail 2 "git tracks files that are not there: ${lost% }; restore them, or git rm them"
+}
+
+tracked() { # [FLAG]: the files that a run needs
+  git ls-files "$@" -z . ':!tests' ':!docs'
+}
+
+pack() { # FILE: as they are on this disk
   run sh -c "git ls-files -z . ':!tests' ':!docs' | tar -czf $(quoted "$1") --null -T -"
 }
 
@@ -126,10 +149,21 @@ pack() { # FILE
 # What was created is deleted however the script ends; where that fails it says what is left and how to delete it.
 
 what='' delete=() keep='' # to be set: what is created, the command that deletes it, whether it stays
-step='' created=''        # what is being done; whether there may be something to delete
+step='' created='' file='' # what is being done; whether there may be something to delete; the packed files
+ending=''
 
-remove() {
-  run "${delete[@]}" && created=''
+remove() { # a network that fails for a while must not leave it there
+  local misses=0
+  until run "${delete[@]}"; do
+    ((++misses < 3)) || return 1
+    pause 10
+  done
+  created=''
+}
+
+unread() { # nobody reads any more: that ends the run, but what was created is still deleted
+  exec >/dev/null 2>&1 3>&1
+  [[ $ending ]] || exit 141
 }
 
 gone() { # whether it is known that there is nothing to delete
@@ -140,11 +174,13 @@ gone() { # whether it is known that there is nothing to delete
 finish() {
   local code=$? how
   how="delete it with: $(quoted "${delete[@]}")"
-  trap '' INT TERM HUP
+  set +e
+  trap '' INT TERM HUP PIPE
   trap - EXIT
-  quiet=''
-  [[ ! $child ]] || kill "$child" 2>/dev/null || true
+  quiet='' ending=1
+  [[ ! $child ]] || kill "$child" 2>/dev/null
   ((code == 0)) || [[ ! $step ]] || say "$step ended with exit code $code"
+  [[ ! $file ]] || run rm -f "$file"
   if [[ ! $created ]]; then
     exit "$code"
   elif ((code < 128)) && gone; then # after a signal it may still be on its way
@@ -164,6 +200,7 @@ delete_at_the_end() {
   trap finish EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
+  trap unread PIPE
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

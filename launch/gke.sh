@@ -45,7 +45,8 @@ what="$name ($slices x $type)"
 delete=("${kubectl[@]}" delete "jobset/$name" "configmap/$name" --ignore-not-found)
 
 manifest() {
-  local text line
+  local text line args
+  args=$(quoted "${ARGS[@]}") # Kubernetes reads $(VAR) as its own, and $$ as $
   text=$(if [[ $spot ]]; then cat launch/gke.yaml; else sed '/# spot only$/d' launch/gke.yaml; fi)
   while IFS='' read -r line; do # NAME=VALUE, into the place of ${NAME}
     text=${text//"\${${line%%=*}}"/"${line#*=}"}
@@ -60,7 +61,7 @@ REQUEUE=$requeue
 GRACE=$grace
 IMAGE=$image
 CLAIM=$claim
-ARGS=$(quoted "${ARGS[@]}")
+ARGS=${args//'$'/'$$'}
 END
   echo "$text"
 }

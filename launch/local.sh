@@ -21,7 +21,10 @@ processes=2 devices='' port='' python=python3
 flags "processes= devices= port= python=" "$@"
 number processes "$processes" 1
 [[ ! $devices ]] || number devices "$devices" 1
-[[ ! $port ]] || number port "$port" 1
+if [[ $port ]]; then
+  number port "$port" 1
+  ((port < 65536)) || fail 2 "--port=$port: expected a whole number to 65535"
+fi
 ((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py:smoke"
 command -v "$python" >/dev/null || fail 2 "--python=$python is not there"
 [[ $port ]] || port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
@@ -33,34 +36,45 @@ if [[ $devices ]]; then
 fi
 command+=(--coordinator="localhost:$port" --processes="$processes")
 
-pids=() told=''
+pids=()
 # shellcheck disable=SC2329 # called by the traps
 pass_on() { # to those that still run
-  told=1
   kill -"$1" "${pids[@]}" 2>/dev/null || true
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
 set -m # without it processes in the background would be deaf to SIGINT
 for ((i = 0; i < processes; i++)); do
-  quoted "${command[@]}" --process="$i" "${ARGS[@]}" >&3
+  echo "$(quoted "${command[@]}" --process="$i" "${ARGS[@]}")${dry_run:+ &}" >&3
   [[ ! $dry_run ]] || continue
   "${command[@]}" --process="$i" "${ARGS[@]}" </dev/null &
   pids+=($!)
 done
-[[ ! $dry_run ]] || exit 0
+[[ ! $dry_run ]] || { echo wait && exit 0; }
 
 # 5 means that another process is gone, which has the reason; 3 that the run was stopped after saving.
 rank() {
   case $1 in 0) echo 0 ;; 3) echo 1 ;; 5) echo 2 ;; 4) echo 4 ;; 2) echo 5 ;; *) echo 3 ;; esac
 }
-worst=0
-for pid in "${pids[@]}"; do
-  while
-    told='' code=0
-    wait "$pid" || code=$?
-    [[ $told ]] # a signal has ended the waiting, not the process
-  do :; done
-  (($(rank "$code") <= $(rank "$worst"))) || worst=$code
+worst=0 since=''
+while ((${#pids[@]})); do
+  running=()
+  for pid in "${pids[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+    else
+      code=0
+      wait "$pid" || code=$?
+      (($(rank "$code") <= $(rank "$worst"))) || worst=$code
+    fi
+  done
+  pids=(${running[@]+"${running[@]}"})
+  # Where one has something to mend before they have met, the others would wait for it for five minutes.
+  if ((worst == 2)); then
+    [[ $since ]] || pass_on TERM
+    : "${since:=$SECONDS}"
+    ((SECONDS - since < 10)) || pass_on KILL
+  fi
+  sleep 0.2 || true
 done
 exit "$worst"

@@ -19,6 +19,10 @@ set -euo pipefail
 
 # SLURM runs a copy of this file, in the folder from which it was submitted.
 if [[ ${1-} == --in-job ]]; then
+  if [[ ! ${SLURM_JOB_ID-} || ! ${SLURM_GPUS_PER_NODE-} ]]; then
+    echo "error: --in-job is for SLURM alone, inside a job with GPUs that this script has submitted" >&2
+    exit 2
+  fi
   python=$2
   shift 2
   # Left alone, JAX gives every process under SLURM one GPU: that of its number on the node.
@@ -47,7 +51,11 @@ number cpus-per-task "$cpus_per_task" 1
 number grace "$grace" 1
 [[ $gpus_per_node =~ ^([a-zA-Z0-9_.-]+:)?[1-9][0-9]?$ ]] ||
   fail 2 "--gpus-per-node=$gpus_per_node: expected a number or TYPE:NUMBER; without GPUs use launch/local.sh"
-[[ $time =~ ^[0-9]+([-:][0-9]+)*$ ]] || fail 2 "--time=$time: expected [DAYS-]HOURS:MINUTES:SECONDS"
+[[ $time =~ ^(([0-9]{1,3})-)?([0-9]{1,4}):([0-9]{1,2}):([0-9]{1,2})$ ]] ||
+  fail 2 "--time=$time: expected [DAYS-]HOURS:MINUTES:SECONDS"
+d=${BASH_REMATCH[2]:-0} h=${BASH_REMATCH[3]} m=${BASH_REMATCH[4]} s=${BASH_REMATCH[5]}
+((grace < ((10#$d * 24 + 10#$h) * 60 + 10#$m) * 60 + 10#$s)) ||
+  fail 2 "--grace=$grace: expected fewer seconds than --time=$time gives; every go would only save"
 check_args
 needs sbatch "start this on a login node of the cluster"
 needs "$python" "make the environment there, or give --python=PATH"

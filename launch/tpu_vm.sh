@@ -12,7 +12,7 @@
 #   --spot                    cheaper, and may be taken away
 #   --requeue=N               a slice that was taken away is created anew up to N times; the run goes on where it was
 #   --mount=HOST:/SHARE       NFS (Filestore) that becomes runs/ on every host; needed for several hosts and to
-#                             requeue. Without it runs/ is copied here before the slice is deleted
+#                             requeue. Without it runs/ is copied to runs/NAME here before the slice is deleted
 #   --version=RUNTIME         default: what Google names for the type
 #   --keep                    do not delete at the end, whatever happens
 #   --dry-run                 print the commands, run none
@@ -44,6 +44,7 @@ hosts=$((hosts * slices))
 ((slices == 1 || hosts <= 64)) ||
   fail 2 "$slices x $type has $hosts hosts; more than 64 in several slices need launch/gke.sh"
 check_args copied
+[[ $mount || ! -e runs/$name ]] || fail 2 "runs/$name is already there, and is where the results would go; choose another --name"
 needs gcloud "see https://cloud.google.com/sdk/docs/install"
 
 tpus=(gcloud compute tpus)
@@ -80,12 +81,13 @@ create() {
   run "${tpus[@]}" queued-resources create "$name" "${flags[@]}" --runtime-version="${version:-$runtime}" || return
   step="waiting for $name"
   local state=''
-  until [[ $state == ACTIVE ]]; do
-    [[ ! $state ]] || pause 30
+  for ((;;)); do
     ask_often ACTIVE "${tpus[@]}" queued-resources describe "$name" "${where[@]}" \
       --format='value(state.state)' || return
     state=$answer
-    [[ $state != FAILED && $state != SUSPEND* ]] || return 1
+    [[ $state != ACTIVE ]] || break
+    [[ $state != FAILED && $state != SUSPEND* ]] || { say "Google says of $name: $state" && return 1; }
+    pause 30
   done
   quiet=''
 }
@@ -98,7 +100,7 @@ copy() {
 # uv brings its own Python: the images have 3.10, and the project needs 3.11.
 install() {
   step="installing on $name"
-  on_all "set -e; mkdir -p sparsecut_jax; tar -xzf $name.tgz -C sparsecut_jax; cd sparsecut_jax;\
+  on_all "set -e; mkdir -p sparsecut_jax; tar -xzf ${file##*/} -C sparsecut_jax; cd sparsecut_jax;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q --python=.venv/bin/python -r requirements.txt 'jax[tpu]'" || return
   [[ ! $mount ]] || on_all "set -e; sudo apt-get -qq install -y nfs-common; mkdir -p sparsecut_jax/runs;\
@@ -112,10 +114,17 @@ train() {
  $(quoted "${ARGS[@]}")"
 }
 
+# Beside what is in runs/ here, never into it; where it fails the slice stays, for it alone has the results.
 fetch() {
-  say "copying runs/ from $name"
-  run "${tpus[@]}" tpu-vm scp "$name:sparsecut_jax/runs" . "${where[@]}" --worker=0 --recurse ||
-    say "runs/ could not be copied"
+  local misses=0 part="runs/$name.part"
+  quiet=''
+  run mkdir -p runs
+  until run rm -rf "$part" && run "${tpus[@]}" tpu-vm scp "$name:sparsecut_jax/runs" "$part" "${where[@]}" \
+    --worker=0 --recurse; do
+    ((++misses < 3)) || { keep=1 && return 1; }
+    pause 15
+  done
+  run mv "$part" "runs/$name" && say "its results are in runs/$name"
 }
 
 # Whether the run ended with CODE because the slice was taken away. Google may need a while to say so.
@@ -123,7 +132,7 @@ preempted() {
   local state i field=state
   case $1 in
     3) return 0 ;; # it was told to stop, and has saved
-    2 | 4) return 1 ;;
+    2 | 4 | 141) return 1 ;; # 141: nobody reads any more
   esac
   [[ ! $queued ]] || field=state.state
   for i in 1 2 3 4; do
@@ -159,7 +168,7 @@ case $(there) in
   unknown) fail 1 "gcloud cannot list what is in $zone; nothing was created" ;;
 esac
 
-step="packing the files" file=${TMPDIR:-/tmp}/$name.tgz
+step="packing the files" file=${TMPDIR:-/tmp}/$name-$zone.tgz
 pack "$file"
 for ((attempt = 0; ; attempt++)); do
   code=0
@@ -169,6 +178,9 @@ for ((attempt = 0; ; attempt++)); do
   step="deleting $name" quiet=''
   remove
 done
-[[ $step != "the run"* || $mount ]] || fetch
+if [[ $step == "the run"* && ! $mount ]] && ! fetch; then
+  say "runs/ could not be copied from $name"
+  ((code)) || { code=1 && step="copying runs/"; }
+fi
 ((code)) || step=''
 exit "$code"

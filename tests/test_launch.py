@@ -30,6 +30,7 @@ line="$name $*"
 { printf '%s\x1f' "$name" "$@"; echo; } >>"$LOG"
 [[ $name != srun ]] || echo "$JAX_LOCAL_DEVICE_IDS" >"$LOG.devices"
 [[ $line != *" apply "* ]] || cat >"$LOG.applied"
+[[ $line != *" scp "*.tgz* ]] || cp "$5" "$LOG.tgz"
 if [[ ${HANG_AT-} && $line == *"$HANG_AT"* ]]; then touch "$LOG.hangs"; exec sleep 60; fi
 if [[ ${FAIL_AT-} && $line == *"$FAIL_AT"* && ! -e $LOG.failed ]]; then
   [[ ! ${ONCE-} ]] || touch "$LOG.failed"
@@ -60,7 +61,7 @@ def fakes(tmp_path) -> Path:
     """Folder with the fakes; $LOG and what else they write lie beside it."""
     folder = tmp_path / "fakes"
     folder.mkdir()
-    for name in ("gcloud", "kubectl", "sbatch", "scontrol", "squeue", "srun", "date"):
+    for name in ("gcloud", "kubectl", "sbatch", "scontrol", "squeue", "srun", "date", "mv"):
         (folder / name).write_text(FAKE)
         (folder / name).chmod(0o755)
     return folder
@@ -178,8 +179,22 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
         ([*tpu(), "--config.workdir=gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
         (
             [*tpu()[:-1], "--config=configs/bse.py:smoke"],
-            "configs/bse.py is not a file that git knows, and only those are copied: write it and git add it",
+            "configs/bse.py: there is no such file",
         ),
+        ([*tpu()[:-1], "--config", "configs/bse.py"], "configs/bse.py: there is no such file"),
+        ([*tpu()[:-1], "-config=configs"], "configs: there is no such file"),
+        (["slurm", "--python=python3", "--", "--config=configs/bse.py"], "configs/bse.py: there is no such file"),
+        (
+            [*tpu()[:-1], "--config=tests/runs.py"],
+            "tests/runs.py is not among the files that git tracks (tests and docs aside), and only those are copied",
+        ),
+        ([*tpu()[:-1], "--seed=1"], "the training's --config is missing; for example -- --config=configs/base.py"),
+        (
+            [*tpu(), "--config.workdir=/tmp/out"],
+            "--config.workdir=/tmp/out: only runs/ outlives the hosts; give a folder in it",
+        ),
+        ([*tpu(), "--config.workdir", "gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
+        (tpu("--requeue=08", "--mount=h:/s"), "--requeue=08: expected a whole number from 0"),
         (
             [*tpu()[:-1], f"--config={runs.ROOT}/configs/base.py"],
             f"{runs.ROOT}/configs/base.py: give the path from the project's folder, which is where it will be",
@@ -197,6 +212,13 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
             ["slurm", "--python=no/python", "--", CONFIG],
             "no/python is not installed here; make the environment there, or give --py",
         ),
+        ([*SLURM[:1], "--time=1:2:3:4", *SLURM[1:]], "--time=1:2:3:4: expected [DAYS-]HOURS:MINUTES:SECONDS"),
+        (
+            [*SLURM[:1], "--time=0:05:00", *SLURM[1:]],
+            "--grace=300: expected fewer seconds than --time=0:05:00 gives; every go would only save",
+        ),
+        (["slurm", "--in-job", "py", CONFIG], "--in-job is for SLURM alone, inside a job with GPUs that this script"),
+        (["local", "--port=65536", "--", CONFIG], "--port=65536: expected a whole number to 65535"),
         (["local", "--processes=0", "--", CONFIG], "--processes=0: expected a whole number from 1"),
         (["local", "--python=nopython", "--", CONFIG], "--python=nopython is not there"),
     ],
@@ -218,10 +240,10 @@ def test_one_slice(launch, tmp_path):
     assert done.called == [
         f"{gcloud} list --zone=z '--format=value(name.basename())'",
         f"{gcloud} create run-1 --zone=z --accelerator-type=v5litepod-8 --spot --version=v2-alpha-tpuv5-lite",
-        f"{gcloud} scp {tmp_path}/run-1.tgz run-1: {everywhere}",
+        f"{gcloud} scp {tmp_path}/run-1-z.tgz run-1: {everywhere}",
         f"{gcloud} ssh run-1 {everywhere} --ssh-flag=-oServerAliveInterval=60 "
         + shlex.quote(
-            "--command=set -e; mkdir -p sparsecut_jax; tar -xzf run-1.tgz -C sparsecut_jax; cd sparsecut_jax;"
+            "--command=set -e; mkdir -p sparsecut_jax; tar -xzf run-1-z.tgz -C sparsecut_jax; cd sparsecut_jax;"
             " python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --python=3.12 .venv;"
             " ~/.local/bin/uv pip install -q --python=.venv/bin/python -r requirements.txt 'jax[tpu]'"
         ),
@@ -230,18 +252,26 @@ def test_one_slice(launch, tmp_path):
             "--command=cd sparsecut_jax && exec nohup .venv/bin/python -u -m sparsecut_jax.train --require-platform=tpu "
             + CONFIG
         ),
-        f"{gcloud} scp run-1:sparsecut_jax/runs . --zone=z --worker=0 --recurse",
+        f"{gcloud} scp run-1:sparsecut_jax/runs runs/run-1.part --zone=z --worker=0 --recurse",
+        "mv runs/run-1.part runs/run-1",
         f"{gcloud} delete run-1 --zone=z --quiet",
     ]
     assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+    assert not (tmp_path / "run-1-z.tgz").exists()
+
+
+def test_what_a_dry_run_prints_elsewhere_goes_to_the_project_first(tmp_path):
+    command = [runs.ROOT / "launch/tpu_vm.sh", "--dry-run", *tpu()[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"cd {shlex.quote(str(runs.ROOT))}")
 
 
 def test_the_copy_holds_the_tracked_files_that_a_run_needs(launch, tmp_path):
     launch(*tpu())
-    names = subprocess.run(["tar", "-tzf", tmp_path / "run-1.tgz"], capture_output=True, text=True).stdout.split()
+    names = subprocess.run(["tar", "-tzf", tmp_path / "log.tgz"], capture_output=True, text=True).stdout.split()
     assert {"requirements.txt", "configs/base.py", "sparsecut_jax/train.py", "sparsecut_jax/data/rows.py"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", ".git/", "runs/"))]
-    assert (tmp_path / "run-1.tgz").stat().st_size < 1_000_000  # a ConfigMap holds a MiB
+    assert (tmp_path / "log.tgz").stat().st_size < 1_000_000  # a ConfigMap holds a MiB
 
 
 def test_two_slices_are_one_queued_resource(launch):
@@ -326,6 +356,32 @@ def test_what_cannot_be_deleted_is_said_with_the_command(launch):
     assert done.err.endswith(f"{what} is left and costs money; delete it with: {delete}\n")
 
 
+def test_results_that_cannot_be_copied_stay_where_they_are(launch):
+    """A finished run is not deleted with its results, nor is its end called a success."""
+    done = launch(*tpu(), FAIL_AT="scp run-1:")
+    assert done.code == 1 and verbs(done)[-3:] == ["scp"] * 3
+    delete = "gcloud compute tpus tpu-vm delete run-1 --zone=z --quiet"
+    assert "launch: runs/ could not be copied from run-1\n" in done.err
+    assert done.err.endswith(
+        f"launch: run-1 (1 x v5litepod-8 in z) is left and costs money; delete it with: {delete}\n"
+    )
+    assert verbs(launch(*tpu(), FAIL_AT="scp run-1:", ONCE="1"))[-2:] == ["mv", "delete"]
+
+
+def test_results_go_beside_what_is_there(launch, tmp_path):
+    name = f"test-{os.getpid()}"
+    folder = runs.ROOT / "runs" / name
+    folder.mkdir(parents=True)
+    try:
+        done = launch("tpu_vm", f"--name={name}", *tpu()[2:])
+    finally:
+        folder.rmdir()
+    assert (done.code, done.called) == (2, [])
+    assert done.err.startswith(
+        f"error: runs/{name} is already there, and is where the results would go; choose another"
+    )
+
+
 def test_of_a_name_that_is_taken_nothing_is_touched(launch):
     done = launch(*tpu(), LISTED="run-10\nrun-1")
     assert (done.code, len(done.called)) == (2, 1)
@@ -339,12 +395,12 @@ def test_of_a_name_that_is_taken_nothing_is_touched(launch):
 def test_a_queue_that_gives_nothing(launch):
     done = launch(*tpu("--queued"), STATE="FAILED")
     assert done.code == 1
-    assert "launch: waiting for run-1 ended with exit code 1\n" in done.err
+    assert "launch: Google says of run-1: FAILED\nlaunch: waiting for run-1 ended with exit code 1\n" in done.err
     assert done.called[-1] == "gcloud compute tpus queued-resources delete run-1 --zone=z --quiet --force"
 
 
 def verbs(done: Ended) -> list[str]:
-    return [line.split()[4] for line in done.called]
+    return [(*line.split(), *[line.split()[0]] * 4)[4 * line.startswith("gcloud")] for line in done.called]
 
 
 GO = ["create", "scp", "ssh", "ssh", "ssh"]  # copy, install, mount, train
@@ -392,6 +448,29 @@ def test_who_stops_the_script_leaves_nothing(launch, start, tmp_path, number, co
     done = launch.ended(process)
     assert (done.code, verbs(done)[-1]) == (code, "delete") and time.monotonic() - began < 10
     assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+
+
+def test_the_queue_is_left_at_once(launch, start, tmp_path):
+    """Also where the next look would be half a minute away."""
+    process = start("launch/tpu_vm.sh", *tpu("--queued")[1:], STATE="WAITING_FOR_RESOURCES", LAUNCH_POLL="30")
+    while " describe " not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else "").replace(
+        "\x1f", " "
+    ):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    began = time.monotonic()
+    process.terminate()
+    done = launch.ended(process)
+    assert (done.code, verbs(done)[-1]) == (143, "delete") and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("script", ["tpu_vm", "gke"])
+def test_who_stops_reading_leaves_nothing(launch, start, script):
+    """`... 2>&1 | tee log` and ^C, which ends tee too, or a terminal that is closed."""
+    args = tpu() if script == "tpu_vm" else GKE
+    done = launch.ended(start("bash", "-c", f"{shlex.join([f'launch/{script}.sh', *args[1:]])} 2>&1 | head -n 3"))
+    assert len(done.out.splitlines()) == 3
+    assert " delete " in done.called[-1] and sum(" delete " in line for line in done.called) == 1
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
@@ -490,7 +569,7 @@ def test_a_network_that_fails_for_a_while_ends_nothing(launch):
     done = launch(*GKE, FAIL_AT="terminalState", ONCE="1")
     assert done.code == 0 and [line for line in done.called if "terminalState" in line] == [done.called[4]] * 2
     done = launch(*tpu("--queued"), FAIL_AT=" describe ", ONCE="1")
-    assert done.code == 0 and [line.split()[4] for line in done.called][:5] == [
+    assert done.code == 0 and verbs(done)[:5] == [
         "list", "create", "describe", "describe", "scp",
     ]  # fmt: skip
 
@@ -570,7 +649,9 @@ def test_local_starts_every_process(launch, python):
     dry = launch("local", "--dry-run", *args)
     assert dry.called == [] and dry.err == ""
     prefix = f"{python.removeprefix('--python=')} "
-    assert [line.removeprefix(prefix) for line in dry.out.splitlines()] == sorted(done.called)
+    assert [line.removeprefix(prefix) for line in dry.out.splitlines()] == [f"{c} &" for c in sorted(done.called)] + [
+        "wait"
+    ]
     fake = launch("local", "--dry-run", "--devices=4", *args, XLA_FLAGS="--a").out.splitlines()[0]
     flag = "'XLA_FLAGS=--a --xla_force_host_platform_device_count=4'"
     assert fake.startswith(f"env JAX_PLATFORMS=cpu {flag} {prefix}-m sparsecut_jax.train --coordinator")
@@ -582,6 +663,12 @@ def test_local_starts_every_process(launch, python):
 )
 def test_the_exit_code_is_of_the_one_that_failed(launch, python, codes, expected):
     assert launch("local", "--processes=3", "--port=1", python, "--", CONFIG, CODES=codes).code == expected
+
+
+def test_the_others_do_not_wait_for_one_that_has_something_to_mend(launch, python):
+    began = time.monotonic()
+    done = launch("local", "--processes=3", "--port=1", python, "--", CONFIG, CODES="wait 2 wait")
+    assert done.code == 2 and time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
