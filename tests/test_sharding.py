@@ -124,7 +124,7 @@ def test_constraints_reach_the_compiler(meshed):
     assert len(re.findall(r"sdy\.sharding_constraint|custom_call @Sharding", lowered)) >= 10
     rows = B // (replica * data * fsdp)
     assert f"f32[{rows},{T},32]" in compiled
-    assert f"f32[{rows},{T},{48 // tensor}]" in compiled  # hidden units of the MLP
+    assert f"f32[{rows * T},{48 // tensor}]" in compiled  # hidden units of the MLP
     assert re.search(rf"f32\[(1,)?{rows},{CHUNK},{64 // tensor}\]", compiled)  # logits of a part of the positions
     for length, width in itertools.product((T, CHUNK), (32, 48, 64)):
         assert f"{B},{length},{width}]" not in compiled

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 from sparsecut_jax.sharding import spec
 
-TILE = 2**18  # scores of one tile: 1 MiB of float32, what a core's cache holds
+TILE = 256  # rows of queries of one tile: enough for a quick product, and its scores stay in a core's cache
+TOGETHER = 2**18  # scores of heads so short that several make one product
+CHAINS = 4  # tiles of one turn of the loop over heads: they do not wait for each other
 LANES = 128  # of a TPU's vector registers: splash's blocks are multiples of it
 SPLASH_BLOCK = 512
 
@@ -133,7 +135,8 @@ def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
     by_head = lambda x: x.swapaxes(1, 2).reshape(b * groups, -1, h)
     q = (q * h**-0.5).reshape(b, t, groups, each, h).transpose(0, 2, 3, 1, 4).reshape(b * groups, each, t, h)
     rows = jax.tree.map(lambda x: jnp.repeat(x, groups, axis=0), sight)
-    size = min(t, max(16, TILE // (each * s)))
+    blocks = -(-each * t // TILE)
+    size = -(-t // blocks)  # even ones
 
     @functools.partial(jax.checkpoint, static_argnums=4)  # scores are computed again for the gradient
     def block(q: jax.Array, k: jax.Array, v: jax.Array, pairs: tuple | None, first: int) -> jax.Array:
@@ -151,8 +154,12 @@ def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
             outs.append(block(q[:, first:last], k[:end], v[:end], pairs, first))
         return jnp.concatenate(outs, axis=1)
 
-    at_once = min(b * groups, max(1, TILE // (each * t * s)))
-    out = jax.lax.map(lambda x: one_head(*x), (q, by_head(k), by_head(v), rows), batch_size=at_once)
+    at_once = min(b * groups, TOGETHER // (each * t * s))
+    inputs = (q, by_head(k), by_head(v), rows)
+    if at_once > 1:
+        out = jax.lax.map(lambda x: one_head(*x), inputs, batch_size=at_once)
+    else:
+        _, out = jax.lax.scan(lambda _, x: (None, one_head(*x)), None, inputs, unroll=-(-CHAINS // blocks))
     return out.reshape(b, groups, each, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
 
 

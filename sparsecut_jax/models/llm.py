@@ -130,10 +130,12 @@ class Mlp(nn.Module):
             y = Linear(features, axes, use_bias=False, name=name)(x)
             return add_adapter(self, self.lora, f"llm/layers/mlp/{name}", x, y, (x.shape[-1], features), axes)
 
-        gate = linear("gate", x, cfg.mlp_dim, ("embed", "mlp"))
-        up = linear("up", x, cfg.mlp_dim, ("embed", "mlp"))
-        hidden = constrain(ACTIVATIONS[cfg.activation](gate) * up, "batch", "length", "act_mlp")
-        return linear("down", hidden, cfg.width, ("mlp", "embed"))
+        # All positions are rows of one matrix: for the gradient of a kernel XLA otherwise writes `hidden` anew, transposed.
+        rows = x.reshape(-1, x.shape[-1])
+        gate = linear("gate", rows, cfg.mlp_dim, ("embed", "mlp"))
+        up = linear("up", rows, cfg.mlp_dim, ("embed", "mlp"))
+        hidden = constrain(ACTIVATIONS[cfg.activation](gate) * up, "batch", "act_mlp")
+        return linear("down", hidden, cfg.width, ("mlp", "embed")).reshape(x.shape)
 
 
 class Layer(nn.Module):

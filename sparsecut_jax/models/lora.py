@@ -47,7 +47,7 @@ def matrices(
 
 
 def narrow(module: nn.Module, lora: LoraConfig, x: jax.Array, a: jax.Array) -> jax.Array:
-    """alpha / rank * dropout(x) @ a, [B, T, rank] in the dtype of x [B, T, *inputs].
+    """alpha / rank * dropout(x) @ a, [..., rank] in the dtype of x [..., *inputs]; rows come first.
 
     Dropout acts where the module is given random numbers of that name, as in training alone.
     """
@@ -55,7 +55,7 @@ def narrow(module: nn.Module, lora: LoraConfig, x: jax.Array, a: jax.Array) -> j
         keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
         x = jnp.where(keep, x / (1 - lora.dropout), 0)
     y = jnp.tensordot(x, a.astype(x.dtype), a.ndim - 1) * (lora.alpha / lora.rank)
-    return constrain(y, "batch", "length", None)
+    return constrain(y, "batch", *[None] * (y.ndim - 1))
 
 
 def add_adapter(
