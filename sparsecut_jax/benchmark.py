@@ -16,27 +16,30 @@ from absl import flags
 
 from sparsecut_jax import cli
 from sparsecut_jax.benchmarking import peaks
-from sparsecut_jax.benchmarking.parts import PARTS, Bench
+from sparsecut_jax.benchmarking.parts import PARTS, Bench, Timed
 from sparsecut_jax.planning.answer import default_stage
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training.report import table
-from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
 STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
 CHOSEN = flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
-STEPS = flags.DEFINE_integer("steps", 5, "Times that each part is run; the median counts.", lower_bound=1)
-NEW = flags.DEFINE_integer("new", 64, "Tokens that decode makes.", lower_bound=2)
+STEPS = flags.DEFINE_integer("steps", 5, "Times that each part is run (default 5); the median counts.", lower_bound=1)
+NEW = flags.DEFINE_integer("new", 64, "Tokens that decode makes (default 64).", lower_bound=2)
 OUT = flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
 
 
 def benchmark(cfg: Config) -> None:
-    for part in CHOSEN.value:
+    for part in CHOSEN.value or [""]:
         if part not in PARTS:
             raise UserError(f"--parts={','.join(CHOSEN.value)}: {part!r} is not one of {', '.join(PARTS)}")
+    folder = make_folder("--out" if OUT.value else "config.workdir", OUT.value or cfg.workdir)
 
     # ------------------------------------------------------------------ the machine
     bench = Bench(cfg, default_stage(cfg, STAGE.value), STEPS.value, NEW.value)
+    if "input" in CHOSEN.value:
+        bench.open_data()  # before the other parts take their time
     peak = peaks.measure(bench.dtype, bench.mesh)
     stage = bench.cfg.stages[bench.name]
     print(f"devices    {bench.mesh.size} x {bench.device}, {bench.dtype}: {peak.flops / 1e9:,.0f} GFLOP/s in products, "
@@ -47,17 +50,16 @@ def benchmark(cfg: Config) -> None:
 
     # ------------------------------------------------------------------ its parts
     timed = []
-    for part in (part for part in PARTS if part in CHOSEN.value):
-        print(f"timing     {part}", flush=True)
-        timed.append(bench.time(part, peak))
-    rows = [[t.label, f"{t.median * 1e3:,.1f}", f"{t.best * 1e3:,.1f}", *_floor(t), t.rate, _first(t)] for t in timed]
-    print("\n" + table(["part", "median ms", "best ms", "floor ms", "floor / median", "rate", "first call s"], rows))
+    try:
+        for part in (part for part in PARTS if part in CHOSEN.value):
+            print(f"timing     {part}", flush=True)
+            timed.append(bench.time(part, peak))
+    finally:  # what is known is shown, whatever has ended the rest
+        _show(timed)
     memory = bench.peak_memory()
     print(f"\nmemory     {memory / 2**20:,.0f} MiB at most")
 
     # ------------------------------------------------------------------ files
-    folder = OUT.value or cfg.workdir
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "benchmark.json")
     write_json(
         path, {**bench.facts(), "peak": vars(peak), "peak_memory": memory, "parts": [t.as_json() for t in timed]}
@@ -65,13 +67,20 @@ def benchmark(cfg: Config) -> None:
     print(f"written    {path}")
 
 
-def _floor(t) -> list[str]:
+def _show(timed: list[Timed]) -> None:
+    rows = [[t.label, f"{t.median * 1e3:,.1f}", f"{t.best * 1e3:,.1f}", *_floor(t), t.rate, _first(t)] for t in timed]
+    head = ["part", "median ms", "best ms", "floor ms", "floor / median", "rate", "first call s"]
+    if rows:
+        print("\n" + table(head, rows), flush=True)
+
+
+def _floor(t: Timed) -> list[str]:
     if not t.floor:
         return ["-", "-"]
     return [f"{t.floor * 1e3:,.1f} ({t.bound})", f"{t.floor / t.median:.0%}"]
 
 
-def _first(t) -> str:
+def _first(t: Timed) -> str:
     return f"{t.first:.1f}" if t.first else "-"
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from sparsecut_jax import cli
 from sparsecut_jax.planning import answer, compiler, hardware, tables
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
@@ -56,8 +56,7 @@ def plan(cfg: Config) -> None:
     ]
     if several and not all(topology.chip.flops for topology in topologies):
         raise UserError(f"--topology={TOPOLOGY.value}: only chips whose rates vendors state can be compared")
-    folder = OUT.value or os.path.join("runs/plan", file_name(cfg, stage))
-    os.makedirs(folder, exist_ok=True)  # an answer takes minutes: it must have a place
+    folder = make_folder("--out", OUT.value or os.path.join("runs/plan", file_name(cfg, stage)))
 
     # ------------------------------------------------------------------ the answers
     tell = lambda text: print(text, flush=True)

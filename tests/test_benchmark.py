@@ -21,7 +21,17 @@ def folder(tmp_path_factory):
 def test_the_command(folder):
     config = runs.write_config(folder / "config.py", runs.small(folder, folder / "run"))
     args = ("benchmark", f"--config={config}", "--steps=2", "--new=3", f"--out={folder}/out")
-    (code, out, err), wrong, none = runs.each(args, (*args, "--parts=step,stpe"), (*args, "--steps=0"))
+    blocked = folder / "file"
+    blocked.touch()
+    (code, out, err), *refused = runs.each(
+        args,
+        (*args, "--parts=step,stpe"),
+        (*args, "--parts="),
+        (*args, "--steps=0"),
+        (*args, f"--out={blocked}"),
+        (*args, "--out=gs://bucket/x"),
+        (*args, "--config.data.source=/nope"),
+    )
     assert (code, err) == (0, "")
     for text in ("GFLOP/s in products", "batch      8 sequences of 32 positions, 1 images each", "tower forward",
                  "training step", "decode, a token", "input, a batch", "sequences/s", "MiB at most"):  # fmt: skip
@@ -32,8 +42,19 @@ def test_the_command(folder):
     ]  # fmt: skip
     assert all(len(part["seconds"]) == 2 for part in written["parts"][:7])
     assert written["peak"]["flops"] > 0 and written["peak_memory"] > 2**20
-    assert wrong[0] == 2 and "--parts=step,stpe: 'stpe' is not one of tower, encode, forward" in wrong[2]
-    assert none[0] == 2 and "steps" in none[2]
+    for (code, out, err), sentence in zip(
+        refused,
+        (
+            "--parts=step,stpe: 'stpe' is not one of tower, encode, forward",
+            "--parts=: '' is not one of tower",
+            "steps",
+            f"--out='{blocked}' cannot be written to: File exists",
+            "--out='gs://bucket/x': expected a folder on a file system, not in a bucket",
+            "/nope",
+        ),
+        strict=True,
+    ):
+        assert code == 2 and sentence in err and "timing" not in out, (sentence, out, err)
 
 
 def test_floors(folder, one_device):
@@ -43,11 +64,12 @@ def test_floors(folder, one_device):
     peak = Peak(flops=1e9, bandwidth=1e9)
     timed = {part: bench.time(part, peak) for part in ("tower", "forward", "step", "prefill", "decode")}
     work = flops.work(flops.products(bench.cfg, "instruct", bench.shapes, 8, 32))
-    assert timed["tower"].flops == work["vision"].forward
-    assert timed["forward"].flops == work["total"].forward
-    assert timed["step"].flops == work["total"].model
-    assert timed["step"].bytes > 7 * 4 * 20_000
     words = 16 * bench.cfg.llm.vocab_size
+    spared = 2 * words * 8 * 25  # of 32 positions 7 are to be predicted
+    assert timed["tower"].flops == work["vision"].forward
+    assert timed["forward"].flops == work["total"].forward - spared
+    assert timed["step"].flops == work["total"].model - 3 * spared
+    assert timed["step"].bytes > 7 * 4 * 20_000
     assert timed["prefill"].flops == (work["llm"].forward / 8) + 2 * words  # one row, logits of its last position
     for t in timed.values():
         assert t.floor == max(t.flops, t.bytes) / 1e9
@@ -56,3 +78,13 @@ def test_floors(folder, one_device):
     weights = 3 * (4 * 16 * 16 + 3 * 16 * 32) + words
     assert timed["decode"].flops == 2 * weights + 4 * 3 * 16 * 34
     assert timed["decode"].bytes == 4 * (weights + 2 * 3 * 16 * 34)
+
+
+def test_an_answer_too_short_to_tell(folder, one_device):
+    bench = Bench(config_lib.check(runs.small(folder, folder / "run")), "instruct", 1, 2)
+    bench._answers = {1: [9.0, 1.0, 1.2], 2: [9.0, 1.0, 1.1]}
+    timed = bench.time("decode", Peak(flops=1e9, bandwidth=1e9))
+    assert (timed.median, timed.floor, timed.rate) == (0, 0, "too short to tell: give a larger --new")
+    bench._answers = {1: [9.0, 1.0], 2: [9.0, 1.5]}
+    timed = bench.time("decode", Peak(flops=1e9, bandwidth=1e9))
+    assert (timed.median, timed.rate) == (0.5, "2.0 tokens/s") and timed.floor > 0

@@ -1,7 +1,8 @@
 """The parts of a training step and of generation, each timed by itself and beside its floor.
 
-A floor counts what has to be done and moved: products of weights and of attention (planning/flops.py), weights and the
-products' inputs and outputs once each, Adam's numbers. Nothing that is computed again is in it.
+A floor counts what has to be done and moved: products of weights and of attention (planning/flops.py), the loss of what
+is to be predicted, weights and the products' inputs and outputs once each, Adam's numbers. Nothing that is computed
+again is in it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
+GROUP = 8  # batches that are timed together, more than are read ahead
 OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/flops.py
 
 
@@ -113,6 +115,7 @@ class Bench:
         self.shapes = {path: leaf.shape for path, leaf in state.flatten(self.abstract).items()}
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
+            self.predicted = float(batch.loss_mask.mean())  # share of the positions
             self.batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
     @functools.cached_property
@@ -177,14 +180,17 @@ class Bench:
         found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len)
         found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
-        work = sum(p.flops * (1 + more(p)) for p in found)
-        moved = sum((p.moved + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
+        model = sum(p.flops * (1 + more(p)) for p in found)
+        # Only what is to be predicted needs a loss; model FLOPs, as MFU counts them, have it for every position.
+        needed = lambda p: self.predicted if p.part == "loss" else 1.0
+        work = sum(p.flops * (1 + more(p)) * needed(p) for p in found)
+        moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
         if part == "step":
             moving, _ = opt.split(self.abstract, stage.trainable)
             moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
         tokens = stage.batch_size * stage.seq_len / timed.median
         rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
-        rate = self._with_mfu(rate, work, timed.seconds)
+        rate = self._with_mfu(rate, model, timed.seconds)
         return dataclasses.replace(timed, flops=work, bytes=moved, rate=rate)
 
     @property
@@ -220,7 +226,9 @@ class Bench:
         """Whole answers less their first token, by tokens."""
         first, *others = self._answers[self.new]
         prefill, rows = statistics.median(self._answers[1][1:]), sharding.data_parallel()
-        each = [(s - prefill) / (self.new - 1) for s in others]
+        each = [max(0.0, s - prefill) / (self.new - 1) for s in others]
+        if not statistics.median(each):  # an answer took no longer than its first token
+            return Timed("decode", "decode, a token", each, first, rate="too short to tell: give a larger --new")
         m, seen = self.cfg.llm, self.stage.seq_len + self.new
         found = [p for p in self._generation(1) if p.weights]
         work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
@@ -237,20 +245,25 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------------------
     # input
 
-    def _input(self) -> Timed:
-        """Batches of the config's data as a run reads them, nothing else meanwhile."""
+    def open_data(self) -> None:
+        """Reads the config's data as a run does. Raises UserError where that cannot be done."""
         from sparsecut_jax.train import make_reader, make_tokenizer
 
         source = sources.load_source(self.asked)
         tokenizer = make_tokenizer(self.asked, source, {})
-        reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
-        reader.pictures.forget = True
-        stage = dataclasses.replace(self.stage, max_steps=10_000)
-        plan = stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)
-        batches = pipeline.train_batches(reader, plan, self.asked, (self.asked.seed, 0))
+        self.reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
+        self.reader.pictures.forget = True
+        stage = dataclasses.replace(self.stage, max_steps=GROUP * (self.steps + 1))
+        rows = self.reader.split
+        self.plan = stage_plan(self.name, walk(rows, self.reader.encode), rows, stage, self.asked)
+
+    def _input(self) -> Timed:
+        """Batches, nothing else meanwhile: a group of them at a time, for some lie ready when they are asked for."""
+        batches = pipeline.train_batches(self.reader, self.plan, self.asked, (self.asked.seed, 0))
+        group = lambda: [pipeline.next_batch(batches) for _ in range(GROUP)] and None
         with pipeline.closing(batches):
-            others = seconds(4 * self.steps, pipeline.next_batch, batches)[1:]
-        rate = f"{stage.batch_size * len(others) / sum(others):,.1f} sequences/s"
+            others = [s / GROUP for s in seconds(self.steps, group)[1:]]
+        rate = f"{self.stage.batch_size / statistics.median(others):,.1f} sequences/s"
         return Timed("input", "input, a batch", others, rate=rate)
 
     # ------------------------------------------------------------------------------------------------------------------

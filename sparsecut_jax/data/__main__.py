@@ -15,7 +15,6 @@ config.data.source then names; images keep the bytes they have. What the others 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config
 from sparsecut_jax.train import make_tokenizer
 from sparsecut_jax.training import report
+from sparsecut_jax.training.workdir import make_folder
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained as weights
 
@@ -118,10 +118,7 @@ def main(command: str) -> None:
         build_dataset()
         return
     cfg = cli.typed_config()
-    try:
-        os.makedirs(cfg.workdir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"config.workdir={cfg.workdir!r} cannot be written to: {error.strerror}") from error
+    make_folder("config.workdir", cfg.workdir)
     opened = open_data(cfg)
     if command == "check":
         check_rows(opened.readers, FLAGS.look, cfg.workdir)

@@ -18,6 +18,23 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 
+def make_folder(name: str, folder: str) -> str:
+    """Makes `folder`, given as the flag or setting `name`, and returns it: what takes minutes must have a place first.
+
+    Raises:
+      UserError: it cannot be written to, or is in a bucket.
+    """
+    if "://" in folder:
+        raise UserError(f"{name}={folder!r}: expected a folder on a file system, not in a bucket")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name}={folder!r} cannot be written to: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={folder!r} cannot be written to: Permission denied")
+    return folder
+
+
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
     """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
@@ -25,8 +42,8 @@ def locked(workdir: str) -> Iterator[None]:
     Raises:
       UserError: it cannot be written to, another run is training in it, or the processes of this one do not share it.
     """
+    make_folder("config.workdir", workdir)
     try:
-        os.makedirs(workdir, exist_ok=True)
         file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115 - held open for the whole run
     except OSError as error:
         raise UserError(f"config.workdir={workdir!r} cannot be written to: {error.strerror}") from error
