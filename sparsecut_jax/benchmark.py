@@ -15,7 +15,7 @@ import os
 from absl import flags
 
 from sparsecut_jax import cli
-from sparsecut_jax.benchmarking import peaks
+from sparsecut_jax.benchmarking import peaks, where
 from sparsecut_jax.benchmarking.parts import PARTS, Bench, Timed
 from sparsecut_jax.planning.answer import default_stage
 from sparsecut_jax.settings import Config
@@ -27,6 +27,7 @@ STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: t
 CHOSEN = flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
 STEPS = flags.DEFINE_integer("steps", 5, "Times that each part is run (default 5); the median counts.", lower_bound=1)
 NEW = flags.DEFINE_integer("new", 64, "Tokens that decode makes (default 64).", lower_bound=2)
+TRACE = flags.DEFINE_bool("trace", False, "Also tell where the time of tower, encode, forward, gradient and step goes.")
 OUT = flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
 
 
@@ -37,7 +38,7 @@ def benchmark(cfg: Config) -> None:
     folder = make_folder("--out" if OUT.value else "config.workdir", OUT.value or cfg.workdir)
 
     # ------------------------------------------------------------------ the machine
-    bench = Bench(cfg, default_stage(cfg, STAGE.value), STEPS.value, NEW.value)
+    bench = Bench(cfg, default_stage(cfg, STAGE.value), STEPS.value, NEW.value, TRACE.value)
     if "input" in CHOSEN.value:
         bench.open_data()  # before the other parts take their time
     peak = peaks.measure(bench.dtype, bench.mesh)
@@ -72,6 +73,9 @@ def _show(timed: list[Timed]) -> None:
     head = ["part", "median ms", "best ms", "floor ms", "floor / median", "rate", "first call s"]
     if rows:
         print("\n" + table(head, rows), flush=True)
+    for t in timed:
+        if t.where:
+            print(f"\nwhere the time of a call goes: {t.label}\n{where.text(t.where)}", flush=True)
 
 
 def _floor(t: Timed) -> list[str]:

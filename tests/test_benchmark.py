@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import runs
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.parts import Bench
 from sparsecut_jax.benchmarking.peaks import Peak
 from sparsecut_jax.planning import flops
@@ -24,7 +27,7 @@ def test_the_command(folder):
     blocked = folder / "file"
     blocked.touch()
     (code, out, err), *refused = runs.each(
-        args,
+        (*args, "--trace"),
         (*args, "--parts=step,stpe"),
         (*args, "--parts="),
         (*args, "--steps=0"),
@@ -41,6 +44,13 @@ def test_the_command(folder):
         "tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input",
     ]  # fmt: skip
     assert all(len(part["seconds"]) == 2 for part in written["parts"][:7])
+    assert "where the time of a call goes: training step" in out
+    for part in written["parts"]:
+        assert bool(part["where"]) == (part["part"] not in ("prefill", "decode", "input"))
+    step = {row["part"]: row for row in written["parts"][4]["where"]}
+    assert {"llm attention", "llm MLP", "vision attention", "fusion", "loss", "update"} <= set(step)
+    assert step["llm MLP"]["backward"] > 0 == step["loss"]["backward"]
+    assert all(sum(row[key] for key in where.PASSES) == pytest.approx(row["all"]) for row in part["where"][:-1])
     assert written["peak"]["flops"] > 0 and written["peak_memory"] > 2**20
     for (code, out, err), sentence in zip(
         refused,
@@ -88,3 +98,76 @@ def test_an_answer_too_short_to_tell(folder, one_device):
     bench._answers = {1: [9.0, 1.0], 2: [9.0, 1.5]}
     timed = bench.time("decode", Peak(flops=1e9, bandwidth=1e9))
     assert (timed.median, timed.rate) == (0.5, "2.0 tokens/s") and timed.floor > 0
+
+
+def test_what_runs_together_shares_the_time():
+    """a 0-4 ms, b 2-6, nothing to 7, c to 8; a loop that waits for them does not count."""
+    operations = [(0, 4e6, "a"), (2e6, 6e6, "b"), (0, 8e6, "while.3"), (7e6, 8e6, "c")]
+    seconds, idle = where.shares(operations)
+    assert seconds == pytest.approx({"a": 0.003, "b": 0.003, "c": 0.001}) and idle == pytest.approx(0.001)
+    assert where.shares([]) == ({}, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("jit(f)/jvp(SparseCut.hidden)/llm/while/body/closed_call/layers/mlp/up/dot_general", ("llm MLP", "forward")),
+        ("jit(f)/transpose(jvp(S.hidden))/llm/while/body/layers/attention/mul", ("llm attention", "backward")),
+        (
+            "jit(f)/transpose(jvp(S))/llm/while/body/checkpoint/rematted_computation/layers/norm1/mul",
+            ("llm rest", "again"),
+        ),
+        ("jit(f)/jvp(S.encode)/vision/while/body/blocks/attention/transpose", ("vision attention", "forward")),
+        ("jit(f)/vision/while/body/blocks/fc1/dot_general", ("vision MLP", "forward")),
+        ("jit(f)/jvp(S)/fusion/vmap(fuse)/projector/fc1/dot_general", ("fusion", "forward")),
+        ("jit(f)/jvp(loss)/while/body/dot_general", ("loss", "forward")),
+        ("jit(f)/transpose(jvp(loss))/mul", ("loss", "forward")),
+        ("jit(f)/update/mul", ("update", "forward")),
+        ("", ("other", "forward")),
+    ],
+)
+def test_the_place_of_a_line(path, expected):
+    assert where.place(path) == expected
+
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused (p.0: f32[2,2], p.1: f32[2,2]) -> f32[2,2] {
+  %p.0 = f32[2,2]{1,0} parameter(0)
+  %p.1 = f32[2,2]{1,0} parameter(1)
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%p.0, %p.1), lhs_contracting_dims={1}, metadata={op_name="jit(f)/llm/mlp/dot_general"}
+}
+
+%body (p.2: f32[2,2]) -> f32[2,2] {
+  %p.2 = f32[2,2]{1,0} parameter(0)
+  ROOT %copy.3 = f32[2,2]{1,0} copy(%p.2)
+}
+
+ENTRY %main (p.4: f32[2,2]) -> f32[2,2] {
+  %p.4 = f32[2,2]{1,0} parameter(0)
+  %fusion.5 = f32[2,2]{1,0} fusion(%p.4, %p.4), kind=kCustom, calls=%fused
+  ROOT %while.6 = f32[2,2]{1,0} while(%fusion.5), condition=%less, body=%body, metadata={op_name="jit(f)/vision/while"}
+}
+"""
+
+
+def test_where_operations_come_from():
+    """Their own line, else that of what is fused into them, else that of the loop they are in."""
+    found = where.origins(PROGRAM)
+    assert found["fusion.5"] == ("jit(f)/llm/mlp/dot_general", True)
+    assert found["copy.3"] == ("jit(f)/vision/while", False)
+    assert found["p.4"] == ("", False)
+    rows = where.summary({"fusion.5": 0.3, "copy.3": 0.1, "unknown": 0.05}, 0.05, PROGRAM)
+    assert [(row["part"], row["all"], row.get("products")) for row in rows] == [
+        ("llm MLP", 0.3, 0.3), ("vision rest", 0.1, 0.0), ("other", 0.05, 0.0), ("not traced", 0.05, None),
+    ]  # fmt: skip
+    assert where.text(rows).splitlines()[1].split() == ["llm", "MLP", "300.0", "-", "-", "300.0", "300.0", "60.0%"]
+
+
+def test_a_real_trace(one_device):
+    """Of a product of large matrices, which takes most of the time, and something else."""
+    f = jax.jit(lambda x: jnp.tanh(x @ x))
+    x = jnp.ones((600, 600))
+    f(x)
+    rows = where.summary(*where.shares(where.traced(f, x)), f.lower(x).compile().as_text())
+    assert rows[0]["part"] == "other" and 0 < rows[0]["products"] <= rows[0]["all"] == rows[0]["forward"]

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from sparsecut_jax import backends, sharding
+from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import stage_plan, walk
@@ -53,6 +54,7 @@ class Timed:
       flops, bytes: of the floor; 0 where there is none.
       floor: seconds; bound: "compute" or "memory".
       rate: what users count it by.
+      where: where the time goes, see where.py; empty where nobody has asked.
     """
 
     part: str
@@ -64,6 +66,7 @@ class Timed:
     floor: float = 0.0
     bound: str = ""
     rate: str = ""
+    where: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -99,10 +102,13 @@ def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
 class Bench:
     """A config's stage with drawn weights and a drawn batch on this machine's devices."""
 
-    def __init__(self, cfg: Config, name: str, steps: int, new: int):
-        """steps: timed calls of each part; new: tokens that decode makes. Raises UserError as a run would."""
+    def __init__(self, cfg: Config, name: str, steps: int, new: int, trace: bool = False):
+        """steps: timed calls of each part; new: tokens that decode makes; trace: also tell where the time goes.
+
+        Raises UserError as a run would.
+        """
         cfg, _ = prepared(cfg, name)
-        self.asked, self.name, self.steps, self.new = cfg, name, steps, new
+        self.asked, self.name, self.steps, self.new, self.trace = cfg, name, steps, new, trace
         self.mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
         sharding.check_mesh(cfg, self.mesh.shape)
         self.cfg = cfg = backends.resolve(cfg, sharding.platform(self.mesh))
@@ -158,16 +164,21 @@ class Bench:
         # Parameters of its own, which it takes apart: so memory is what a run needs, where nothing else is timed.
         now = state.begin_stage(target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage), 0, 0)
 
-        def run() -> Any:
+        def run(batch: Batch) -> Any:
             nonlocal now
-            now, metrics = step(now, self.batch)
+            now, metrics = step(now, batch)
             return now, metrics
 
-        return self._called("step", "training step", run)
+        return self._called("step", "training step", run, self.batch, program=lambda: step.lower(now, self.batch))
 
-    def _called(self, part: str, label: str, run: Callable, *args: Any) -> Timed:
+    def _called(self, part: str, label: str, run: Callable, *args: Any, program: Callable | None = None) -> Timed:
+        """program: lowers what runs; default: `run` with the arguments."""
         first, *others = seconds(self.steps, run, *args)
-        return self._floored(Timed(part, label, others, first))
+        found = []
+        if self.trace:
+            operations = where.shares(where.traced(run, *args))
+            found = where.summary(*operations, (program or functools.partial(run.lower, *args))().compile().as_text())
+        return self._floored(Timed(part, label, others, first, where=found))
 
     def _with_mfu(self, rate: str, work: float, times: list[float]) -> str:
         peak = self.mesh.size * peak_flops(self.device)

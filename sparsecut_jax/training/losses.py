@@ -55,6 +55,7 @@ def chunked_cross_entropy(hidden: jax.Array, words: jax.Array, batch: Batch, chu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("loss")
 def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int) -> jax.Array:
     """Sum of -log p.
 
@@ -68,6 +69,7 @@ def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.A
     return _over_supervised(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, mask))
 
 
+@jax.named_scope("loss")
 def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int):
     """The sum, and its gradients by hidden and words, made beside the loss while a chunk's logits are there.
 
@@ -133,6 +135,7 @@ def _gradient_in_blocks(
     return jax.lax.map(block, jnp.arange(0, w, width)).swapaxes(0, 1).reshape(d, w)
 
 
+@jax.named_scope("loss")
 def _scaled(size: int, gradients: tuple[jax.Array, jax.Array | None], by: jax.Array) -> tuple:
     return *(g if g is None else (by * g).astype(g.dtype) for g in gradients), None, None
 

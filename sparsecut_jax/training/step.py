@@ -73,23 +73,24 @@ def make_train_step(
         moving, frozen = opt.split(state.params, stage.trainable)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, count, grads, ratio = gradients(moving, frozen, batch, key)
-        loss = total / jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
+        with jax.named_scope("update"):
+            loss = total / jnp.maximum(count, 1)
+            grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+            norm = optax.tree.norm(grads)
+            good = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
 
-        updates, opt_state = tx.update(grads, state.opt_state, moving)
-        lr = learning_rate(state.step - first_step)
-        moved = optax.apply_updates(moving, jax.tree.map(lambda u: -lr * u, updates))
-        keep = lambda new, old: jnp.where(good, new, old)
-        bad = 1 - good.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
-            params=opt.join(frozen, jax.tree.map(keep, moved, moving)),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-            skipped=state.skipped + bad,
-            streak=(state.streak + 1) * bad,
-        )
+            updates, opt_state = tx.update(grads, state.opt_state, moving)
+            lr = learning_rate(state.step - first_step)
+            moved = optax.apply_updates(moving, jax.tree.map(lambda u: -lr * u, updates))
+            keep = lambda new, old: jnp.where(good, new, old)
+            bad = 1 - good.astype(jnp.int32)
+            state = TrainState(
+                step=state.step + 1,
+                params=opt.join(frozen, jax.tree.map(keep, moved, moving)),
+                opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+                skipped=state.skipped + bad,
+                streak=(state.streak + 1) * bad,
+            )
         metrics = {
             "loss": loss,
             "supervised_tokens": count,

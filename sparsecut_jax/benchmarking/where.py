@@ -1,0 +1,126 @@
+"""Where the time of a compiled program goes: a trace of one call, by the model's parts and by pass.
+
+The profiler says when each operation of the compiled program ran, and the program's text which line of the model it comes
+from. Where several run at a time each counts for its share, so that the shares of a call add up to the whole of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from sparsecut_jax.training.report import table
+
+PASSES = ("forward", "again", "backward")  # again: what rematerialisation computes once more
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+PATH = re.compile(r'op_name="([^"]*)"')
+CALLED = re.compile(r"(?:body|calls|to_apply|condition)=%?([\w.-]+)")
+WAITS = re.compile(r"(while|call|conditional)\b")  # for operations of their own
+PRODUCT = re.compile(r" (?:dot|convolution)\(|gemm|matmul|cudnn|flash|splash", re.IGNORECASE)
+
+Interval = tuple[float, float, str]  # nanoseconds from and to; name of the operation
+
+
+def traced(run: Callable, *args: Any) -> list[Interval]:
+    """The operations of one call on the first device."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run(*args))
+        data = jax.profiler.ProfileData.from_file(glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")[0])
+    found, device = [], jax.local_devices()[0].local_hardware_id or 0
+    for plane in data.planes:
+        number = re.fullmatch(r"/device:.*:(\d+)", plane.name)  # one of several GPUs
+        if number is not None and int(number[1]) != device:
+            continue
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            if "hlo_op" in stats and stats.get("device_ordinal", device) == device:
+                found.append((event.start_ns, event.start_ns + event.duration_ns, str(stats["hlo_op"])))
+    return found
+
+
+def shares(operations: Iterable[Interval]) -> tuple[dict[str, float], float]:
+    """Seconds that each operation counts for, and seconds in between. Those that wait for others do not count.
+
+    In between nothing ran, or XLA did not tell what: on CPUs it hands gradients of weights to another library.
+    """
+    operations = [o for o in operations if not WAITS.match(o[2])]
+    edges = sorted(edge for i, (a, b, _) in enumerate(operations) for edge in ((a, 1, i), (b, 0, i)))
+    found: dict[str, float] = collections.defaultdict(float)
+    running: set[int] = set()
+    idle, last = 0.0, edges[0][0] if edges else 0.0
+    for now, begins, i in edges:
+        for j in running:
+            found[operations[j][2]] += (now - last) / len(running) / 1e9
+        idle += 0 if running else (now - last) / 1e9
+        last = now
+        running.add(i) if begins else running.discard(i)
+    return dict(found), idle
+
+
+def origins(program: str) -> dict[str, tuple[str, bool]]:
+    """Operation -> (line of the model it comes from, whether it is a product), by the text of a compiled program."""
+    text, callers, inside, computation = {}, {}, collections.defaultdict(list), ""
+    for line in program.splitlines():
+        if (began := COMPUTATION.match(line)) is not None:
+            computation = began[1]
+        elif (named := INSTRUCTION.match(line)) is not None:
+            text[named[1]] = (line, computation)
+            inside[computation].append(line)
+            callers |= dict.fromkeys(CALLED.findall(line), named[1])
+
+    def path(name: str) -> str:
+        """Of the operation, else of one that is fused into it, else of the loop that it is in."""
+        line, computation = text[name]
+        fused = [line for called in CALLED.findall(line) for line in inside[called]]
+        for candidate in (line, *reversed(fused)):
+            if (found := PATH.search(candidate)) is not None:
+                return found[1]
+        return path(callers[computation]) if computation in callers else ""
+
+    def product(name: str) -> bool:
+        line = text[name][0]
+        return bool(PRODUCT.search("\n".join([line, *(x for called in CALLED.findall(line) for x in inside[called])])))
+
+    return {name: (path(name), product(name)) for name in text}
+
+
+def place(path: str) -> tuple[str, str]:
+    """(part of the model, pass) of a line of it, as JAX writes them: transposed is backward."""
+    words = re.split(r"[/()]", path)
+    of = next((part for part in ("update", "loss", "fusion", "vision", "llm") if part in words), "other")
+    if of in ("vision", "llm"):
+        of += " attention" if "attention" in words else " MLP" if {"mlp", "fc1", "fc2"} & set(words) else " rest"
+    which = "again" if "rematted_computation" in words else "backward" if "transpose(" in path else "forward"
+    return of, "forward" if of in ("update", "loss") else which
+
+
+def summary(seconds: Mapping[str, float], idle: float, program: str) -> list[dict[str, Any]]:
+    """By part of the model: seconds of each pass, in all, and of products among them. The longest first."""
+    known, rows = origins(program), {}
+    for name, time in seconds.items():
+        path, product = known.get(name, ("", False))
+        of, which = place(path)
+        row = rows.setdefault(of, {"part": of, **dict.fromkeys(PASSES, 0.0), "all": 0.0, "products": 0.0})
+        row[which] += time
+        row["all"] += time
+        row["products"] += time * product
+    rows = sorted(rows.values(), key=lambda row: -row["all"])
+    return [*rows, {"part": "not traced", "all": idle}]
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    total = sum(row["all"] for row in rows)
+    cell = lambda row, key: f"{row[key] * 1e3:,.1f}" if row.get(key) else "-"
+    keys = (*PASSES, "all", "products")
+    return table(
+        ["part", *(f"{key} ms" for key in keys), "share"],
+        [[row["part"], *(cell(row, key) for key in keys), f"{row['all'] / total:.1%}"] for row in rows if row["all"]],
+    )
