@@ -22,6 +22,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         vocab_size=32000, width=512, layers=12, heads=8, kv_heads=8, head_dim=64, mlp_dim=1376, remat="full"
     )
     config.dtype = "float32"
+    config.loss_chunk = 128  # the text comes last: the other chunks have nothing to predict
     config.run_stages = ("instruct",)
     config.stages.instruct.update(
         seq_len=704, batch_size=2, trainable=("fusion/.*", "llm/.*"), lr=1e-4, weight_decay=0.0

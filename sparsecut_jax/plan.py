@@ -50,7 +50,7 @@ def plan(cfg: Config) -> None:
             rows=ROWS.value,
             price=PRICE.value,
             search=SEARCH.value or several,
-            checked=0 if several else 2,  # each would be a compilation
+            checked=1 if several else 2,  # each is a compilation
         )
         for topology in topologies
     ]

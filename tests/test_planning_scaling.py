@@ -28,13 +28,31 @@ def test_rows(plans):
     assert small["bytes"] > 1.2 * large["bytes"]
     assert large["seconds"]["links"] > small["seconds"]["links"]
     assert small["links_share"] == small["seconds"]["links"] / small["seconds"]["products"]
-    assert small["recommended"].startswith("--config.mesh.")
+    assert small["recommended"]["flags"].startswith("--config.mesh.")
 
 
 def test_compiled_collectives_win(plans):
     plan = {**plans[0], "collectives": {"bytes": {"all-gather": 9e9}, "total": 9e9, "seconds": 0.02}}
     assert scaling.row(plan)["seconds"]["links"] == 0.02
     assert "9.0" in scaling.text([plan]) and "-" in scaling.text([plans[0]])
+
+
+def test_what_was_compiled_is_recommended(plans):
+    """A setting that the compiler has tried, or the plan's own where that is as fast; else the model's first."""
+    first = plans[0]["search"]["options"][0]
+    compiled = {**plans[0], "collectives": {"bytes": {}, "total": 1.0, "seconds": 3.0}}
+
+    def recommended(seconds):
+        option = {**first, "compiled": 5e9, "compiled_seconds": seconds}
+        return scaling.recommended({**compiled, "search": {"options": [option]}}, 3.0)
+
+    assert recommended(2.5) == {"flags": first["flags"], "bytes": 5e9, "seconds": 2.5}
+    own = {"flags": "as it is", "bytes": plans[0]["bytes_per_chip"]["total"], "seconds": 3.0}
+    assert recommended(3.5) == own == scaling.recommended({**compiled, "search": {"options": [first]}}, 3.0)
+    assert scaling.recommended(plans[0], 3.0)["seconds"] == first["seconds"]
+    assert "by the roofline of the compiled step:\n  h100:8" in scaling.text([compiled])
+    none = {**plans[0], "search": {"options": []}}
+    assert "h100:8       nothing fits" in scaling.text([none])
 
 
 def test_the_command(tmp_path):
@@ -44,7 +62,7 @@ def test_the_command(tmp_path):
         ("plan", config, "--topology=h100:8,cpu:8", f"--out={tmp_path}"),
     )
     assert (code, err) == (0, "")
-    assert "links / roofline" in out and "recommended by the analytic model:\n  h100:8" in out
+    assert "links / roofline" in out and "recommended, by the roofline of the analytic model:\n  h100:8" in out
     assert [plan["settings"]["batch_size"] for plan in json.loads((tmp_path / "scaling.json").read_text())] == [16, 32]
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert mixed[0] == 2 and "--topology=h100:8,cpu:8: only chips whose rates vendors state" in mixed[2]

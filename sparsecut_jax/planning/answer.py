@@ -218,9 +218,10 @@ def _search(cfg: Config, question: Question, parameters: Parameters, tell: Calla
         for shown, option in list(zip(made["options"], options, strict=True))[: question.checked]:
             tell(f"asking the compiler about {option.flags}")
             tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
-            found, _ = compiler.ask(tried, name, topology, option.bytes)
+            found, crossing = compiler.ask(tried, name, topology, option.bytes)
             shown["compiled"] = found.total if isinstance(found, Bytes) else found.reason
             if isinstance(found, Bytes):
+                shown["compiled_seconds"] = max(option.seconds, _collectives(crossing, topology)["seconds"])
                 break
     if not options:
         larger = smallest(cfg, name, topology, parameters)

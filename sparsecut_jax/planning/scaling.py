@@ -25,7 +25,6 @@ def row(plan: dict[str, Any]) -> dict[str, Any]:
     line, chips = plan["time"]["roofline"], plan["chips"]
     seconds = {"products": line["compute"], "memory": line["memory"]}
     seconds["links"] = plan["collectives"].get("seconds", line["links"] + line["network"])
-    options = plan.get("search", {}).get("options", [])
     return {
         "topology": plan["topology"],
         "chips": chips,
@@ -37,8 +36,24 @@ def row(plan: dict[str, Any]) -> dict[str, Any]:
         "crossing": plan["collectives"].get("total", 0.0),
         "seconds": seconds,
         "links_share": seconds["links"] / max(seconds.values()),
-        "recommended": options[0]["flags"] if options else "",
+        "recommended": recommended(plan, max(seconds.values())),
     }
+
+
+def recommended(plan: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """{flags, bytes, seconds} of the setting to take: the fastest by the compiled step, where any was compiled.
+
+    The analytic model does not know what a compiler collects twice. seconds: of the plan's own setting.
+    """
+    own = {"flags": "as it is", "bytes": plan["bytes_per_chip"]["total"], "seconds": seconds}
+    found = [own] if plan["bytes_per_chip"]["fits"] and plan["collectives"] else []
+    options = plan.get("search", {}).get("options", [])
+    for option in options:
+        if "compiled_seconds" in option:
+            found.append({"flags": option["flags"], "bytes": option["compiled"], "seconds": option["compiled_seconds"]})
+    if not found:
+        found = [{key: option[key] for key in own} for option in options[:1]]
+    return min(found, key=lambda option: option["seconds"], default={})
 
 
 def text(plans: list[dict[str, Any]]) -> str:
@@ -64,9 +79,15 @@ def text(plans: list[dict[str, Any]]) -> str:
         ]
         for r in found
     ]  # fmt: skip
-    lines = ["of one chip in a step:", "", table(head, rows), "", "recommended by the analytic model:"]
-    lines += [f"  {r['topology']:<12} {r['recommended'] or 'nothing fits'}" for r in found]
-    return "\n".join(lines)
+    by = "compiled step" if any(plan["collectives"] for plan in plans) else "analytic model"
+    lines = ["of one chip in a step:", "", table(head, rows), "", f"recommended, by the roofline of the {by}:"]
+    return "\n".join([*lines, *(f"  {r['topology']:<12} {_recommended(r['recommended'])}" for r in found)])
+
+
+def _recommended(setting: dict[str, Any]) -> str:
+    if not setting:
+        return "nothing fits"
+    return f"{setting['seconds']:.3f} s, {gib(setting['bytes'])} GiB: {setting['flags']}"
 
 
 def save(path: str | os.PathLike, plans: list[dict[str, Any]]) -> None:

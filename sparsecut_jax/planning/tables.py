@@ -124,9 +124,10 @@ def search_table(plan: dict[str, Any]) -> str:
         "GiB": lambda option: gib(option["bytes"]),
         f"roofline {unit}": lambda option: f"{option['seconds'] / size:.3f}" if option["seconds"] else "-",
         "compiled GiB": compiled,
+        f"compiled {unit}": lambda o: f"{o['compiled_seconds'] / size:.3f}" if "compiled_seconds" in o else "",
     }
     if not any(map(compiled, found["options"])):
-        del columns["compiled GiB"]
+        del columns["compiled GiB"], columns[f"compiled {unit}"]
     rows = [[shown(option) for shown in columns.values()] for option in found["options"]]
     return table(list(columns), rows) + "\n\n  settings are written --config.KEY=VALUE"
 
