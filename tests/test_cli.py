@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from absl import flags
 
 from sparsecut_jax import cli
 from sparsecut_jax.types import UserError
@@ -12,6 +13,7 @@ from sparsecut_jax.types import UserError
 def fail(error: BaseException, monkeypatch, **how) -> int:
     monkeypatch.setattr(cli, "_parse", lambda: None)
     monkeypatch.setattr("sys.argv", ["command"])
+    flags.FLAGS.mark_as_parsed()
 
     def command():
         raise error

@@ -151,7 +151,7 @@ def test_cache_in_pieces_equals_one_pass(params, inputs):
         return logits, cache
 
     cache = empty_cache(CFG, B, T + 3, jnp.float32)  # longer than needed
-    assert cache.k.shape == cache.v.shape == (7, B, T + 3, 2, 8)
+    assert cache.k.shape == cache.v.shape == (7, B, 2, T + 3, 8)
     mask = np.pad(inputs["sight"], ((0, 0), (0, 0), (0, 3)))
     pieces = []
     for begin, end in [(0, 17), (17, 21), (21, 22), (22, 23), (23, 24)]:

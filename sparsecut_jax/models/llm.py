@@ -38,8 +38,8 @@ INTERMEDIATES = ("hidden", "shortcut_ratio")
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of generation: k, v [L, B, S, G, H]; positions, int32[B, S], the rotary position of each;
-    `length`, int32[], how many are filled so far."""
+    """Keys and values of generation: k, v [L, B, G, S, H], the order that products take; positions, int32[B, S], the
+    rotary position of each; `length`, int32[], how many are filled so far."""
 
     k: jax.Array
     v: jax.Array
@@ -92,12 +92,10 @@ class Attention(nn.Module):
             k = RMSNorm(cfg.norm_eps, name="k_norm")(k)
         q, k = rotate(q, context.table), rotate(k, context.table)
         if cache is not None:
-            at = (index, 0, context.start, 0, 0)
-            cache = cache.replace(
-                k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-                v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
-            )
-            k, v = cache.k[index], cache.v[index]
+            at = (index, 0, 0, context.start, 0)
+            new = lambda x, y: jax.lax.dynamic_update_slice(x, y.swapaxes(1, 2)[None].astype(x.dtype), at)
+            cache = cache.replace(k=new(cache.k, k), v=new(cache.v, v))
+            k, v = cache.k[index].swapaxes(1, 2), cache.v[index].swapaxes(1, 2)
         sight, window = context.sight, cfg.sliding_window or None
         if window and not isinstance(sight, Packed):
             sight &= (context.distance < window) | (index < cfg.sliding_from)
@@ -280,6 +278,6 @@ def word_logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
 
 def empty_cache(cfg: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """Room for `length` positions of `batch` rows."""
-    shape = (cfg.layers, batch, length, cfg.kv_heads, cfg.head_dim)
+    shape = (cfg.layers, batch, cfg.kv_heads, length, cfg.head_dim)
     positions = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))

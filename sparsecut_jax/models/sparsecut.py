@@ -115,7 +115,7 @@ class SparseCut(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         real = positions < length[:, None]
         mask = jnp.tril(jnp.ones((t, t), bool)) & real[:, None, :]
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[2] - t)))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[3] - t)))
         x = self.embed(tokens, image_start, encoded)
         x, cache, _ = self.llm(x, positions, mask, encoded.bank, image_start, cache)
         last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
