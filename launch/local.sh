@@ -51,6 +51,7 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 [[ ! $dry_run ]] || { echo wait && exit 0; }
+set +m # with it ^C would go to what this script waits for, and not to the script
 
 # 5 means that another process is gone, which has the reason; 3 that the run was stopped after saving.
 rank() {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pty
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -678,6 +680,34 @@ def test_local_passes_signals_on(start, python, tmp_path, number, code):
         wait_for(tmp_path / f"log.up{index}", process)
     process.send_signal(number)
     assert runs.finish(process, 10)[0] == code
+
+
+IN_TERMINAL = """import fcntl, os, sys, termios
+os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"""
+
+
+def test_local_stops_all_at_ctrl_c_in_a_terminal(fakes, python, tmp_path):
+    """There the key goes to a process group, which the processes are not in."""
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL, "launch/local.sh", "--port=1", python, "--", CONFIG],
+        cwd=runs.ROOT, env={**os.environ, "LOG": str(tmp_path / "log"), "CODES": "wait wait"},
+        stdin=side, stdout=side, stderr=side,
+    )  # fmt: skip
+    for index in range(2):
+        wait_for(tmp_path / f"log.up{index}", process)
+    time.sleep(0.3)
+    os.write(main, b"\x03")
+    try:
+        assert process.wait(10) == 130
+        assert not any(alive(int(file.suffix[1:])) for file in tmp_path.glob("log.[0-9]*"))
+    finally:
+        os.close(main)
+        os.close(side)
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
