@@ -75,10 +75,10 @@ def test_full_fine_tuning_on_64_chips(size, most):
 
 
 @pytest.mark.plan
-def test_accumulation_takes_one_more_copy_of_the_gradients():
+def test_accumulation_takes_at_most_one_more_copy_of_the_gradients():
     once = planned("7b", "v5e:8x8")[1]["bytes_per_chip"]
     turns = planned("7b", "v5e:8x8", "--config.stages.instruct.accumulate=2", rows=128)[1]["bytes_per_chip"]
-    assert turns["total"] - once["total"] == pytest.approx(once["gradients"], rel=0.35)
+    assert 0.1 * once["gradients"] < turns["total"] - once["total"] < 1.1 * once["gradients"]
 
 
 @pytest.mark.plan
