@@ -83,16 +83,20 @@ ask() {
   if [[ $dry_run ]]; then echo "$1"; else "${@:2}"; fi
 }
 
-# ask_often ANSWER COMMAND...: sets `answer`. A network that fails for a while must not end a run of days.
-answer=''
-# shellcheck disable=SC2034 # for the scripts
-ask_often() {
+# often TIMES SECONDS COMMAND...: until it works. A network that fails for a while must not end a run of days.
+often() {
   local misses=0
-  until answer=$(ask "$@"); do
-    ((++misses < 20)) || return 1
-    pause 15
+  until "${@:3}"; do
+    ((++misses < $1)) || return 1
+    pause "$2"
   done
 }
+
+# ask_often ANSWER COMMAND...: sets `answer`
+answer=''
+# shellcheck disable=SC2034 # for the scripts
+asked() { answer=$(ask "$@"); }
+ask_often() { often 20 15 asked "$@"; }
 
 # Looks again in a while, and need not show the commands again. A signal need not wait for it.
 pause() { # SECONDS
@@ -131,18 +135,16 @@ check_copied() { # FILE
   local lost
   needs git "the files that it tracks are copied"
   git rev-parse --git-dir >/dev/null 2>&1 || fail 2 "$PWD is no git repository, and the files that git tracks are copied"
-  tracked | tr '\0' '\n' | grep -xF -- "$1" >/dev/null ||
+  "${TRACKED[@]}" | tr '\0' '\n' | grep -xF -- "$1" >/dev/null ||
     fail 2 "$1 is not among the files that git tracks (tests and docs aside), and only those are copied: git add it"
-  lost=$(tracked --deleted | tr '\0' ' ')
+  lost=$("${TRACKED[@]}" --deleted | tr '\0' ' ')
   [[ ! $lost ]] || fail 2 "git tracks files that are not there: ${lost% }; restore them, or git rm them"
 }
 
-tracked() { # [FLAG]: the files that a run needs
-  git ls-files "$@" -z . ':!tests' ':!docs'
-}
+TRACKED=(git ls-files -z . ':!tests' ':!docs') # the files that a run needs
 
 pack() { # FILE: as they are on this disk
-  run sh -c "git ls-files -z . ':!tests' ':!docs' | tar -czf $(quoted "$1") --null -T -"
+  run sh -c "$(quoted "${TRACKED[@]}") | tar -czf $(quoted "$1") --null -T -"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,13 +154,8 @@ what='' delete=() keep='' # to be set: what is created, the command that deletes
 step='' created='' file='' # what is being done; whether there may be something to delete; the packed files
 ending=''
 
-remove() { # a network that fails for a while must not leave it there
-  local misses=0
-  until run "${delete[@]}"; do
-    ((++misses < 3)) || return 1
-    pause 10
-  done
-  created=''
+remove() {
+  often 3 10 run "${delete[@]}" && created=''
 }
 
 unread() { # nobody reads any more: that ends the run, but what was created is still deleted

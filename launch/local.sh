@@ -72,9 +72,12 @@ while ((${#pids[@]})); do
   pids=(${running[@]+"${running[@]}"})
   # Where one has something to mend before they have met, the others would wait for it for five minutes.
   if ((worst == 2)); then
-    [[ $since ]] || pass_on TERM
-    : "${since:=$SECONDS}"
-    ((SECONDS - since < 10)) || pass_on KILL
+    if [[ ! $since ]]; then
+      since=$SECONDS
+      pass_on TERM
+    elif ((SECONDS - since >= 10)); then
+      pass_on KILL
+    fi
   fi
   sleep 0.2 || true
 done

@@ -116,15 +116,16 @@ train() {
 
 # Beside what is in runs/ here, never into it; where it fails the slice stays, for it alone has the results.
 fetch() {
-  local misses=0 part="runs/$name.part"
   quiet=''
   run mkdir -p runs
-  until run rm -rf "$part" && run "${tpus[@]}" tpu-vm scp "$name:sparsecut_jax/runs" "$part" "${where[@]}" \
-    --worker=0 --recurse; do
-    ((++misses < 3)) || { keep=1 && return 1; }
-    pause 15
-  done
-  run mv "$part" "runs/$name" && say "its results are in runs/$name"
+  often 3 15 fetch_into "runs/$name.part" || { keep=1 && return 1; }
+  run mv "runs/$name.part" "runs/$name" && say "its results are in runs/$name"
+}
+
+# shellcheck disable=SC2329 # called by often
+fetch_into() { # FOLDER
+  run rm -rf "$1" &&
+    run "${tpus[@]}" tpu-vm scp "$name:sparsecut_jax/runs" "$1" "${where[@]}" --worker=0 --recurse
 }
 
 # Whether the run ended with CODE because the slice was taken away. Google may need a while to say so.

@@ -256,21 +256,21 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------------------
     # input
 
-    def open_data(self) -> None:
-        """Reads the config's data as a run does. Raises UserError where that cannot be done."""
+    @functools.cached_property
+    def data(self) -> tuple[Any, Any]:
+        """Reader and plan of the config's data, as a run has them. Raises UserError where they cannot be read."""
         from sparsecut_jax.train import make_reader, make_tokenizer
 
         source = sources.load_source(self.asked)
         tokenizer = make_tokenizer(self.asked, source, {})
-        self.reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
-        self.reader.pictures.forget = True
+        reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
+        reader.pictures.forget = True
         stage = dataclasses.replace(self.stage, max_steps=GROUP * (self.steps + 1))
-        rows = self.reader.split
-        self.plan = stage_plan(self.name, walk(rows, self.reader.encode), rows, stage, self.asked)
+        return reader, stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)
 
     def _input(self) -> Timed:
         """Batches, nothing else meanwhile: a group of them at a time, for some lie ready when they are asked for."""
-        batches = pipeline.train_batches(self.reader, self.plan, self.asked, (self.asked.seed, 0))
+        batches = pipeline.train_batches(*self.data, self.asked, (self.asked.seed, 0))
         group = lambda: [pipeline.next_batch(batches) for _ in range(GROUP)] and None
         with pipeline.closing(batches):
             others = [s / GROUP for s in seconds(self.steps, group)[1:]]
