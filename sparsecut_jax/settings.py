@@ -1,40 +1,62 @@
-"""Every setting there is, with its default.
+"""Every setting there is: its type or allowed values, its default and what it means.
 
 A file in configs/ starts from these (`config.default()`) and changes what its idea is about; `config.check` turns
-the result into a `Config`, and the program reads nothing else.
+the result into a `Config`, and the program reads nothing else. `--help` of every command prints this list.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-# What a layer keeps from forward to backward (models/remat.py); auto: "full" on accelerators, "none" on CPU.
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 Remat = Literal["auto", "none", "dots", "full", "offload"]
+Template = Literal["plain", "vicuna_v1", "llama3", "chatml", "mistral", "phi3", "smollm2", "qa", "tokenizer"]
+
+REMAT = (
+    "What a layer keeps for the backward pass: everything (none), matmul results (dots), its input (full; offload: in "
+    "host memory); auto: full, on CPUs none."
+)
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field with this default and, for --help, what it means in one sentence."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: copy.copy(default), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower: CLIP, SigLIP or DINOv2 by its fields. Sizes are in pixels of one view."""
+    """Vision tower: CLIP, SigLIP or DINOv2 by its fields."""
 
-    family: Literal["clip", "siglip", "siglip2", "dinov2"] = "clip"  # names and config.json of its weights' files
-    image_size: int = 32
-    patch_size: int = 8
-    width: int = 64
-    layers: int = 12
-    heads: int = 4
-    mlp_dim: int = 256
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "quick_gelu"
-    norm_eps: float = 1e-5
-    class_token: bool = True
-    patch_bias: bool = False
-    pre_norm: bool = True
-    layer_scale: bool = False  # a factor per channel after attention and after the MLP (DINOv2)
-    select_layer: int = -2  # main feature, HF index into hidden_states: -2 is the last block but one
-    scan_layers: bool = True
-    remat: Remat = "auto"
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1, CLIP's
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    family: Literal["clip", "siglip", "siglip2", "dinov2"] = setting(
+        "clip", "Tensor names and config.json that its weights have in files."
+    )
+    image_size: int = setting(32, "Side of one view in pixels.")
+    patch_size: int = setting(8, "Side of a patch in pixels; a patch is one token.")
+    width: int = setting(64, "Channels of a token (C).")
+    layers: int = setting(12, "Number of transformer blocks.")
+    heads: int = setting(4, "Attention heads; they divide width.")
+    mlp_dim: int = setting(256, "Hidden channels of the MLP.")
+    activation: Activation = setting("quick_gelu", "Activation function of the MLP.")
+    norm_eps: float = setting(1e-5, "Epsilon of the layer norms.")
+    class_token: bool = setting(True, "Prepend a class token; it is never passed to the LLM.")
+    patch_bias: bool = setting(False, "Add a bias to the patch embedding.")
+    pre_norm: bool = setting(True, "Apply a layer norm before the first block (CLIP).")
+    layer_scale: bool = setting(False, "Scale each channel after attention and after the MLP (DINOv2).")
+    select_layer: int = setting(
+        -2, "Main feature, as an index into Hugging Face's hidden_states; -2 is the output of the last block but one."
+    )
+    scan_layers: bool = setting(True, "Compile the blocks as one loop, which compiles faster than unrolled blocks.")
+    remat: Remat = setting("auto", REMAT)
+    mean: tuple[float, ...] = setting(
+        (0.48145466, 0.4578275, 0.40821073), "Mean of red, green and blue that is subtracted, in 0 to 1."
+    )
+    std: tuple[float, ...] = setting(
+        (0.26862954, 0.26130258, 0.27577711), "Standard deviation of red, green and blue, in 0 to 1."
+    )
 
     @property
     def tokens_per_image(self) -> int:
@@ -46,65 +68,91 @@ class VisionConfig:
 class FusionConfig:
     """How low- and hi-res tokens of a level become tokens of the LLM."""
 
-    name: Literal["channel", "cross_attention", "mlp"] = "channel"
-    shared: bool = True  # one set of weights for the main feature and all levels
-    grid: tuple[int, ...] = (2, 2)  # rows and columns of hi-res crops (V = 1 + rows * columns); `mlp` reads none
-    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    name: Literal["channel", "cross_attention", "mlp"] = setting(
+        "channel", "Fusion module; mlp (LLaVA-1.5's projector) reads the low-res view alone."
+    )
+    shared: bool = setting(True, "Use one set of weights for the main feature and all shortcut levels.")
+    grid: tuple[int, ...] = setting((2, 2), "Rows and columns of hi-res crops of an image; unused by mlp.")
+    remat: Literal["auto", "none", "dots", "full"] = setting("auto", "As vision.remat, for the fusion module.")
 
 
 @dataclass(frozen=True)
 class ShortcutConfig:
     """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
 
-    density: Literal["none", "dense", "sparse", "explicit"] = "sparse"
-    count: int = 8  # levels of a sparse plan
-    distribution: Literal["uniform", "bottom", "top"] = "uniform"
-    order: Literal["u", "parallel"] = "u"  # u: deepest level to the earliest layer
-    position: Literal["pre", "post"] = "pre"  # before or after the layer
-    feature_order_reverse: bool = False  # the released code's option of that name
-    vit_levels: tuple[int, ...] = ()  # for density="explicit"
-    llm_layers: tuple[int, ...] = ()
+    density: Literal["none", "dense", "sparse", "explicit"] = setting(
+        "sparse",
+        "Tower levels that have a shortcut: none, all (dense), count of them (sparse) or vit_levels (explicit).",
+    )
+    count: int = setting(8, "Number of levels of a sparse plan.")
+    distribution: Literal["uniform", "bottom", "top"] = setting(
+        "uniform", "LLM layers that shortcuts enter: evenly spaced, the first ones (bottom) or the last ones (top)."
+    )
+    order: Literal["u", "parallel"] = setting(
+        "u", "The deepest level enters the earliest LLM layer (u), or the latest one (parallel)."
+    )
+    position: Literal["pre", "post"] = setting("pre", "Add before (pre) or after (post) the LLM layer runs.")
+    feature_order_reverse: bool = setting(
+        False,
+        "Count levels from the deepest block and take block 0 as main feature, as the released code's option does.",
+    )
+    vit_levels: tuple[int, ...] = setting((), "Tower level of each shortcut of an explicit plan, from 0.")
+    llm_layers: tuple[int, ...] = setting((), "LLM layer of each shortcut of an explicit plan, from 0.")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How rotary frequencies are stretched for longer texts; `llm.rope_theta` is their base."""
+    """How rotary frequencies are scaled for longer texts; `llm.rope_theta` is their base."""
 
-    kind: Literal["default", "linear", "llama3", "longrope"] = "default"
-    factor: float = 1.0  # linear and llama3: frequencies are divided by it
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / this are stretched wholly,
-    high_freq_factor: float = 4.0  # and those below original_length / this not at all
-    original_length: int = 0  # positions the model was first trained on
-    short_factor: tuple[float, ...] = ()  # longrope: divisors for texts up to original_length, one per frequency,
-    long_factor: tuple[float, ...] = ()  # and for longer ones
-    attention_factor: float = 1.0  # longrope: multiplies cos and sin
+    kind: Literal["default", "linear", "llama3", "longrope"] = setting(
+        "default", "Scaling rule; default scales nothing."
+    )
+    factor: float = setting(1.0, "linear, llama3: frequencies are divided by this.")
+    low_freq_factor: float = setting(
+        1.0, "llama3: wavelengths above original_length / this (in positions) are scaled in full."
+    )
+    high_freq_factor: float = setting(
+        4.0, "llama3: wavelengths below original_length / this (in positions) are not scaled."
+    )
+    original_length: int = setting(0, "llama3, longrope: positions that the model was first trained on.")
+    short_factor: tuple[float, ...] = setting(
+        (), "longrope: divisor of each frequency in texts of up to original_length positions."
+    )
+    long_factor: tuple[float, ...] = setting((), "longrope: divisor of each frequency in longer texts.")
+    attention_factor: float = setting(1.0, "longrope: multiplies cos and sin.")
 
 
 @dataclass(frozen=True)
 class LLMConfig:
     """Decoder: Llama, Mistral, Qwen2, Qwen3 or Phi-3 by its fields."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # as for the tower
-    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 64
-    width: int = 64
-    layers: int = 12
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    mlp_dim: int = 192
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "silu"
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = setting(
+        "llama", "Tensor names and config.json that its weights have in files."
+    )
+    vocab_size: int = setting(0, "Rows of the embedding; 0: the tokenizer's ids, rounded up to a multiple of 64.")
+    width: int = setting(64, "Channels of a token (D).")
+    layers: int = setting(12, "Number of decoder layers.")
+    heads: int = setting(4, "Query heads.")
+    kv_heads: int = setting(2, "Key and value heads; they divide heads.")
+    head_dim: int = setting(16, "Channels of a head, an even number.")
+    mlp_dim: int = setting(192, "Hidden channels of the MLP.")
+    activation: Activation = setting("silu", "Activation function of the MLP.")
+    norm_eps: float = setting(1e-5, "Epsilon of the RMS norms.")
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
     rope: RopeConfig = RopeConfig()
-    max_positions: int = 0  # longest text it was made for, 0: not known; only written into exports
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # RMSNorm of every head of q and k, before the rotation (Qwen3)
-    sliding_window: int = 0  # positions a layer sees, itself included (Mistral); 0: all
-    sliding_from: int = 0  # first layer with a window (Qwen2's max_window_layers)
-    tie_embeddings: bool = False
-    scan_layers: bool = True
-    remat: Remat = "auto"
-    replicate_kv: bool = False  # a tensor axis that kv_heads cannot be split over: every device has all of them
+    max_positions: int = setting(
+        0, "Longest text that the model was made for, in tokens, for exported files; 0: not known."
+    )
+    qkv_bias: bool = setting(False, "Add a bias to queries, keys and values (Qwen2).")
+    qk_norm: bool = setting(False, "Normalise each head of queries and keys before the rotation (Qwen3).")
+    sliding_window: int = setting(0, "Positions that a token attends to, itself included (Mistral); 0: all before it.")
+    sliding_from: int = setting(0, "First layer with a sliding window (Qwen2's max_window_layers).")
+    tie_embeddings: bool = setting(False, "Use the embedding's weights for the output layer too.")
+    scan_layers: bool = setting(True, "Compile the layers as one loop, which compiles faster than unrolled layers.")
+    remat: Remat = setting("auto", REMAT)
+    replicate_kv: bool = setting(
+        False, "Give every device of the tensor axis all key and value heads, where kv_heads cannot be split over it."
+    )
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -116,13 +164,15 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters beside linears of the LLM (arXiv 2106.09685), as parameters `..._lora_a` and `..._lora_b`."""
+    """Low-rank adapters of the LLM (arXiv 2106.09685), as parameters `..._lora_a` and `..._lora_b`."""
 
-    rank: int = 0  # 0: none
-    alpha: float = 256.0  # what they add is scaled by alpha / rank
-    dropout: float = 0.0  # of their input, in training
-    targets: tuple[str, ...] = ("llm/layers/attention/(q|k|v|out)", "llm/layers/mlp/(gate|up|down)")  # regexes on
-    # `LLMConfig.linears`
+    rank: int = setting(0, "Rank of the adapters; 0: no adapters.")
+    alpha: float = setting(256.0, "An adapter's output is multiplied by alpha / rank.")
+    dropout: float = setting(0.0, "Probability that an adapter's input is dropped in training, 0 to below 1.")
+    targets: tuple[str, ...] = setting(
+        ("llm/layers/attention/(q|k|v|out)", "llm/layers/mlp/(gate|up|down)"),
+        "Regular expressions for the matrices that get an adapter.",
+    )
 
 
 @dataclass(frozen=True)
@@ -130,145 +180,178 @@ class InitConfig:
     """Pretrained weights that the parts start from; their config.json decides the sizes of `vision` and `llm`.
 
     Each source is a folder in Hugging Face layout, a file (.safetensors; .gguf for the LLM, .onnx for the tower) or a
-    hub id. A part without a source is freshly initialised.
+    hub id. A part without a source is randomly initialised.
     """
 
-    model: str = ""  # a whole one: llava-hf layout, or what `convert to-hf` wrote; sets fusion and shortcuts too
-    vision: str = ""
-    llm: str = ""
-    fusion: str = ""  # mm_projector of LLaVA or SparseCut
-    fresh: tuple[str, ...] = ()  # regexes on parameter paths that may be missing in the files
-    image_size: int = 0  # of one view; 0: the tower's own, else its position embeddings are interpolated
-    grow_vocab: bool = False  # rows for ids that only the tokenizer has, the mean of the old rows
+    model: str = setting(
+        "", "Weights of a whole model (llava-hf layout or an export of `convert to-hf`); sets fusion and shortcuts too."
+    )
+    vision: str = setting("", "Weights of the vision tower.")
+    llm: str = setting("", "Weights of the LLM.")
+    fusion: str = setting("", "Weights of the fusion: mm_projector of LLaVA or SparseCut.")
+    fresh: tuple[str, ...] = setting(
+        (), "Regular expressions for parameters that may be missing in the files and are then initialised randomly."
+    )
+    image_size: int = setting(
+        0, "Side of one view in pixels, for which position embeddings are interpolated; 0: the size in the files."
+    )
+    grow_vocab: bool = setting(
+        False, "Add rows to the embedding for ids that only the tokenizer has, each the mean of the old rows."
+    )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one size may be -1, what is left over."""
+    """Devices along each mesh axis; one size may be -1, which is whatever the others leave."""
 
-    replica: int = 1  # copies of the model across slices, which slow links join
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    replica: int = setting(1, "Copies of the model, one per slice, over slow links between slices.")
+    data: int = setting(-1, "Devices that split the batch and each hold all parameters of a copy.")
+    fsdp: int = setting(1, "Devices that split the batch and the parameters.")
+    tensor: int = setting(1, "Devices that split each matmul (heads and hidden channels).")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of rows, in a mixture (`config.data.mix`).
+    """One source of rows, in a mixture (`config.data.mix`)."""
 
-    `path` is a JSON or JSONL file of conversations, the folder of a TFDS dataset (`data build` makes one),
-    "tfds:NAME", "easy_vqa" or "scenes".
-    """
-
-    path: str = ""
-    images: str = ""  # folder that the image paths of a JSON file start from
-    weight: float = 1.0  # how often a row is seen per epoch; of 0.5 each epoch draws another half
-    split: str = "train"  # of a TFDS dataset, as are the four below
-    data_dir: str = ""  # where "tfds:NAME" is prepared; "": TFDS's own place
-    image: str = "image"  # its feature that holds the picture; "": none
-    question: str = ""  # its feature that holds the question, or a text with <image> in it; "": <image> alone
-    answer: str = "caption"  # its feature that holds the answer
+    path: str = setting(
+        "", "JSON or JSONL file of conversations, folder of a TFDS dataset, tfds:NAME, easy_vqa or scenes."
+    )
+    images: str = setting("", "Folder that relative image paths of a JSON file start from.")
+    weight: float = setting(1.0, "How often a row is seen per epoch; at 0.5 each epoch draws another half.")
+    split: str = setting("train", "TFDS: split to read.")
+    data_dir: str = setting("", "TFDS: folder where tfds:NAME is prepared; empty: TFDS's own.")
+    image: str = setting("image", "TFDS: feature with the picture; empty: none.")
+    question: str = setting("", "TFDS: feature with the question, with or without <image>; empty: <image> alone.")
+    answer: str = setting("caption", "TFDS: feature with the answer.")
 
 
 @dataclass(frozen=True)
 class ScenesConfig:
     """The procedural pictures of source "scenes" (data/scenes.py)."""
 
-    size: int = 0  # side of a picture in pixels; 0: of all hi-res crops together
-    train: int = 20_000  # pictures
-    test: int = 2_000
-    seed: int = 0
-    levels: tuple[str, ...] = ("low", "high")  # which questions are asked
-    scales: tuple[str, ...] = ("coarse", "fine")
+    size: int = setting(0, "Side of a picture in pixels; 0: that of all hi-res crops together.")
+    train: int = setting(20_000, "Number of training pictures.")
+    test: int = setting(2_000, "Number of test pictures.")
+    seed: int = setting(0, "Seed of the pictures.")
+    levels: tuple[str, ...] = setting(("low", "high"), "Levels of information that questions ask for: low, high.")
+    scales: tuple[str, ...] = setting(("coarse", "fine"), "Scales that questions ask for: coarse, fine.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where rows come from and how they become batches."""
 
-    source: str = "easy_vqa"  # as SourceConfig.path
-    images: str = ""  # folder that the image paths of a JSON file start from
-    mix: dict[str, SourceConfig] = field(default_factory=dict)  # several sources by name, in place of `source`
+    source: str = setting(
+        "easy_vqa", "JSON or JSONL file of conversations, folder of a TFDS dataset, tfds:NAME, easy_vqa or scenes."
+    )
+    images: str = setting("", "Folder that relative image paths of a JSON file start from.")
+    mix: dict[str, SourceConfig] = setting({}, "Several sources by name, instead of `source`.")
     scenes: ScenesConfig = ScenesConfig()
-    image_fit: Literal["pad", "squash", "crop"] = "pad"  # how an image becomes square
-    max_pixels: int = 50_000_000  # larger images are refused before decoding
-    max_images: int = 1  # images of a row, at most
-    max_bad_fraction: float = 0.001  # of the rows; the run stops when more of them are broken
-    flip: bool = False  # mirror training images half of the time; not where questions speak of left and right
-    shift: int = 0  # move training images by up to so many low-res pixels
-    holdout: int = 200  # training rows kept for the periodic evaluation
-    threads: int = 2  # reading threads, per worker process; no influence on the order
-    workers: int = 0  # processes that read beside the training one; no influence on the order
+    image_fit: Literal["pad", "squash", "crop"] = setting("pad", "How an image becomes square.")
+    max_pixels: int = setting(50_000_000, "Larger images, in pixels, are refused before they are decoded.")
+    max_images: int = setting(1, "Most images of a row.")
+    max_bad_fraction: float = setting(0.001, "Share of broken rows, 0 to 1, above which the run stops.")
+    flip: bool = setting(False, "Mirror half of the training images; wrong where questions mention left or right.")
+    shift: int = setting(0, "Move training images by up to this many low-res pixels.")
+    holdout: int = setting(200, "Training rows kept out for the periodic evaluation.")
+    threads: int = setting(2, "Reading threads per worker process; they do not change the order of rows.")
+    workers: int = setting(0, "Extra processes that read data; they do not change the order of rows.")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A Hugging Face tokenizer (folder or hub id), or a byte-level BPE trained on the training rows."""
+    """A Hugging Face tokenizer, or a byte-level BPE trained on the training rows."""
 
-    path: str = ""
-    vocab_size: int = 512  # of the trained one, at most
+    path: str = setting("", "Folder or hub id of a tokenizer; empty: that of the LLM's weights, else one is trained.")
+    vocab_size: int = setting(512, "Most ids of a trained tokenizer.")
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of training: its rows, what is trained, and the optimizer's settings."""
 
-    rows: Literal["captions", "conversations"] = "conversations"
-    sources: tuple[str, ...] = ()  # names in config.data.mix; (): all
-    template: Literal["plain", "vicuna_v1", "llama3", "chatml", "mistral", "phi3", "smollm2", "qa", "tokenizer"] = (
-        "vicuna_v1"  # data/conversation.py writes them out; "tokenizer": the tokenizer's own chat template
+    rows: Literal["captions", "conversations"] = setting(
+        "conversations", "Train on rows as they are, or on captions of built-in sources."
     )
-    batching: Literal["rows", "packed", "buckets"] = "rows"  # one row a sequence, several, or rows of a like length
-    seq_len: int = 2048  # T; an image takes N of these positions
-    buckets: tuple[int, ...] = ()  # lengths shorter than seq_len for batching="buckets"; (): a quarter and a half
-    slots: int = 0  # image slots of a sequence (M); 0: data.max_images, or what packed rows need on average
-    epochs: float = 1.0
-    max_steps: int = 0  # 0: as many as the epochs take
-    batch_size: int = 128  # rows of all devices together, per optimizer step
-    accumulate: int = 1  # micro-batches the batch is cut into
-    trainable: tuple[str, ...] = ("fusion/.*", "llm/.*")  # regexes on parameter paths
-    lr: float = 2e-5
-    lr_of: dict[str, float] = field(default_factory=dict)  # other rates, by regexes that paths begin with
-    warmup: float = 0.03  # share of the steps
-    final_lr: float = 0.0  # share of lr at the end of the cosine
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # 0: no clipping
-    b1: float = 0.9
-    b2: float = 0.999
+    sources: tuple[str, ...] = setting((), "Names in config.data.mix to train on; (): all.")
+    template: Template = setting(
+        "vicuna_v1", "How conversations become text; tokenizer: the tokenizer's own chat template."
+    )
+    batching: Literal["rows", "packed", "buckets"] = setting(
+        "rows", "A sequence holds one row (rows) or several (packed); buckets: one row, in batches of similar length."
+    )
+    seq_len: int = setting(2048, "Length of a sequence in tokens (T), image tokens included.")
+    buckets: tuple[int, ...] = setting(
+        (), "Lengths below seq_len, in tokens, for batching=buckets; (): a quarter and a half of seq_len."
+    )
+    slots: int = setting(
+        0, "Image slots of a sequence (M); 0: data.max_images, for packed rows what they need on average."
+    )
+    epochs: float = setting(1.0, "Passes over the rows.")
+    max_steps: int = setting(0, "Most optimizer steps; 0: as many as the epochs take.")
+    batch_size: int = setting(128, "Sequences per optimizer step, over all devices.")
+    accumulate: int = setting(1, "Micro-batches that a batch is split into.")
+    trainable: tuple[str, ...] = setting(
+        ("fusion/.*", "llm/.*"), "Regular expressions for the parameters to train; all others stay frozen."
+    )
+    lr: float = setting(2e-5, "Peak learning rate.")
+    lr_of: dict[str, float] = setting(
+        {}, "Peak learning rates of some parameters, by regular expressions for the beginning of their path."
+    )
+    warmup: float = setting(0.03, "Share of the steps with linear warm-up, 0 to below 1.")
+    final_lr: float = setting(0.0, "Learning rate at the end of the cosine decay, as a share of lr.")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.")
+    clip_norm: float = setting(1.0, "Largest global norm of the gradients; 0: no clipping.")
+    b1: float = setting(0.9, "Decay of Adam's first moment, 0 to below 1.")
+    b2: float = setting(0.999, "Decay of Adam's second moment, 0 to below 1.")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 500  # optimizer steps; 0: only at the end
-    keep: int = 1  # latest ones; the best one is kept besides
+    """When checkpoints are written."""
+
+    every: int = setting(500, "Optimizer steps between checkpoints; 0: only at the end.")
+    keep: int = setting(1, "Latest checkpoints that are kept, beside the best one.")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = 500  # optimizer steps between evaluations on held-out training rows; 0: never
-    batch_size: int = 256  # prompts per generation batch
-    max_new_tokens: int = 8
-    test: bool = True  # generate answers for the test split at the end
+    """Evaluation during and after training."""
+
+    every: int = setting(500, "Optimizer steps between evaluations on held-out training rows; 0: never.")
+    batch_size: int = setting(256, "Prompts per batch of generation.")
+    max_new_tokens: int = setting(8, "Longest answer in tokens.")
+    test: bool = setting(True, "Answer the test split at the end of training.")
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    seed: int = 0
-    workdir: str = "runs/base"
-    init_from: str = ""  # workdir of another run whose parts this one starts from
-    init_parts: tuple[str, ...] = ("vision/.*", "fusion/.*", "llm/.*")  # regexes: what is taken from it
+    seed: int = setting(0, "Seed of initial weights, order of rows, augmentation and dropout.")
+    workdir: str = setting("runs/base", "Folder that the run writes to and resumes from.")
+    init_from: str = setting("", "Workdir of another run that weights are taken from.")
+    init_parts: tuple[str, ...] = setting(
+        ("vision/.*", "fusion/.*", "llm/.*"), "Regular expressions for the parameters taken from init_from."
+    )
     init: InitConfig = InitConfig()
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: bfloat16 except on CPU
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of stored parameters; auto: float32 where they are
-    # trained, since small updates are lost in bfloat16, else `dtype`; `convert` keeps what the files hold.
-    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = "auto"  # models/attention.py
-    loss_chunk: int = 256  # positions of a row whose logits exist at one time
-    log_every: int = 10
-    profile: str = ""  # "START:STOP", optimizer steps to trace
-    run_stages: tuple[str, ...] = ("align", "instruct")  # names in `stages`, in this order
-    stages: dict[str, StageConfig] = field(default_factory=lambda: {"align": StageConfig(), "instruct": StageConfig()})
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Dtype of the computation; auto: bfloat16, on CPUs float32."
+    )
+    param_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Dtype of stored parameters; auto: float32 if trained, as small updates vanish in bfloat16, else dtype."
+    )
+    attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = setting(
+        "auto", "Attention kernel; auto: tiled on CPUs, cudnn on GPUs, splash on TPUs, else xla."
+    )
+    loss_chunk: int = setting(256, "Positions of a row whose logits exist at one time; smaller saves memory.")
+    log_every: int = setting(10, "Optimizer steps between lines of metrics.")
+    profile: str = setting("", "Optimizer steps to profile, as START:STOP; empty: none.")
+    run_stages: tuple[str, ...] = setting(("align", "instruct"), "Names in `stages` to run, in this order.")
+    stages: dict[str, StageConfig] = setting(
+        {"align": StageConfig(), "instruct": StageConfig()}, "Stages of training, by name."
+    )
     vision: VisionConfig = VisionConfig()
     fusion: FusionConfig = FusionConfig()
     shortcuts: ShortcutConfig = ShortcutConfig()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import typing
 
 import pytest
 from ml_collections import ConfigDict
@@ -33,6 +35,29 @@ def sentence(*settings: tuple) -> str:
 def test_default_is_the_default():
     assert check(default()) == Config()
     assert check({}) == Config()
+
+
+def leaves(kind: type, path: str) -> dict[str, dataclasses.Field]:
+    """All settings below a group by dotted path; a group by name counts as `path.NAME`."""
+    found = {}
+    for field, hint in zip(dataclasses.fields(kind), typing.get_type_hints(kind).values(), strict=True):
+        if dataclasses.is_dataclass(hint):
+            found |= leaves(hint, f"{path}.{field.name}")
+            continue
+        found[f"{path}.{field.name}"] = field
+        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            found |= leaves(typing.get_args(hint)[1], f"{path}.{field.name}.NAME")
+    return found
+
+
+def test_every_setting_says_what_it_means():
+    found = leaves(Config, "config")
+    assert {"config.seed", "config.llm.rope.factor", "config.stages.NAME.lr", "config.data.mix.NAME.path"} <= set(found)
+    for path, field in found.items():
+        meaning = field.metadata.get("meaning", "")
+        assert re.fullmatch(r"[^\n]{8,160}\.", meaning), (
+            f"{path} has the meaning {meaning!r}; expected one short sentence"
+        )
 
 
 def test_json_round_trip():
