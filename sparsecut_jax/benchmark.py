@@ -23,23 +23,18 @@ from sparsecut_jax.training.report import table
 from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
-STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
-CHOSEN = flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
-STEPS = flags.DEFINE_integer("steps", 5, "Times that each part is run (default 5); the median counts.", lower_bound=1)
-NEW = flags.DEFINE_integer("new", 64, "Tokens that decode makes (default 64).", lower_bound=2)
-TRACE = flags.DEFINE_bool("trace", False, "Also tell where the time of tower, encode, forward, gradient and step goes.")
-OUT = flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
+FLAGS = flags.FLAGS
 
 
 def benchmark(cfg: Config) -> None:
-    for part in CHOSEN.value or [""]:
+    for part in FLAGS.parts or [""]:
         if part not in PARTS:
-            raise UserError(f"--parts={','.join(CHOSEN.value)}: {part!r} is not one of {', '.join(PARTS)}")
-    folder = make_folder("--out" if OUT.value else "config.workdir", OUT.value or cfg.workdir)
+            raise UserError(f"--parts={','.join(FLAGS.parts)}: {part!r} is not one of {', '.join(PARTS)}")
+    folder = make_folder("--out" if FLAGS.out else "config.workdir", FLAGS.out or cfg.workdir)
 
     # ------------------------------------------------------------------ the machine
-    bench = Bench(cfg, default_stage(cfg, STAGE.value), STEPS.value, NEW.value, TRACE.value)
-    if "input" in CHOSEN.value:
+    bench = Bench(cfg, default_stage(cfg, FLAGS.stage), FLAGS.steps, FLAGS.new, FLAGS.trace)
+    if "input" in FLAGS.parts:
         _ = bench.data  # before the other parts take their time
     peak = peaks.measure(bench.dtype, bench.mesh)
     stage = bench.cfg.stages[bench.name]
@@ -52,7 +47,7 @@ def benchmark(cfg: Config) -> None:
     # ------------------------------------------------------------------ its parts
     timed = []
     try:
-        for part in (part for part in PARTS if part in CHOSEN.value):
+        for part in (part for part in PARTS if part in FLAGS.parts):
             print(f"timing     {part}", flush=True)
             timed.append(bench.time(part, peak))
     finally:  # what is known is shown, whatever has ended the rest
@@ -88,6 +83,17 @@ def _first(t: Timed) -> str:
     return f"{t.first:.1f}" if t.first else "-"
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     cli.define_config()
+    flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
+    flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
+    flags.DEFINE_integer("steps", 5, "Times that each part is run (default 5); the median counts.", lower_bound=1)
+    flags.DEFINE_integer("new", 64, "Tokens that decode makes (default 64).", lower_bound=2)
+    flags.DEFINE_bool("trace", False, "Also tell where the time of tower, encode, forward, gradient and step goes.")
+    flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
     cli.run(lambda: benchmark(cli.typed_config()), __doc__)
+
+
+if __name__ == "__main__":
+    run()

@@ -54,7 +54,7 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
     _quiet(debug)
     try:
         if wants_help:
-            print(_help(doc), flush=True)
+            print(_help(command, doc), flush=True)
             return
         _parse()
         if not debug:  # parsing the flags has set absl's own level
@@ -182,10 +182,11 @@ def _cause(error: Exception, file: str | None) -> str:
     return f"{kind}: {said.removeprefix(f'{kind}: ')}{where}"
 
 
-def _help(doc: str) -> str:
+def _help(command: Callable[[], None], doc: str) -> str:
     """What --help prints: the command's docstring, its flags, and every setting with its default."""
-    modules = flags.FLAGS.flags_by_module_dict()
-    own = [f for name in (sys.argv[0], __name__, hosts.__name__) for f in modules.get(name, [])]
+    modules = flags.FLAGS.flags_by_module_dict()  # absl calls a module that is run as a program by its file
+    module = sys.argv[0] if command.__module__ == "__main__" else command.__module__
+    own = [f for name in (module, __name__, hosts.__name__) for f in modules.get(name, [])]
     lines = [doc.strip(), "", "flags:"]
     lines += [f"  --{f.name:<18} {f.help}" for f in own]
     if "config" in flags.FLAGS:

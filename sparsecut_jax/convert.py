@@ -145,7 +145,8 @@ def main(command: str) -> None:
         raise UserError(f"{command or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     # The word behind the command, and dashes in flags' names, as people type them.
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     sys.argv[1:] = [
@@ -166,3 +167,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("merge", False, "to-hf: add a run's adapters to the linears beside which they stand.")
     flags.DEFINE_boolean("verify", False, "to-hf: load what was written, and compare parameters and logits.")
     cli.run(lambda: main(command), __doc__)
+
+
+if __name__ == "__main__":
+    run()

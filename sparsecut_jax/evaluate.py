@@ -74,8 +74,14 @@ def main() -> None:
 
 FLAGS = flags.FLAGS
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     flags.DEFINE_string("workdir", "", "Workdir of a run.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
     hosts.define_flags()
     cli.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    run()

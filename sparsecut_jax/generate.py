@@ -89,7 +89,8 @@ def main() -> None:
     print(answer(run, FLAGS.prompt, FLAGS.image, *how))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     flags.DEFINE_string("workdir", "", "Workdir of a run.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
     flags.DEFINE_multi_string("image", [], "Picture to ask about; may be repeated.")
@@ -99,3 +100,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("template", "", "How the prompt is written; left out: as the run was trained.")
     flags.DEFINE_integer("seed", 0, "Of the sampling.")
     cli.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    run()

@@ -22,41 +22,29 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
-TOPOLOGY = flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
-STAGE = flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
-MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that the run is assumed to reach.")
-PER_CHIP = flags.DEFINE_integer(
-    "rows_per_chip",
-    0,
-    "Sequences of a batch for each chip; default: the config's batch, however many chips.",
-    lower_bound=0,
-)
-ROWS = flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: those of config.data, where they are known.")
-PRICE = flags.DEFINE_float("price", 0.0, "Price of one chip for an hour.")
-SEARCH = flags.DEFINE_boolean("search", False, "Look for other settings also where these fit.")
-OUT = flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default: runs/plan/ and a name.")
+FLAGS = flags.FLAGS
 
 
 def plan(cfg: Config) -> None:
     # ------------------------------------------------------------------ what is asked
-    stage = answer.default_stage(cfg, STAGE.value)
-    topologies = [hardware.parse(text) for text in TOPOLOGY.value.split(",")]
+    stage = answer.default_stage(cfg, FLAGS.stage)
+    topologies = [hardware.parse(text) for text in FLAGS.topology.split(",")]
     several = len(topologies) > 1
     questions = [
         answer.Question(
             topology=topology,
             stage=stage,
-            mfu=MFU.value,
-            rows=ROWS.value,
-            price=PRICE.value,
-            search=SEARCH.value or several,
+            mfu=FLAGS.mfu,
+            rows=FLAGS.rows,
+            price=FLAGS.price,
+            search=FLAGS.search or several,
             checked=1 if several else 2,  # each is a compilation
         )
         for topology in topologies
     ]
     if several and not all(topology.chip.flops for topology in topologies):
-        raise UserError(f"--topology={TOPOLOGY.value}: only chips whose rates vendors state can be compared")
-    folder = make_folder("--out", OUT.value or os.path.join("runs/plan", file_name(cfg, stage)))
+        raise UserError(f"--topology={FLAGS.topology}: only chips whose rates vendors state can be compared")
+    folder = make_folder("--out", FLAGS.out or os.path.join("runs/plan", file_name(cfg, stage)))
 
     # ------------------------------------------------------------------ the answers
     tell = lambda text: print(text, flush=True)
@@ -78,9 +66,9 @@ def plan(cfg: Config) -> None:
 
 def with_rows(cfg: Config, question: answer.Question) -> Config:
     """The config with --rows_per_chip sequences for every chip, in as many turns as before."""
-    if not PER_CHIP.value:
+    if not FLAGS.rows_per_chip:
         return cfg
-    rows = PER_CHIP.value * question.topology.chips * cfg.stages[question.stage].accumulate
+    rows = FLAGS.rows_per_chip * question.topology.chips * cfg.stages[question.stage].accumulate
     return cfg.with_stage(question.stage, batch_size=rows)
 
 
@@ -92,11 +80,29 @@ def config_argument() -> str:
 
 def file_name(cfg: Config, stage: str) -> str:
     """ "sparsecut_7b_finetune-instruct-v5e-8x8"."""
-    parts = (os.path.basename(os.path.normpath(cfg.workdir)), stage, TOPOLOGY.value)
+    parts = (os.path.basename(os.path.normpath(cfg.workdir)), stage, FLAGS.topology)
     return re.sub(r"[^\w.]+", "-", "-".join(parts))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     compiler.prepare()
     cli.define_config()
+    flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
+    flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
+    flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that the run is assumed to reach.")
+    flags.DEFINE_integer(
+        "rows_per_chip",
+        0,
+        "Sequences of a batch for each chip; default: the config's batch, however many chips.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: those of config.data, where they are known.")
+    flags.DEFINE_float("price", 0.0, "Price of one chip for an hour.")
+    flags.DEFINE_boolean("search", False, "Look for other settings also where these fit.")
+    flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default: runs/plan/ and a name.")
     cli.run(lambda: plan(cli.typed_config()), __doc__)
+
+
+if __name__ == "__main__":
+    run()

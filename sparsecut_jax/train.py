@@ -277,7 +277,12 @@ def print_data(
     print(flush=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     cli.define_config()
     hosts.define_flags()
     cli.run(lambda: train(cli.typed_config()), __doc__, resumes=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -141,7 +141,8 @@ def _counts(given: list[str]) -> list[int]:
     return [int(count) for count in given]
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command: defines its flags and ends with its exit code."""
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     sys.argv[1:] = [a.replace("-bad", "_bad", 1) if a.startswith("--skip") else a for a in sys.argv[1:]]
     cli.define_config()
@@ -157,3 +158,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "", "build: folder to write, local or gs://; must not be there yet.")
     flags.DEFINE_boolean("skip_bad", False, "build: leave broken rows out instead of stopping at the first.")
     cli.run(lambda: main(command), __doc__)
+
+
+if __name__ == "__main__":
+    run()
