@@ -1,8 +1,8 @@
-# Shared by the scripts in this folder, which source it: flags, sentences, and commands that are shown before they run.
+# Sourced by the scripts in this folder: flags, messages, and commands that are printed before they run.
 # shellcheck shell=bash
 
 dry_run=''
-ARGS=() # what stands behind --: arguments of sparsecut_jax.train
+ARGS=() # arguments after --, for sparsecut_jax.train
 exec 3>&2
 
 usage() { # the header comment of the script
@@ -14,11 +14,11 @@ fail() { # CODE SENTENCE
   exit "$1"
 }
 
-say() { # what happened; in a dry run nothing does
+say() { # reports what happened; silent in a dry run
   [[ $dry_run ]] || echo "launch: $*" >&2
 }
 
-# flags "name= spot ..." "$@": sets the variables of the same names; NAME= takes a value, NAME alone is a switch.
+# flags "name= spot ..." "$@": sets variables of the same names; NAME= takes a value, NAME alone is a switch.
 flags() {
   local known=" $1 dry-run " arg key
   shift
@@ -38,7 +38,7 @@ flags() {
         [[ $known == *" $key "* ]] || fail 2 "unknown flag --$key (--help lists the flags)"
         printf -v "${key//-/_}" 1
         ;;
-      *) fail 2 "unexpected argument '$arg'; arguments of the training stand behind --" ;;
+      *) fail 2 "unexpected argument '$arg'; arguments for the training go after --" ;;
     esac
   done
   [[ $dry_run ]] || return 0
@@ -51,7 +51,7 @@ needs() { # COMMAND HINT
 }
 
 number() { # FLAG VALUE LEAST
-  if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then fail 2 "--$1=$2: expected a whole number from $3"; fi
+  if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then fail 2 "--$1=$2: expected an integer, $3 or more"; fi
 }
 
 quoted() { # its arguments as one line of shell
@@ -64,7 +64,7 @@ quoted() { # its arguments as one line of shell
   echo "${line# }"
 }
 
-# Shows a command and runs it; a dry run only shows it. In the background, so that a signal need not wait for its end.
+# Prints a command and runs it; a dry run only prints it. It runs in the background, so that a signal is handled at once.
 child='' quiet=''
 run() {
   [[ $quiet ]] || quoted "$@" >&3 || unread
@@ -77,13 +77,13 @@ run() {
   return "$code"
 }
 
-# ask ANSWER COMMAND...: prints what the command prints; a dry run takes the answer for granted.
+# ask ANSWER COMMAND...: prints the command's output; a dry run prints ANSWER instead.
 ask() {
   [[ $quiet ]] || quoted "${@:2}" >&3
   if [[ $dry_run ]]; then echo "$1"; else "${@:2}"; fi
 }
 
-# often TIMES SECONDS COMMAND...: until it works. A network that fails for a while must not end a run of days.
+# often TIMES SECONDS COMMAND...: retries until it succeeds. A short network failure must not end a run of days.
 often() {
   local misses=0
   until "${@:3}"; do
@@ -98,7 +98,7 @@ answer=''
 asked() { answer=$(ask "$@"); }
 ask_often() { often 20 15 asked "$@"; }
 
-# Looks again in a while, and need not show the commands again. A signal need not wait for it.
+# Waits before the next poll, whose commands are not printed again. A signal is handled at once.
 pause() { # SECONDS
   quiet=1
   sleep "${LAUNCH_POLL:-$1}" &
@@ -107,38 +107,39 @@ pause() { # SECONDS
   child=''
 }
 
-# Refuses before anything is paid for what the program would refuse after. copied: it will see tracked files only.
+# Refuses bad arguments before anything costs money. copied: the hosts get only the files that git tracks.
 check_args() { # [copied]
   local i arg key file=''
-  ((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py"
+  ((${#ARGS[@]})) || fail 2 "no arguments for the training; add them after --, for example -- --config=configs/base.py"
   for ((i = 0; i < ${#ARGS[@]}; i++)); do
     arg=${ARGS[i]}
-    key=${arg#-} key=${key#-} # the program takes one dash for two, and a value as a word of its own
+    key=${arg#-} key=${key#-} # absl accepts one dash or two, and --flag VALUE as well as --flag=VALUE
     case $key in
       config | config.workdir) arg+="=${ARGS[++i]-}" key+="=${ARGS[i]-}" ;;
     esac
-    [[ $arg != *$'\n'* ]] || fail 2 "an argument has a line end in it: $(quoted "$arg")"
+    [[ $arg != *$'\n'* ]] || fail 2 "an argument contains a line break: $(quoted "$arg")"
     case $key in
       config.workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
       config.workdir=runs/*) ;;
-      config.workdir=*) [[ ! ${1-} ]] || fail 2 "$arg: only runs/ outlives the hosts; give a folder in it" ;;
+      config.workdir=*) [[ ! ${1-} ]] || fail 2 "$arg: only runs/ outlives the hosts; choose a folder in it" ;;
       config=*) file=${key#*=} file=${file%%:*} ;;
     esac
   done
-  [[ $file ]] || fail 2 "the training's --config is missing; for example -- --config=configs/base.py"
-  [[ $file != /* || ! ${1-} ]] || fail 2 "$file: give the path from the project's folder, which is where it will be"
-  [[ -f $file ]] || fail 2 "$file: there is no such file"
+  [[ $file ]] || fail 2 "--config is missing from the training's arguments; for example -- --config=configs/base.py"
+  [[ $file != /* || ! ${1-} ]] || fail 2 "$file: the hosts have another path; give it relative to the project's folder"
+  [[ -f $file ]] || fail 2 "$file: no such file"
   [[ ! ${1-} ]] || check_copied "${file#./}"
 }
 
 check_copied() { # FILE
   local lost
-  needs git "the files that it tracks are copied"
-  git rev-parse --git-dir >/dev/null 2>&1 || fail 2 "$PWD is no git repository, and the files that git tracks are copied"
+  needs git "the script copies the files that git tracks"
+  git rev-parse --git-dir >/dev/null 2>&1 ||
+    fail 2 "$PWD is not a git repository; the script copies the files that git tracks"
   "${TRACKED[@]}" | tr '\0' '\n' | grep -xF -- "$1" >/dev/null ||
-    fail 2 "$1 is not among the files that git tracks (tests and docs aside), and only those are copied: git add it"
+    fail 2 "$1 would not be copied: only files that git tracks are, without tests and docs; git add it"
   lost=$("${TRACKED[@]}" --deleted | tr '\0' ' ')
-  [[ ! $lost ]] || fail 2 "git tracks files that are not there: ${lost% }; restore them, or git rm them"
+  [[ ! $lost ]] || fail 2 "git tracks files that do not exist: ${lost% }; restore them, or git rm them"
 }
 
 TRACKED=(git ls-files -z . ':!tests' ':!docs') # the files that a run needs
@@ -148,22 +149,22 @@ pack() { # FILE: as they are on this disk
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What was created is deleted however the script ends; where that fails it says what is left and how to delete it.
+# What was created is deleted however the script ends; if that fails, the script says what is left and how to delete it.
 
-what='' delete=() keep='' # to be set: what is created, the command that deletes it, whether it stays
-step='' created='' file='' # what is being done; whether there may be something to delete; the packed files
+what='' delete=() keep='' # set by the script: what it creates, the command that deletes it, whether to keep it
+step='' created='' file='' # the current step; whether there may be something to delete; the packed files
 ending=''
 
 remove() {
   often 3 10 run "${delete[@]}" && created=''
 }
 
-unread() { # nobody reads any more: that ends the run, but what was created is still deleted
+unread() { # the reader of the output is gone: the run ends, but what was created is still deleted
   exec >/dev/null 2>&1 3>&1
   [[ $ending ]] || exit 141
 }
 
-gone() { # whether it is known that there is nothing to delete
+gone() { # whether there is certainly nothing to delete
   false
 }
 
@@ -180,12 +181,12 @@ finish() {
   [[ ! $file ]] || run rm -f "$file"
   if [[ ! $created ]]; then
     exit "$code"
-  elif ((code < 128)) && gone; then # after a signal it may still be on its way
-    say "nothing of $what is left"
+  elif ((code < 128)) && gone; then # after a signal the request may still be in flight
+    say "$what: nothing is left"
   elif [[ $keep ]]; then
-    say "$what is left and costs money; $how"
+    say "$what still exists and costs money; $how"
   elif remove; then
-    say "$what is deleted"
+    say "$what was deleted"
   else
     say "$what was created, may still cost money, and could not be deleted; $how"
     ((code)) || code=1
@@ -201,14 +202,14 @@ delete_at_the_end() {
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# TPU slices: type and topology, as Google lists them. v4 and v5p count two cores a chip, the others chips.
+# TPU slices: type and topology, as listed by Google. v4 and v5p count TensorCores (two per chip), the others chips.
 
 V4='8:2x2x1 16:2x2x2 32:2x2x4 64:2x4x4 128:4x4x4 256:4x4x8 512:4x8x8 1024:8x8x8 1536:8x8x12 2048:8x8x16 4096:8x16x16'
 V5E='1:1x1 4:2x2 8:2x4 16:4x4 32:4x8 64:8x8 128:8x16 256:16x16'
 V5P='8:2x2x1 16:2x2x2 32:2x2x4 64:2x4x4 128:4x4x4 256:4x4x8 384:4x4x12 512:4x8x8 640:4x4x20 768:4x8x12 896:4x4x28'
 V5P+=' 1024:8x8x8 1536:8x8x12 2048:8x8x16 3072:8x12x16 4096:8x16x16 6144:12x16x16 8192:16x16x16 12288:16x16x24'
 
-# slice TYPE: sets its topology, hosts, chips of a host, GKE's name of the chip, and runtime version. Exits for others.
+# slice TYPE: sets topology, hosts, chips_per_host, accelerator (GKE's name of the chip) and runtime. Exits if unknown.
 slice() {
   local family=${1%-*} size=${1##*-} sizes entry chips known=''
   case $family in
@@ -217,7 +218,7 @@ slice() {
     v5p) sizes=$V5P accelerator=tpu-v5p-slice runtime=v2-alpha-tpuv5 ;;
     v6e) sizes=$V5E accelerator=tpu-v6e-slice runtime=v2-alpha-tpuv6e ;;
     *)
-      fail 2 "--type=$1 is no slice type known here; known are v4-8 to v4-4096, v5litepod-1 to v5litepod-256, \
+      fail 2 "--type=$1: unknown slice type; expected v4-8 to v4-4096, v5litepod-1 to v5litepod-256, \
 v5p-8 to v5p-12288, v6e-1 to v6e-256"
       ;;
   esac
@@ -226,11 +227,11 @@ v5p-8 to v5p-12288, v6e-1 to v6e-256"
     [[ ${entry%:*} != "$size" ]] || topology=${entry#*:}
     known+=" $family-${entry%:*}"
   done
-  [[ $topology ]] || fail 2 "--type=$1 is no slice type known here; known are$known"
+  [[ $topology ]] || fail 2 "--type=$1: unknown slice type; expected one of$known"
   chips=$((${topology//x/*}))
   case $topology in
     *x*x*) chips_per_host=4 ;;
-    *) chips_per_host=$((chips > 8 ? 4 : chips)) ;; # up to eight chips of these are one host
+    *) chips_per_host=$((chips > 8 ? 4 : chips)) ;; # up to eight of these chips share one host
   esac
   hosts=$((chips / chips_per_host))
   : "$accelerator" "$runtime" "$hosts"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster: applies launch/gke.yaml, filled in, streams the log, deletes it.
+# Trains on TPU slices of a GKE cluster: fills in and applies launch/gke.yaml, streams the log, deletes the JobSet.
 #
 #   launch/gke.sh --name=NAME --type=v5litepod-16 --claim=PVC -- --config=configs/sparsecut.py:size=7b,stage=pretrain
 #
@@ -8,15 +8,15 @@
 #   --claim=PVC      a ReadWriteMany volume claim (Filestore, say) that becomes runs/ on every host
 #   --slices=N       several slices as one run
 #   --spot           only on spot nodes
-#   --requeue=N      how often it may start again after a preemption (default 10)
-#   --grace=SECONDS  time to save after SIGTERM (default 600; spot nodes give less, whatever is asked)
+#   --requeue=N      restarts allowed after preemptions (default 10)
+#   --grace=SECONDS  time to save after SIGTERM (default 600; spot nodes always give less)
 #   --image=IMAGE    default: python:3.12, into which the requirements are installed
-#   --context=C --namespace=N   where they are not kubectl's own
-#   --keep           do not delete, also when this script is stopped: the run goes on
+#   --context=C --namespace=N   default: kubectl's own
+#   --keep           do not delete, even if this script is stopped: the run continues
 #   --dry-run        print the commands and the manifest, run none
 #
-# Behind -- stand the arguments of sparsecut_jax.train. The cluster needs JobSet, and node pools of that type or
-# autoscaling that makes them. Exit code: the training's, 2 for mistakes here, else that of the command that failed.
+# Arguments after -- go to sparsecut_jax.train. The cluster needs JobSet, and node pools of that type or autoscaling that
+# creates them. Exit code: the training's, 2 for usage errors here, else that of the command that failed.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ cd "$(dirname "$0")/.."
 name='' type='' claim='' slices=1 spot='' requeue=10 grace=600 image=python:3.12 context='' namespace=''
 flags "name= type= claim= slices= spot requeue= grace= image= context= namespace= keep" "$@"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-  fail 2 "--name=$name: expected up to 40 small letters, digits and -, a letter first"
+  fail 2 "--name=$name: expected up to 40 lower-case letters, digits and -, starting with a letter"
 [[ $type ]] || fail 2 "--type is missing; for example --type=v5litepod-16"
 slice "$type"
 [[ $claim =~ ^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$ ]] ||
@@ -34,7 +34,7 @@ slice "$type"
 number slices "$slices" 1
 number requeue "$requeue" 0
 number grace "$grace" 1
-((slices == 1 || hosts > 1)) || fail 2 "--slices=$slices: GKE joins slices of several hosts only, and $type has one"
+((slices == 1 || hosts > 1)) || fail 2 "--slices=$slices: GKE only joins slices with several hosts; $type has one host"
 check_args copied
 needs kubectl "see https://kubernetes.io/docs/tasks/tools"
 
@@ -46,9 +46,9 @@ delete=("${kubectl[@]}" delete "jobset/$name" "configmap/$name" --ignore-not-fou
 
 manifest() {
   local text line args
-  args=$(quoted "${ARGS[@]}") # Kubernetes reads $(VAR) as its own, and $$ as $
+  args=$(quoted "${ARGS[@]}") # Kubernetes expands $(VAR), and reads $$ as $
   text=$(if [[ $spot ]]; then cat launch/gke.yaml; else sed '/# spot only$/d' launch/gke.yaml; fi)
-  while IFS='' read -r line; do # NAME=VALUE, into the place of ${NAME}
+  while IFS='' read -r line; do # NAME=VALUE replaces ${NAME}
     text=${text//"\${${line%%=*}}"/"${line#*=}"}
   done <<END
 NAME=$name
@@ -69,10 +69,10 @@ END
 # ----------------------------------------------------------------------------------------------------------------------
 
 delete_at_the_end
-# Of a name that is taken nothing may be deleted.
+# If the name is taken, nothing of that name may be deleted.
 taken=$(ask '' "${kubectl[@]}" get "jobset/$name" "configmap/$name" --ignore-not-found --output=name) ||
-  fail 1 "kubectl cannot look into the cluster (is JobSet installed?); nothing was created"
-[[ ! $taken ]] || fail 2 "$name is already there; choose another --name, or delete it with: $(quoted "${delete[@]}")"
+  fail 1 "kubectl cannot read the cluster (is JobSet installed?); nothing was created"
+[[ ! $taken ]] || fail 2 "$name already exists; choose another --name, or delete it with: $(quoted "${delete[@]}")"
 
 file=${TMPDIR:-/tmp}/$name.tgz
 step="packing the files"
@@ -88,13 +88,13 @@ else
   run "${kubectl[@]}" apply --filename=- <<<"$filled"
 fi
 
-# The first process prints. Whenever it starts again its log goes on below, until the whole has ended.
+# The first process prints. After each restart its log continues here, until the JobSet has ended.
 step="the run of $name"
 first="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 state=''
-say "its log follows as soon as it has started; kubectl get pods says what it waits for"
+say "the log follows once the run has started; kubectl get pods shows what it is waiting for"
 until [[ $state ]]; do
-  run "${kubectl[@]}" logs --follow --selector="$first" --since-time="$since" 2>/dev/null || true # not started yet, say
+  run "${kubectl[@]}" logs --follow --selector="$first" --since-time="$since" 2>/dev/null || true # fails if it has not started yet
   since=$(date -u +%Y-%m-%dT%H:%M:%SZ)
   ask_often Completed "${kubectl[@]}" get "jobset/$name" --output='jsonpath={.status.terminalState}'
   state=$answer
@@ -105,6 +105,6 @@ if [[ $state != Completed ]]; then
   codes='jsonpath={.items[*].status.containerStatuses[0].state.terminated.exitCode}'
   code=$(ask 1 "${kubectl[@]}" get pods --selector="$first" --output="$codes")
   code=${code##* }
-  ((code)) || code=1 # it was another process that failed
+  ((code)) || code=1 # another process failed
 fi
 exit "$code"

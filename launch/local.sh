@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains as several processes on this machine, as on several hosts: to try things out.
+# Trains as several processes on this machine, to try out a multi-host run.
 #
 #   launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:smoke
 #
 #   --processes=N   (default 2)
-#   --devices=D     fake CPU devices of each; without it every process takes what JAX finds: on GPUs use one process
-#   --port=PORT     where they meet (default: one that is free)
-#   --python=PATH   (default .venv/bin/python if it is there, else python3)
+#   --devices=D     simulated CPU devices per process; without it each process takes what JAX finds: on GPUs use one process
+#   --port=PORT     port of the coordinator (default: a free one)
+#   --python=PATH   (default .venv/bin/python if it exists, else python3)
 #   --dry-run       print the commands, run none
 #
-# Behind -- stand the arguments of sparsecut_jax.train. Only the first process prints. SIGTERM saves (exit code 3), ^C
-# stops. Exit code: 2 or 4 if any process says so, else that of the one that failed rather than of those it left alone.
+# Arguments after -- go to sparsecut_jax.train. Only the first process prints. SIGTERM saves (exit code 3), ^C stops. Exit
+# code: 2 or 4 if any process returns it, else that of the process that failed first, not of those that noticed.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,10 +23,10 @@ number processes "$processes" 1
 [[ ! $devices ]] || number devices "$devices" 1
 if [[ $port ]]; then
   number port "$port" 1
-  ((port < 65536)) || fail 2 "--port=$port: expected a whole number to 65535"
+  ((port < 65536)) || fail 2 "--port=$port: expected an integer, 65535 or less"
 fi
-((${#ARGS[@]})) || fail 2 "the training's arguments are missing; for example -- --config=configs/base.py:smoke"
-command -v "$python" >/dev/null || fail 2 "--python=$python is not there"
+((${#ARGS[@]})) || fail 2 "no arguments for the training; add them after --, for example -- --config=configs/base.py:smoke"
+command -v "$python" >/dev/null || fail 2 "--python=$python does not exist"
 [[ $port ]] || port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
 
 command=("$python" -m sparsecut_jax.train)
@@ -38,12 +38,12 @@ command+=(--coordinator="localhost:$port" --processes="$processes")
 
 pids=()
 # shellcheck disable=SC2329 # called by the traps
-pass_on() { # to those that still run
+pass_on() { # sends a signal to the processes that still run
   kill -"$1" "${pids[@]}" 2>/dev/null || true
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP
-set -m # without it processes in the background would be deaf to SIGINT
+set -m # without it, background processes would ignore SIGINT
 for ((i = 0; i < processes; i++)); do
   echo "$(quoted "${command[@]}" --process="$i" "${ARGS[@]}")${dry_run:+ &}" >&3
   [[ ! $dry_run ]] || continue
@@ -51,9 +51,9 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 [[ ! $dry_run ]] || { echo wait && exit 0; }
-set +m # with it ^C would go to what this script waits for, and not to the script
+set +m # with it, ^C would reach only the command that this script waits for
 
-# 5 means that another process is gone, which has the reason; 3 that the run was stopped after saving.
+# 5 means that another process died, which has the reason; 3 that the run stopped after saving.
 rank() {
   case $1 in 0) echo 0 ;; 3) echo 1 ;; 5) echo 2 ;; 4) echo 4 ;; 2) echo 5 ;; *) echo 3 ;; esac
 }
@@ -70,7 +70,7 @@ while ((${#pids[@]})); do
     fi
   done
   pids=(${running[@]+"${running[@]}"})
-  # Where one has something to mend before they have met, the others would wait for it for five minutes.
+  # If one process fails on bad input before all have connected, the others would wait for it for five minutes.
   if ((worst == 2)); then
     if [[ ! $since ]]; then
       since=$SECONDS

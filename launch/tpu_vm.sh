@@ -5,20 +5,20 @@
 #   launch/tpu_vm.sh --name=NAME --zone=ZONE --type=v5litepod-16 --slices=2 --spot --requeue=5 \
 #       --mount=10.0.0.2:/share -- --config=configs/sparsecut.py:size=7b,stage=pretrain --config.mesh.replica=2
 #
-#   --name=NAME --zone=ZONE   of the slice; --project=P where it is not gcloud's own
+#   --name=NAME --zone=ZONE   of the slice; --project=P if it is not gcloud's default
 #   --type=TYPE               v4-8, v5litepod-16, v5p-128, v6e-256, ...
 #   --slices=N                several slices as one run; always queued
-#   --queued                  wait in the queue until there is room, rather than fail
-#   --spot                    cheaper, and may be taken away
-#   --requeue=N               a slice that was taken away is created anew up to N times; the run goes on where it was
-#   --mount=HOST:/SHARE       NFS (Filestore) that becomes runs/ on every host; needed for several hosts and to
-#                             requeue. Without it runs/ is copied to runs/NAME here before the slice is deleted
-#   --version=RUNTIME         default: what Google names for the type
+#   --queued                  wait in the queue for capacity rather than fail
+#   --spot                    cheaper, and may be preempted
+#   --requeue=N               a preempted slice is created again, up to N times, and the run resumes
+#   --mount=HOST:/SHARE       NFS share (Filestore) that becomes runs/ on every host; required for several hosts and
+#                             for --requeue. Without it, runs/ is copied to runs/NAME here before the slice is deleted
+#   --version=RUNTIME         default: the one Google recommends for the type
 #   --keep                    do not delete at the end, whatever happens
 #   --dry-run                 print the commands, run none
 #
-# Behind -- stand the arguments of sparsecut_jax.train. Exit code: the training's (0 done, 2 something to mend, 4
-# diverged), 2 for mistakes here, otherwise that of the command that failed. Stay connected: without you the run ends.
+# Arguments after -- go to sparsecut_jax.train. Exit code: the training's (0 done, 2 bad input, 4 diverged), 2 for usage
+# errors here, else that of the command that failed. Stay connected: the run ends with this script.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +27,7 @@ cd "$(dirname "$0")/.."
 name='' zone='' type='' slices=1 queued='' spot='' requeue=0 mount='' project='' version=''
 flags "name= zone= type= slices= queued spot requeue= mount= project= version= keep" "$@"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-  fail 2 "--name=$name: expected up to 40 small letters, digits and -, a letter first"
+  fail 2 "--name=$name: expected up to 40 lower-case letters, digits and -, starting with a letter"
 [[ $zone ]] || fail 2 "--zone is missing; for example --zone=us-west4-a"
 [[ $type ]] || fail 2 "--type is missing; for example --type=v5litepod-16"
 slice "$type"
@@ -37,14 +37,14 @@ hosts=$((hosts * slices))
 ((slices == 1)) || queued=1
 [[ ! $mount || $mount =~ ^[^:/]+:/.+$ ]] || fail 2 "--mount=$mount: expected HOST:/SHARE"
 [[ $mount ]] || ((hosts == 1)) ||
-  fail 2 "$slices x $type has $hosts hosts, which must share runs/: give --mount=HOST:/SHARE"
+  fail 2 "$slices x $type has $hosts hosts, which must share runs/; set --mount=HOST:/SHARE"
 [[ $mount ]] || ((requeue == 0)) ||
-  fail 2 "--requeue goes on from what the last slice has saved: give --mount=HOST:/SHARE"
+  fail 2 "--requeue resumes from what the preempted slice saved, which needs a share; set --mount=HOST:/SHARE"
 # gcloud logs in to at most 64 hosts of a queued resource at a time, and the run needs all of them at once
 ((slices == 1 || hosts <= 64)) ||
-  fail 2 "$slices x $type has $hosts hosts; more than 64 in several slices need launch/gke.sh"
+  fail 2 "$slices x $type has $hosts hosts; for more than 64 in several slices use launch/gke.sh"
 check_args copied
-[[ $mount || ! -e runs/$name ]] || fail 2 "runs/$name is already there, and is where the results would go; choose another --name"
+[[ $mount || ! -e runs/$name ]] || fail 2 "runs/$name, where the results would go, already exists; choose another --name"
 needs gcloud "see https://cloud.google.com/sdk/docs/install"
 
 tpus=(gcloud compute tpus)
@@ -54,7 +54,7 @@ if [[ $queued ]]; then group='queued-resources'; else group='tpu-vm'; fi
 what="$name ($slices x $type in $zone)"
 delete=("${tpus[@]}" "$group" delete "$name" "${where[@]}" --quiet)
 [[ ! $queued ]] || delete+=(--force) # its slices too
-# One slice is reached by its own name, queued or not; several through the queued resource.
+# A single slice is addressed by its own name, queued or not; several through the queued resource.
 if ((slices > 1)); then
   reach=queued-resources everywhere=(--worker=all --node=all --batch-size=64)
 else
@@ -66,13 +66,13 @@ on_all() { # COMMAND, in the home folder of every host
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# steps; a step says which it is, for the sentence at the end
+# steps; each sets `step`, which the closing message names
 
 create() {
   local flags=("${where[@]}" --accelerator-type="$type")
   [[ ! $spot ]] || flags+=(--spot)
   step="creating $name" quiet=''
-  created=1 # from here on it may cost money, also where gcloud ends with an error
+  created=1 # from here on it may cost money, even if gcloud fails
   if [[ ! $queued ]]; then
     run "${tpus[@]}" tpu-vm create "$name" "${flags[@]}" --version="${version:-$runtime}"
     return
@@ -107,19 +107,19 @@ install() {
  sudo mount -t nfs $(quoted "$mount") sparsecut_jax/runs; cd sparsecut_jax; test -w runs || sudo chmod a+rwx runs"
 }
 
-# nohup: when a spot VM is taken away its shells get SIGTERM, which saves, and right after SIGHUP, which would kill.
+# nohup: when a spot VM is preempted, its shells get SIGTERM, which saves, and right after it SIGHUP, which would kill.
 train() {
   step="the run on $name"
   on_all "cd sparsecut_jax && exec nohup .venv/bin/python -u -m sparsecut_jax.train --require-platform=tpu\
  $(quoted "${ARGS[@]}")"
 }
 
-# Beside what is in runs/ here, never into it; where it fails the slice stays, for it alone has the results.
+# Copies into a new folder of runs/, never over an existing one; if it fails, the slice is kept, as it alone has the results.
 fetch() {
   quiet=''
   run mkdir -p runs
   often 3 15 fetch_into "runs/$name.part" || { keep=1 && return 1; }
-  run mv "runs/$name.part" "runs/$name" && say "its results are in runs/$name"
+  run mv "runs/$name.part" "runs/$name" && say "the results are in runs/$name"
 }
 
 # shellcheck disable=SC2329 # called by often
@@ -128,12 +128,12 @@ fetch_into() { # FOLDER
     run "${tpus[@]}" tpu-vm scp "$name:sparsecut_jax/runs" "$1" "${where[@]}" --worker=0 --recurse
 }
 
-# Whether the run ended with CODE because the slice was taken away. Google may need a while to say so.
+# Whether the run ended with CODE because the slice was preempted. Google may take a while to report it.
 preempted() {
   local state i field=state
   case $1 in
-    3) return 0 ;; # it was told to stop, and has saved
-    2 | 4 | 141) return 1 ;; # 141: nobody reads any more
+    3) return 0 ;; # it was told to stop, and saved
+    2 | 4 | 141) return 1 ;; # 141: the reader of the output is gone
   esac
   [[ ! $queued ]] || field=state.state
   for i in 1 2 3 4; do
@@ -144,7 +144,7 @@ preempted() {
   return 1
 }
 
-there() { # yes, no, or unknown where gcloud does not say
+there() { # yes, no, or unknown if gcloud fails
   local names
   if ! names=$(ask '' "${tpus[@]}" "$group" list "${where[@]}" --format='value(name.basename())'); then
     echo unknown
@@ -156,17 +156,17 @@ there() { # yes, no, or unknown where gcloud does not say
 }
 
 # shellcheck disable=SC2329 # called by finish
-gone() { # also where gcloud has failed it may have created something
+gone() { # even a failed gcloud call may have created something
   [[ $step == creating* && $(there) == no ]]
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of a name that is taken nothing may be deleted.
+# If the name is taken, nothing of that name may be deleted.
 delete_at_the_end
 case $(there) in
-  yes) fail 2 "$name is already in $zone; choose another --name, or delete it with: $(quoted "${delete[@]}")" ;;
-  unknown) fail 1 "gcloud cannot list what is in $zone; nothing was created" ;;
+  yes) fail 2 "$name already exists in $zone; choose another --name, or delete it with: $(quoted "${delete[@]}")" ;;
+  unknown) fail 1 "gcloud cannot list the resources in $zone; nothing was created" ;;
 esac
 
 step="packing the files" file=${TMPDIR:-/tmp}/$name-$zone.tgz
@@ -175,7 +175,7 @@ for ((attempt = 0; ; attempt++)); do
   code=0
   { create && copy && install && train; } || code=$?
   if ((code == 0 || attempt == requeue)) || ! preempted "$code"; then break; fi
-  say "$step ended with exit code $code: the slice was taken away; creating it again ($((attempt + 1)) of $requeue)"
+  say "$step ended with exit code $code: the slice was preempted; creating it again ($((attempt + 1)) of $requeue)"
   step="deleting $name" quiet=''
   remove
 done

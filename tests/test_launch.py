@@ -152,77 +152,77 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["tpu_vm"], "--name=: expected up to 40 small letters, digits and -, a letter first"),
-        (["tpu_vm", "--name=A"], "--name=A: expected up to 40 small letters"),
+        (["tpu_vm"], "--name=: expected up to 40 lower-case letters, digits and -, starting with a letter"),
+        (["tpu_vm", "--name=A"], "--name=A: expected up to 40 lower-case letters"),
         (["tpu_vm", "--name=a"], "--zone is missing; for example --zone=us-west4-a"),
         (["tpu_vm", "--name=a", "--zone=z"], "--type is missing; for example --type=v5litepod-16"),
         (
             tpu(type="v5e-16"),
-            "--type=v5e-16 is no slice type known here; known are v4-8 to v4-4096, v5litepod-1 to v5litepod-256, v5p-",
+            "--type=v5e-16: unknown slice type; expected v4-8 to v4-4096, v5litepod-1 to v5litepod-256, v5p-",
         ),
         (
             tpu(type="v6e-12"),
-            "--type=v6e-12 is no slice type known here; known are v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256\n",
+            "--type=v6e-12: unknown slice type; expected one of v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256\n",
         ),
-        (tpu("--slices=none"), "--slices=none: expected a whole number from 1"),
-        (tpu("--slices=0"), "--slices=0: expected a whole number from 1"),
+        (tpu("--slices=none"), "--slices=none: expected an integer, 1 or more"),
+        (tpu("--slices=0"), "--slices=0: expected an integer, 1 or more"),
         (tpu("--mount=share"), "--mount=share: expected HOST:/SHARE"),
-        (tpu(type="v5p-16"), "1 x v5p-16 has 2 hosts, which must share runs/: give --mount=HOST:/SHARE"),
-        (tpu("--requeue=3"), "--requeue goes on from what the last slice has saved: give --mount=HOST:/SHARE"),
+        (tpu(type="v5p-16"), "1 x v5p-16 has 2 hosts, which must share runs/; set --mount=HOST:/SHARE"),
+        (tpu("--requeue=3"), "--requeue resumes from what the preempted slice saved, which needs a share; set --mount=HOST:/SHARE"),
         (
             tpu("--slices=2", "--mount=h:/s", type="v5p-512"),
-            "2 x v5p-512 has 128 hosts; more than 64 in several slices need launch/gke.sh",
+            "2 x v5p-512 has 128 hosts; for more than 64 in several slices use launch/gke.sh",
         ),
         (tpu("--spott"), "unknown flag --spott (--help lists the flags)"),
         (tpu("--spott=1"), "unknown flag --spott= (--help lists the flags)"),
         (tpu("--slices"), "--slices needs a value: --slices=..."),
-        (tpu("spot"), "unexpected argument 'spot'; arguments of the training stand behind --"),
-        (tpu()[:-1], "the training's arguments are missing; for example -- --config=configs/base.py"),
+        (tpu("spot"), "unexpected argument 'spot'; arguments for the training go after --"),
+        (tpu()[:-1], "no arguments for the training; add them after --, for example -- --config=configs/base.py"),
         ([*tpu(), "--config.workdir=gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
         (
             [*tpu()[:-1], "--config=configs/bse.py:smoke"],
-            "configs/bse.py: there is no such file",
+            "configs/bse.py: no such file",
         ),
-        ([*tpu()[:-1], "--config", "configs/bse.py"], "configs/bse.py: there is no such file"),
-        ([*tpu()[:-1], "-config=configs"], "configs: there is no such file"),
-        (["slurm", "--python=python3", "--", "--config=configs/bse.py"], "configs/bse.py: there is no such file"),
+        ([*tpu()[:-1], "--config", "configs/bse.py"], "configs/bse.py: no such file"),
+        ([*tpu()[:-1], "-config=configs"], "configs: no such file"),
+        (["slurm", "--python=python3", "--", "--config=configs/bse.py"], "configs/bse.py: no such file"),
         (
             [*tpu()[:-1], "--config=tests/runs.py"],
-            "tests/runs.py is not among the files that git tracks (tests and docs aside), and only those are copied",
+            "tests/runs.py would not be copied: only files that git tracks are, without tests and docs; git add it",
         ),
-        ([*tpu()[:-1], "--seed=1"], "the training's --config is missing; for example -- --config=configs/base.py"),
+        ([*tpu()[:-1], "--seed=1"], "--config is missing from the training's arguments; for example -- --config=configs/base.py"),
         (
             [*tpu(), "--config.workdir=/tmp/out"],
-            "--config.workdir=/tmp/out: only runs/ outlives the hosts; give a folder in it",
+            "--config.workdir=/tmp/out: only runs/ outlives the hosts; choose a folder in it",
         ),
         ([*tpu(), "--config.workdir", "gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
-        (tpu("--requeue=08", "--mount=h:/s"), "--requeue=08: expected a whole number from 0"),
+        (tpu("--requeue=08", "--mount=h:/s"), "--requeue=08: expected an integer, 0 or more"),
         (
             [*tpu()[:-1], f"--config={runs.ROOT}/configs/base.py"],
-            f"{runs.ROOT}/configs/base.py: give the path from the project's folder, which is where it will be",
+            f"{runs.ROOT}/configs/base.py: the hosts have another path; give it relative to the project's folder",
         ),
-        ([*tpu(), "a\nb"], "an argument has a line end in it: 'a"),
+        ([*tpu(), "a\nb"], "an argument contains a line break: 'a"),
         (["gke", "--name=a", "--type=v5litepod-16"], "--claim=: expected the name of a ReadWriteMany volume claim"),
-        (["gke", "--name=a", "--type=v3-8"], "--type=v3-8 is no slice type known here; known are v4-8"),
+        (["gke", "--name=a", "--type=v3-8"], "--type=v3-8: unknown slice type; expected v4-8"),
         (
             ["gke", "--name=a", "--type=v6e-8", "--claim=c", "--slices=2"],
-            "--slices=2: GKE joins slices of several hosts only, and v6e-8 has one",
+            "--slices=2: GKE only joins slices with several hosts; v6e-8 has one host",
         ),
         (["slurm", "--gpus-per-node=0"], "--gpus-per-node=0: expected a number or TYPE:NUMBER; without GPUs use"),
         (["slurm", "--time=long"], "--time=long: expected [DAYS-]HOURS:MINUTES:SECONDS"),
         (
             ["slurm", "--python=no/python", "--", CONFIG],
-            "no/python is not installed here; make the environment there, or give --py",
+            "no/python is not installed here; create the environment there, or set --py",
         ),
         ([*SLURM[:1], "--time=1:2:3:4", *SLURM[1:]], "--time=1:2:3:4: expected [DAYS-]HOURS:MINUTES:SECONDS"),
         (
             [*SLURM[:1], "--time=0:05:00", *SLURM[1:]],
-            "--grace=300: expected fewer seconds than --time=0:05:00 gives; every go would only save",
+            "--grace=300: expected fewer seconds than --time=0:05:00; otherwise every job would only save",
         ),
-        (["slurm", "--in-job", "py", CONFIG], "--in-job is for SLURM alone, inside a job with GPUs that this script"),
-        (["local", "--port=65536", "--", CONFIG], "--port=65536: expected a whole number to 65535"),
-        (["local", "--processes=0", "--", CONFIG], "--processes=0: expected a whole number from 1"),
-        (["local", "--python=nopython", "--", CONFIG], "--python=nopython is not there"),
+        (["slurm", "--in-job", "py", CONFIG], "--in-job is internal: only SLURM uses it, in a GPU job that this script"),
+        (["local", "--port=65536", "--", CONFIG], "--port=65536: expected an integer, 65535 or less"),
+        (["local", "--processes=0", "--", CONFIG], "--processes=0: expected an integer, 1 or more"),
+        (["local", "--python=nopython", "--", CONFIG], "--python=nopython does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence_and_call_nothing(launch, args, sentence):
@@ -258,7 +258,7 @@ def test_one_slice(launch, tmp_path):
         "mv runs/run-1.part runs/run-1",
         f"{gcloud} delete run-1 --zone=z --quiet",
     ]
-    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) was deleted\n")
     assert not (tmp_path / "run-1-z.tgz").exists()
 
 
@@ -325,16 +325,16 @@ def test_the_runtime_version_follows_from_the_type(launch, type, runtime):
 )
 def test_after_a_failure_the_slice_is_deleted(launch, at, step, code):
     done = launch(*tpu(), FAIL_AT=at, FAIL_CODE=str(code), LISTED="run-1")
-    assert done.code == 2 and "run-1 is already in z" in done.err  # that is what LISTED says at the start
+    assert done.code == 2 and "run-1 already exists in z" in done.err  # that is what LISTED says at the start
     done = launch(*tpu(), FAIL_AT=at, FAIL_CODE=str(code))
     assert done.code == code
     assert f"launch: {step} ended with exit code {code}\n" in done.err
     if at == " create ":
         assert done.called[-1].startswith("gcloud compute tpus tpu-vm list ")  # which does not know it
-        assert done.err.endswith("launch: nothing of run-1 (1 x v5litepod-8 in z) is left\n")
+        assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z): nothing is left\n")
     else:
         assert done.called[-1] == "gcloud compute tpus tpu-vm delete run-1 --zone=z --quiet"
-        assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+        assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) was deleted\n")
 
 
 def test_a_creation_that_gcloud_says_failed_may_have_left_something(launch, fakes):
@@ -355,7 +355,7 @@ def test_what_cannot_be_deleted_is_said_with_the_command(launch):
     assert done.err.endswith(told)
     done = launch(*tpu("--keep"))
     assert done.code == 0 and delete not in done.called
-    assert done.err.endswith(f"{what} is left and costs money; delete it with: {delete}\n")
+    assert done.err.endswith(f"{what} still exists and costs money; delete it with: {delete}\n")
 
 
 def test_results_that_cannot_be_copied_stay_where_they_are(launch):
@@ -365,7 +365,7 @@ def test_results_that_cannot_be_copied_stay_where_they_are(launch):
     delete = "gcloud compute tpus tpu-vm delete run-1 --zone=z --quiet"
     assert "launch: runs/ could not be copied from run-1\n" in done.err
     assert done.err.endswith(
-        f"launch: run-1 (1 x v5litepod-8 in z) is left and costs money; delete it with: {delete}\n"
+        f"launch: run-1 (1 x v5litepod-8 in z) still exists and costs money; delete it with: {delete}\n"
     )
     assert verbs(launch(*tpu(), FAIL_AT="scp run-1:", ONCE="1"))[-2:] == ["mv", "delete"]
 
@@ -380,18 +380,18 @@ def test_results_go_beside_what_is_there(launch, tmp_path):
         folder.rmdir()
     assert (done.code, done.called) == (2, [])
     assert done.err.startswith(
-        f"error: runs/{name} is already there, and is where the results would go; choose another"
+        f"error: runs/{name}, where the results would go, already exists; choose another"
     )
 
 
 def test_of_a_name_that_is_taken_nothing_is_touched(launch):
     done = launch(*tpu(), LISTED="run-10\nrun-1")
     assert (done.code, len(done.called)) == (2, 1)
-    assert "error: run-1 is already in z; choose another --name, or delete it with: gcloud compute" in done.err
+    assert "error: run-1 already exists in z; choose another --name, or delete it with: gcloud compute" in done.err
     assert launch(*tpu(), LISTED="run-10").code == 0
     done = launch(*tpu(), FAIL_AT=" list ")
     assert (done.code, len(done.called)) == (1, 1)
-    assert done.err.endswith("error: gcloud cannot list what is in z; nothing was created\n")
+    assert done.err.endswith("error: gcloud cannot list the resources in z; nothing was created\n")
 
 
 def test_a_queue_that_gives_nothing(launch):
@@ -416,7 +416,7 @@ def test_a_slice_that_was_taken_away_is_created_again(launch, code, state, asked
     done = launch(*args, FAIL_AT="sparsecut_jax.train", FAIL_CODE=code, ONCE="1", STATE=state)
     assert done.code == 0
     assert verbs(done) == ["list", *GO, *["describe"] * asked, "delete", *GO, "delete"]
-    assert "the slice was taken away; creating it again (1 of 2)" in done.err
+    assert "the slice was preempted; creating it again (1 of 2)" in done.err
 
 
 @pytest.mark.parametrize(("code", "asked"), [("2", 0), ("4", 0), ("1", 4)])
@@ -449,7 +449,7 @@ def test_who_stops_the_script_leaves_nothing(launch, start, tmp_path, number, co
     process.send_signal(number)
     done = launch.ended(process)
     assert (done.code, verbs(done)[-1]) == (code, "delete") and time.monotonic() - began < 10
-    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) is deleted\n")
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-8 in z) was deleted\n")
 
 
 def test_the_queue_is_left_at_once(launch, start, tmp_path):
@@ -564,7 +564,7 @@ def test_gke_deletes_after_a_failure(launch, at):
     done = launch(*GKE, FAIL_AT=at)
     assert done.code == 1
     assert done.called[-1] == "kubectl delete jobset/run-1 configmap/run-1 --ignore-not-found"
-    assert done.err.endswith("launch: run-1 (1 x v5litepod-16) is deleted\n")
+    assert done.err.endswith("launch: run-1 (1 x v5litepod-16) was deleted\n")
 
 
 def test_a_network_that_fails_for_a_while_ends_nothing(launch):
@@ -579,7 +579,7 @@ def test_a_network_that_fails_for_a_while_ends_nothing(launch):
 def test_gke_touches_no_run_of_the_same_name(launch):
     done = launch(*GKE, LISTED="jobset.jobset.x-k8s.io/run-1")
     assert (done.code, len(done.called)) == (2, 1)
-    assert "error: run-1 is already there; choose another --name, or delete it with: kubectl delete" in done.err
+    assert "error: run-1 already exists; choose another --name, or delete it with: kubectl delete" in done.err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
