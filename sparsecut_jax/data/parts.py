@@ -16,7 +16,8 @@ from PIL import Image
 
 from sparsecut_jax.data import images
 from sparsecut_jax.data.conversation import canonical, images_of
-from sparsecut_jax.data.rows import MappedArray, Row, Subset
+from sparsecut_jax.data.rows import Row, Subset
+from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.types import BadSample
 
 PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sparsecut_jax.data.rows import MappedArray
+from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.types import UserError
 

@@ -5,21 +5,25 @@ What goes to worker processes is a path and the row's places in the file, themse
 
 from __future__ import annotations
 
+import array
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from sparsecut_jax.data.broken_json import LONGEST, fault_of
+from sparsecut_jax.data.kinds import BOM
+from sparsecut_jax.data.scratch import MappedArray
+from sparsecut_jax.data.unpacked import unpacked
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]
@@ -27,30 +31,7 @@ Row = dict[str, Any]
 STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 SOLID = re.compile(rb"[^ \t\r\n]")
 LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # without the white space in front; an empty one is none
-BOM = b"\xef\xbb\xbf"
 SPACE = b" \t\r\n"
-
-
-@functools.cache
-def scratch() -> tempfile.TemporaryDirectory:
-    """A folder for arrays that worker processes map; it goes when this process ends."""
-    return tempfile.TemporaryDirectory(prefix="sparsecut_jax_")
-
-
-class MappedArray:
-    """An array that crosses to other processes as the name of a file."""
-
-    def __init__(self, values: np.ndarray):
-        handle, self.path = tempfile.mkstemp(suffix=".npy", dir=scratch().name)
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values)
-
-    @functools.cached_property
-    def values(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"path": self.path}
 
 
 class Subset(Sequence):
@@ -76,7 +57,9 @@ class JsonRows(Sequence):
         """Finds where each row stands. Raises UserError for a file that cannot be read or holds no list."""
         self.path = path
         try:
-            self.local = _local(path)
+            self.local, kind = unpacked(path)
+            if kind != "json":
+                raise UserError(f"data source {path!r} is of the kind {kind!r}; expected JSON or JSONL")
             self.state = _state(os.stat(self.local))
             self.places = MappedArray(_places(self._bytes, path))
         except OSError as error:
@@ -129,18 +112,6 @@ def is_folder(path: str) -> bool:
         raise UserError(f"data source {path!r} cannot be read: expected a file on a disk, or gs://...") from None
 
 
-def _local(path: str) -> str:
-    """The file itself, or a copy of one that lies in a bucket."""
-    if "://" not in path:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for ever
-            raise UserError(f"data source {path!r} cannot be read: it is no regular file")
-        return path
-    handle, copy = tempfile.mkstemp(suffix=".json", dir=scratch().name)
-    with os.fdopen(handle, "wb") as target, epath.Path(path).open("rb") as file:
-        shutil.copyfileobj(file, target)
-    return copy
-
-
 def _state(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
@@ -152,20 +123,25 @@ def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:
     if found and found[0] == b"[":
         return _list_places(data, found.start(), path)
     if found and found[0] == b"{":
+        end = data.find(b"\n", found.start(), found.start() + LONGEST)
         with contextlib.suppress(ValueError, RecursionError):
-            json.loads(LINE.search(data, begin)[0].decode("utf-8", "replace"))
-            return _to_array([line.span() for line in LINE.finditer(data, begin)])
-    return _refuse(data, path)
+            line = data[found.start() : end if end >= 0 else found.start() + LONGEST]
+            json.loads(line.decode("utf-8", "replace"))
+            return _to_array(itertools.chain.from_iterable(line.span() for line in LINE.finditer(data, begin)))
+    return _refuse(data, begin, path)
 
 
-def _to_array(places: list[tuple[int, int]]) -> np.ndarray:
-    return np.array(places, np.int64).reshape(-1, 2)
+def _to_array(places: Iterable[int]) -> np.ndarray:
+    return np.fromiter(places, np.int64).reshape(-1, 2)
 
 
 def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
     """Places of the objects of the list that begins at `begin`: strings are skipped and brackets counted, nothing is
     parsed."""
-    depth, places, start, close = 0, [], 0, -1
+    first = SOLID.search(data, begin + 1)
+    if not first or first[0] not in b"{[":
+        return _refuse(data, begin, path)
+    depth, places, start, close = 0, array.array("q"), 0, -1
     for found in STRUCTURE.finditer(data, begin):
         at = found.start()
         byte = data[at]
@@ -178,32 +154,26 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
         else:
             depth -= 1
             if depth == 1:
-                places.append((start, at + 1))
+                places.extend((start, at + 1))
             elif depth <= 0:
                 close = at
                 break
-    places = _to_array(places)
-    between = [b"", *(b"," for _ in range(len(places) - 1)), b""]
-    gaps = zip([begin + 1, *places[:, 1].tolist()], [*places[:, 0].tolist(), close], strict=True)
-    whole = close >= 0 and data[close] == 93 and not bytes(data[close + 1 :]).strip(SPACE)  # 93: a bracket
-    if (
-        len(places)
-        and whole
-        and all(bytes(data[a:b]).strip(SPACE) == c for (a, b), c in zip(gaps, between, strict=True))
-    ):
-        return places
-    return _refuse(data, path)
+    places = np.frombuffer(places, np.int64).reshape(-1, 2)
+    whole = close >= 0 and data[close] == 93 and not SOLID.search(data, close + 1)  # 93: a bracket
+    if len(places) and whole:
+        between = lambda a, b: bytes(data[a:b]).strip(SPACE)
+        ends, starts = places[:-1, 1], places[1:, 0]
+        if (
+            between(begin + 1, places[0, 0]) == between(places[-1, 1], close) == b""
+            and all(data[a:b] == b"," or between(a, b) == b"," for a, b in zip(ends, starts, strict=True))
+        ):  # fmt: skip
+            return places
+    return _refuse(data, begin, path)
 
 
-def _refuse(data: mmap.mmap | bytes, path: str) -> np.ndarray:
+def _refuse(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
     """Raises UserError with what is wrong with the file as a whole; of an empty list no places."""
-    try:
-        rows = json.loads(bytes(data).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"data source {path!r} is not valid JSON: {error}") from error
-    if rows == []:
-        return _to_array([])
-    if not isinstance(rows, list):
-        raise UserError(f"data source {path!r}: expected a list of rows, got {type(rows).__name__}")
-    i, row = next((i, row) for i, row in enumerate(rows) if not isinstance(row, dict))
-    raise UserError(f"{path} row {i}: expected an object, got {type(row).__name__}")
+    error = fault_of(data, begin, path)
+    if error:
+        raise error
+    return _to_array(())

@@ -1,0 +1,111 @@
+"""A packed or recoded file as a plain one: written out once into the scratch folder, so that it can be mapped."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pyarrow as pa
+from etils import epath
+
+from sparsecut_jax.data.kinds import CODECS, TEXTS, kind_of
+from sparsecut_jax.data.scratch import scratch
+from sparsecut_jax.types import UserError
+
+BLOCK = 1 << 20
+LAYERS = 4  # a tar in a gzip, and some more
+
+
+def unpacked(path: str) -> tuple[str, str]:
+    """The local file with the content of `path` (local or gs://), and its kind: "json", "tar" or one of kinds.TABLES.
+
+    What is compressed or of another encoding than UTF-8 is a file in the scratch folder, which goes with this process.
+
+    Raises:
+      UserError: it cannot be read or unpacked, or is no kind that is read.
+    """
+    try:
+        local = _local(path)
+        for _ in range(LAYERS):
+            kind = kind_of(local, path)
+            if kind not in CODECS.values() and kind not in (*TEXTS.values(), "utf-16-le", "utf-16-be"):
+                return local, kind
+            blocks = _decompressed if kind in CODECS.values() else _recoded
+            packed, local = local, _written(blocks(local, kind), path)
+            if packed.startswith(scratch()):
+                os.remove(packed)
+    except OSError as error:
+        raise UserError(f"data source {path!r} cannot be read: {error.strerror or error}") from error
+    raise UserError(f"data source {path!r} is packed more than {LAYERS} times; unpack it")
+
+
+def _local(path: str) -> str:
+    """The file itself, or a copy of one that lies in a bucket."""
+    if "://" not in path:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for ever
+            raise UserError(f"data source {path!r} cannot be read: it is no regular file")
+        return path
+    with epath.Path(path).open("rb") as file:
+        return _written(iter(lambda: file.read(BLOCK), b""), path)
+
+
+def _written(blocks: Iterator[bytes], path: str) -> str:
+    """A new file in the scratch folder with these bytes. Raises UserError."""
+    handle, target = tempfile.mkstemp(dir=scratch())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(blocks)
+    except BaseException as error:
+        os.remove(target)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise no_room(path, 0) from error
+        raise
+    return target
+
+
+def no_room(path: str, needed: int) -> UserError:
+    """What is said where the scratch folder is too small."""
+    free = shutil.disk_usage(scratch()).free
+    much = f" {needed / 2**30:.1f} GiB" if needed else ""
+    return UserError(
+        f"data source {path!r} is written out once to be read by row, but its{much} do not fit into "
+        f"{tempfile.gettempdir()}, which has {free / 2**30:.1f} GiB left; set TMPDIR to a folder with more room, or "
+        "unpack it or run `python -m sparsecut_jax.data build` elsewhere"
+    )
+
+
+def _decompressed(local: str, codec: str) -> Iterator[bytes]:
+    with open(local, "rb") as file, pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+        done = 0
+        while True:
+            try:
+                block = stream.read(BLOCK)
+            except OSError as error:  # pyarrow's; a full disk is none of these
+                cut = "Truncated" in str(error)
+                reason = "it is cut short" if cut else str(error)
+                raise OSError(f"{reason} after {done:,} bytes of content ({codec}); fetch or write it again") from error
+            if not block:
+                return
+            done += len(block)
+            yield block
+
+
+def _recoded(local: str, encoding: str) -> Iterator[bytes]:
+    """UTF-8. Half a surrogate pair stays what it is: its row is bad, not the file."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    with open(local, "rb") as file:
+        done = 0
+        while True:
+            block = file.read(BLOCK)
+            try:
+                yield decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                reason = f"it begins as {encoding.upper()}, but is none from byte {done + error.start:,} on"
+                raise OSError(f"{reason} ({error.reason})") from None
+            if not block:
+                return
+            done += len(block)
