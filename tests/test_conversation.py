@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from small_tokenizers import byte_level, llama
-from sparsecut_jax.data.conversation import TooLong, canonical, encode_prompt, encode_row
+from sparsecut_jax.data.canonical import canonical
+from sparsecut_jax.data.conversation import TooLong, encode_prompt, encode_row
 from sparsecut_jax.data.templates import TEMPLATES, Template
 from sparsecut_jax.types import BadSample, UserError
 
@@ -300,6 +301,59 @@ def test_no_question_fits():
     with pytest.raises(TooLong, match=r"^its first answer ends at position \d+, but seq_len=11$"):
         encode_row(QUESTIONS, Words(), DRAWN, 4, 11)
     assert encode_row(QUESTIONS, Words(), DRAWN, 4, 12).branches.max() == 1
+
+
+@pytest.mark.parametrize(("seq_len", "cut"), [(16, 0), (15, 1), (11, 1), (10, 2), (6, 2)])
+def test_answers_that_are_cut_are_counted(seq_len, cut):
+    assert encode_row(row("q1", "a", "q2", "b", "q3", "c"), Words(), DRAWN, 1, seq_len).cut == cut
+
+
+@pytest.mark.parametrize(("seq_len", "kept", "cut"), [(30, 3, 0), (12, 2, 0), (11, 2, 1), (6, 1, 1)])
+def test_independent_questions_that_wait_are_not_cut(seq_len, kept, cut):
+    """Of <s> and 3 + 3 + 9 positions: those that would fit alone may be drawn in another epoch."""
+    turns = row("q1", "a", "q2", "b", "q3", "c " * 9, independent=True)
+    example = encode_row(turns, Words(), Template(space=""), 1, seq_len)
+    assert (example.branches.max(), example.cut) == (kept, cut)
+
+
+def test_the_second_answer_of_a_caption_is_not_cut():
+    assert encode_row(row("<image>", "a", "q", "b" * 99, image="x"), Words(), TEMPLATES["plain"], 1, 9).cut == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is not trained on
+
+SKIPPED = {"from": "gpt", "value": "b", "loss": False}
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
+def test_an_answer_that_is_not_trained_on_is_read_all_the_same(bpe, name):
+    """In every template: tokens and all else are those of the same row without the mark, and the mask of one answer is 0."""
+    said = [human("<image>q"), gpt("a"), human("r"), gpt("b"), human("s"), gpt("c")]
+    whole, others = ({"image": "x", "conversations": turns} for turns in (said, [*said[:3], SKIPPED, *said[4:]]))
+    expected, found = (encode_row(one, bpe, TEMPLATES[name], 4, 1000) for one in (whole, others))
+    for field in ("tokens", "branches", "positions", "image_start"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)
+    first, second = (np.flatnonzero(np.diff(example.loss_mask, prepend=0, append=0)) for example in (expected, found))
+    assert len(first) == 6 and second.tolist() == [*first[:2], *first[4:]]  # where answers begin and end
+
+
+def test_an_independent_question_that_is_not_trained_on_is_left_out():
+    turns = {**QUESTIONS, "conversations": [*QUESTIONS["conversations"], human("q"), SKIPPED]}
+    for order, same in ((None, None), (np.array([1, 2, 0]), np.array([1, 0]))):
+        one, other = (encode_row(r, Words(), DRAWN, 4, 20, o) for r, o in ((turns, order), (QUESTIONS, same)))
+        for field in ("tokens", "loss_mask", "branches", "positions"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), err_msg=field)
+
+
+def test_nothing_that_fits_is_trained_on():
+    turns = {"conversations": [human("q1"), SKIPPED, human("q2"), gpt("c c c")]}
+    assert encode_row(turns, Words(), DRAWN, 1, 13).loss_mask.tolist() == [0] * 9 + [1] * 4
+    with pytest.raises(TooLong, match="^all answers that fit into seq_len=12 have loss=false$"):
+        encode_row(turns, Words(), DRAWN, 1, 12)
+    with pytest.raises(BadSample, match="^the template takes the first answer alone, and that one has loss=false$") as caught:
+        encode_row(turns, Words(), TEMPLATES["plain"], 1, 99)
+    assert caught.value.cause == "no_loss"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sparsecut_jax.data.conversation import canonical
+from sparsecut_jax.data.canonical import canonical
 from sparsecut_jax.data.easy_vqa import COLORS, SHAPES, captions, kind, load
 
 SIZES = {

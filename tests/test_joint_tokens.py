@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from small_tokenizers import byte_level, llama
-from sparsecut_jax.data.conversation import canonical, encode_prompt, encode_row
+from sparsecut_jax.data.canonical import canonical
+from sparsecut_jax.data.conversation import encode_prompt, encode_row
 from sparsecut_jax.data.templates import TEMPLATES
 from test_conversation import END_TOKENS, SMALL, row
 

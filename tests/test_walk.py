@@ -95,7 +95,9 @@ def test_what_does_not_fit_is_cut_after_a_whole_turn(part_of, encode):
         row(1, "ab", "cd", "ef", "g" * 30, "hi", "j"),
         row(2, "ab", "cd", "<image>", "e" * 30, images=["a.png"]),
     ]
-    assert lengths_of(walk(Split((part_of(rows),)), encode)) == [(7, 0), (7, 0), (7, 0)]
+    found = walk(Split((part_of(rows),)), encode)
+    assert lengths_of(found) == [(7, 0), (7, 0), (7, 0)]
+    assert found.cut.tolist() == [1, 2, 1] and found.cut.dtype == np.int32
 
 
 def test_independent_questions_that_do_not_all_fit_may_take_everything(part_of, encode):
@@ -109,6 +111,7 @@ def test_independent_questions_that_do_not_all_fit_may_take_everything(part_of, 
     ]
     found = walk(Split((part_of(rows),)), encode)
     assert lengths_of(found) == [(29, 1), (30, 1), (30, 1), (30, 1)] and found.bad == []
+    assert found.cut.tolist() == [0, 0, 0, 1]  # only the answer of 30 letters never fits
     assert [len(encode(rows[2], np.array(order)).tokens) for order in ([0, 1], [1, 0])] == [12, 24]
 
 
@@ -360,8 +363,26 @@ def test_a_walk_is_kept_and_used_again(part_of, encode, again, tmp_path):
     second, walked = again(split, encode)
     assert not walked
     assert lengths_of(second) == lengths_of(first) == lengths_of(walk(split, encode))
+    assert second.cut.tolist() == first.cut.tolist()
     assert second.bad == first.bad and isinstance(second.bad[0], Bad)
     assert again(Split((part_of(MIXED),)), RowEncoder(**vars(encode)))[1] is False
+
+
+def test_a_kept_walk_that_does_not_know_what_was_cut_is_made_again(part_of, encode, again, tmp_path):
+    split = Split((part_of([row(0, "ab", "cd", "ef", "g" * 30)]),))
+    again(split, encode)
+    with np.load(tmp_path / "rows.npz") as kept:
+        arrays = {name: kept[name] for name in kept if name != "cut"}
+    np.savez(tmp_path / "rows.npz", **arrays)  # as earlier versions wrote it
+    found, walked = again(split, encode)
+    assert walked and found.cut.tolist() == [1]
+
+
+def test_an_independent_question_that_is_not_trained_on_does_not_count(part_of, encode):
+    """Nothing waits for another epoch here, so that the row takes what it takes."""
+    one = row(0, "<image>ab", "cd", "ef", "g", images=["a.png"], independent=True)
+    one["conversations"][3]["loss"] = False
+    assert lengths_of(walk(Split((part_of([one]),)), encode)) == [(11, 1)]  # <s> I I I I a b ' ' c d </s>
 
 
 def test_a_walk_of_something_else_is_not_used(part_of, encode, again):

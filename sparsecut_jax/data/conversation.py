@@ -2,7 +2,8 @@
 
 A row in LLaVA's spelling is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}; `<image>`
 in a human value marks where an image goes. With `"independent": true` the turns are separate questions about the
-image: each sees the image and itself only, as if it had been a row of its own.
+image: each sees the image and itself only, as if it had been a row of its own. An answer with `"loss": false` is read
+by the model but not trained on. `canonical` makes such a row of the other spellings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from sparsecut_jax.types import BadSample, UserError
 Row = dict[str, Any]
 IMAGE = "<image>"
 HUMAN, GPT, SYSTEM = "human", "gpt", "system"
-SPEAKERS = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,110 +31,17 @@ class Example:
     branches: np.ndarray  # int32[n]
     positions: np.ndarray  # int32[n]
     image_start: list[int]
+    cut: int = 0  # answers that a conversation lost at its end, or independent ones that never fit
 
 
 class TooLong(BadSample):
-    """The images and the first answer of a row do not fit."""
+    """The images and the first answer of a row do not fit, or no answer does that is trained on."""
 
 
 def images_of(row: Row) -> list[str | bytes]:
     """The images of a row, paths or encoded ones; [] for a text-only row."""
     images = row.get("image", row.get("images"))
     return [] if images is None else list(images) if isinstance(images, list) else [images]
-
-
-def canonical(row: Any, name: str, max_images: int) -> Row:
-    """A row of any known spelling in LLaVA's: questions and answers in turn, and a system message under "system".
-
-    Known are `conversations` and `messages`, of from/value or role/content. An answer before the first question is
-    left out, and so is a question after the last answer.
-
-    Raises:
-      BadSample: it is no conversation this program can train on; the sentence begins with `name`.
-    """
-    try:
-        return _canonical(row, max_images)
-    except BadSample as error:
-        raise BadSample(error.cause, f"{name}: {error}") from None
-
-
-def _canonical(row: Any, max_images: int) -> Row:
-    if not isinstance(row, dict):
-        raise BadSample("format", f"expected an object, got {type(row).__name__}")
-    given = row.get("conversations", row.get("messages"))
-    if not isinstance(given, list) or not given:
-        raise BadSample("format", "key 'conversations' must be a list with at least one turn")
-    if not isinstance(row.get("independent", False), bool):
-        raise BadSample("format", "key 'independent' must be true or false")
-    if "image" in row and "images" in row:
-        raise BadSample("format", "both keys 'image' and 'images' are there; expected one of them")
-    images = images_of(row)
-    if not all(isinstance(image, str | bytes) and image for image in images):
-        raise BadSample("format", "key 'image' must be a path or a list of paths")
-    turns = [_turn(turn, i) for i, turn in enumerate(given)]
-
-    first, system = 0, row.get("system") or ""
-    if turns[0]["from"] == SYSTEM:
-        first, system = 1, turns[0]["value"]
-    if not isinstance(system, str):
-        raise BadSample("format", f"key 'system' must be a text, got {system!r:.100}")
-    if len(turns) > first and turns[first]["from"] == GPT:
-        first += 1
-    for i in range(first, len(turns)):
-        expected = (HUMAN, GPT)[(i - first) % 2]
-        if turns[i]["from"] != expected:
-            raise BadSample("roles", f"turn {i} is of {turns[i]['from']!r}, expected {expected!r}")
-        if expected == GPT and not turns[i]["value"].strip():
-            raise BadSample("no_answer", f"turn {i} is an empty answer")
-    turns = turns[first:]
-    if len(turns) < 2:
-        raise BadSample("no_answer", "there is no question with an answer")
-
-    marks = [turn["value"].count(IMAGE) for turn in turns[::2]]
-    if sum(marks) != len(images):
-        raise BadSample("image_count", f"{sum(marks)} {IMAGE} in the questions, but {len(images)} images")
-    if len(turns) % 2:
-        del turns[-1], images[len(images) - marks.pop() :]
-    if len(images) > max_images:
-        raise BadSample("image_count", f"{len(images)} images, but config.data.max_images={max_images}")
-    if row.get("independent") and not (turns[0]["value"].startswith(IMAGE * len(images)) and not any(marks[1:])):
-        raise BadSample("image_count", f"independent turns need every {IMAGE} at the start of the first question")
-
-    if turns == given and "messages" not in row and system == row.get("system", ""):
-        return row
-    others = {key: row[key] for key in row if key not in ("conversations", "messages", "image", "images", "system")}
-    return others | {"images": images, "conversations": turns} | ({"system": system} if system else {})
-
-
-def _turn(turn: Any, i: int) -> Row:
-    """Turn `i` as {"from": HUMAN, GPT or SYSTEM, "value"}, and whatever else stands in it."""
-    if not isinstance(turn, dict):
-        raise BadSample("format", f"turn {i} must be an object, got {type(turn).__name__}")
-    who, words = ("role", "content") if "role" in turn else ("from", "value")
-    name, value = turn.get(who), turn.get(words)
-    speaker = SPEAKERS.get(name) if isinstance(name, str) else None
-    if speaker is None:
-        raise BadSample("roles", f"turn {i} has {who!r}={name!r:.100}, expected one of {', '.join(SPEAKERS)}")
-    text = _joined(value, speaker) if isinstance(value, list) else value
-    if not isinstance(text, str):
-        raise BadSample("format", f"turn {i} must be an object with a text {words!r}")
-    if not isinstance(turn.get("kind", ""), str):
-        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r:.100}, expected a text")
-    if text is turn.get("value") and speaker == turn.get("from"):
-        return turn
-    return {key: turn[key] for key in turn if key not in ("role", "content")} | {"from": speaker, "value": text}
-
-
-def _joined(parts: list[Any], speaker: str) -> str | None:
-    """The text of a content in parts; None for anything but texts, and images in questions."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind == "text" else IMAGE if kind == "image" and speaker == HUMAN else None
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)
 
 
 def encode_row(
@@ -146,8 +53,12 @@ def encode_row(
       image_tokens: positions that one image takes (N).
       order: to take independent questions in (those that do not fit wait for another epoch); None for the row's.
 
+    Answers with `"loss": false` are written as the others, with a loss mask of 0; independent questions with such an
+    answer are left out, since nothing sees them.
+
     Raises:
-      TooLong: not even the first answer fits.
+      TooLong: not even the first answer fits, of those that are trained on.
+      BadSample: the template takes the first answer alone, and that one is not trained on.
     """
     turns = row["conversations"]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
@@ -158,10 +69,13 @@ def encode_row(
         writer.question(shared)
         if order is not None:
             pairs = [pairs[i] for i in order]
+        pairs = [pair for pair in pairs if pair[1].get("loss", True)]
     if not template.question:
         pairs = pairs[:1]
-    kept = 0
-    for human, gpt in pairs:
+        if not pairs[0][1].get("loss", True):
+            raise BadSample("no_loss", "the template takes the first answer alone, and that one has loss=false")
+    kept, trained, cut, prefix = 0, 0, 0, len(writer.tokens)
+    for i, (human, gpt) in enumerate(pairs):
         before = writer.mark()
         if independent:
             writer.new_branch()
@@ -170,17 +84,22 @@ def encode_row(
             writer.text(template.next if kept else "")
             writer.question(_as_asked(human["value"], template))
         writer.text(template.answer)
-        writer.answer(gpt["value"])
-        if len(writer.tokens) <= seq_len:
-            kept += 1
-            continue
+        writer.answer(gpt["value"], gpt.get("loss", True))
         needed = len(writer.tokens)
+        if needed <= seq_len:
+            kept += 1
+            trained += gpt.get("loss", True)
+            continue
         writer.back_to(before)
-        if not independent:  # of independent questions a shorter one may still fit
+        if not independent:
+            cut = len(pairs) - i
             break
+        cut += prefix + needed - len(writer.tokens) > seq_len  # others still may fit, and this one without those before
     if not kept:
         raise TooLong("too_long", f"its first answer ends at position {needed}, but seq_len={seq_len}")
-    return writer.example()
+    if not trained:
+        raise TooLong("too_long", f"all answers that fit into seq_len={seq_len} have loss=false")
+    return dataclasses.replace(writer.example(), cut=cut)
 
 
 def encode_prompt(
@@ -261,8 +180,8 @@ class _Writer:
             self._add((self.tokenizer.pad,) * self.image_tokens)
             self.pending = piece
 
-    def answer(self, words: str) -> None:
-        """What is to be predicted. Its tokens are those of the whole text that follow the tokens of the prompt."""
+    def answer(self, words: str, loss: bool) -> None:
+        """What is to be predicted, if `loss`. Its tokens are those of the whole text that follow those of the prompt."""
         template = self.template
         text, *end = ("", self.tokenizer.eos) if template.end is None else self.tokenizer.split_special(template.end)
         text = template.space + template.said(words) + text
@@ -271,7 +190,7 @@ class _Writer:
         # A token that joins the prompt's last word with the answer's first would not be there when the model is asked.
         answer = whole[n:] if whole[:n] == prompt else self.tokenizer.encode(text)
         self._add(prompt)
-        self._add((*answer, *end[:1]), loss=1)
+        self._add((*answer, *end[:1]), int(loss))
         self.pending = ""
 
     def flush(self) -> None:

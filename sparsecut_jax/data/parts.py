@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import canonical, images_of
+from sparsecut_jax.data.canonical import canonical
+from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.rows import Row, Subset
 from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.types import BadSample
@@ -97,7 +98,7 @@ class Part:
 
     def label(self, i: int, row: Any) -> str:
         """What errors call row `i`."""
-        name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and "id" in row else ""
+        name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and row.get("id") is not None else ""
         return f"{self.name} row {self.number(i)}{name}"
 
     def look(self, entry: str | bytes, decode: bool) -> None:

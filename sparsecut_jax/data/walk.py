@@ -69,22 +69,24 @@ class RowEncoder:
         template = get_template(self.template, self.tokenizer)
         return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
 
-    def length(self, row: dict) -> tuple[int, int, bool]:
-        """Positions and images of a row, and whether it has branches; independent questions may take the whole sequence
-        where not all fit."""
+    def length(self, row: dict) -> tuple[int, int, bool, int]:
+        """Positions and images of a row, whether it has branches, and how many answers never fit; independent questions
+        may take the whole sequence where not all fit."""
         example = self(row)
         positions = len(example.tokens)
         branches = int(example.branches.max())  # 0 where a template has no questions, and so nothing is independent
-        if row.get("independent") and 0 < branches * 2 < len(row["conversations"]):
+        if row.get("independent") and 0 < branches < sum(turn.get("loss", True) for turn in row["conversations"][1::2]):
             positions = self.seq_len
-        return positions, len(example.image_start), branches > 0
+        return positions, len(example.image_start), branches > 0, example.cut
 
     def surely_fits(self, row: Row) -> bool:
-        """Whether all of a row fits by the number of its characters, which no tokenizer of plain ASCII exceeds."""
+        """Whether all of a row fits by the number of its characters, which no tokenizer of plain ASCII exceeds, and is
+        trained on."""
         turns = row["conversations"]
         said = "".join([turn["value"] for turn in turns]) + row.get("system", "")
         around, image = self._most_around * (len(turns) // 2 + 1), self.image_tokens + 2
-        return len(said) + around + image * len(images_of(row)) <= self.seq_len and said.isascii()
+        fits = len(said) + around + image * len(images_of(row)) <= self.seq_len and said.isascii()
+        return fits and all(turn.get("loss", True) for turn in turns)
 
     @functools.cached_property
     def _most_around(self) -> int:
@@ -103,20 +105,25 @@ class Encoders:
 
     stages: dict[str, RowEncoder]
 
-    def length(self, row: dict) -> tuple[int, int, bool]:
-        for encoder in self.stages.values():
-            if not encoder.surely_fits(row):
-                encoder.length(row)
-        return 0, 0, False  # lengths are not asked for
+    def length(self, row: dict) -> tuple[int, int, bool, int]:
+        cut = [encoder.length(row)[3] for encoder in self.stages.values() if not encoder.surely_fits(row)]
+        return 0, 0, False, max(cut, default=0)  # lengths are not asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Walked:
-    """Lengths of all rows of a split (0 for a bad one), the bad ones, and a hash of each row's content, 0 if unasked."""
+    """What is known of all rows of a split.
+
+    Attributes:
+      lengths: 0 for a bad row.
+      digests: uint64[n], a hash of each row's content; 0 if unasked.
+      cut: int32[n], answers of a row that do not fit into seq_len and are never trained on.
+    """
 
     lengths: Lengths
     bad: list[Bad]
     digests: np.ndarray
+    cut: np.ndarray
 
 
 def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> Plan:
@@ -145,13 +152,13 @@ def walk(
     state = (split, encoder, look, digests)
     workers = os.cpu_count() or 1
     few = count < (FEW if look != "decode" else 4 * CHUNK)
-    tokens, images = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    tokens, images, cut = (np.zeros(count, np.int32) for _ in range(3))
     hashes, branched, bad = np.zeros(count, np.uint64), np.zeros(count, bool), []
 
     def take(chunk: range, found: tuple) -> None:
         rows = slice(chunk.start, chunk.stop)
-        tokens[rows], images[rows], hashes[rows], branched[rows] = found[:4]
-        bad.extend(found[4])
+        tokens[rows], images[rows], hashes[rows], branched[rows], cut[rows] = found[:5]
+        bad.extend(found[5])
         progress(len(chunk))
 
     if few or workers == 1:
@@ -168,7 +175,7 @@ def walk(
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # or all the other chunks would be walked first
                 raise
-    return Walked(Lengths(tokens, images, bool(branched.any())), bad, hashes)
+    return Walked(Lengths(tokens, images, bool(branched.any())), bad, hashes, cut)
 
 
 _state: tuple | None = None
@@ -192,9 +199,9 @@ def end_with_parent() -> None:
 
 
 def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
-    """Tokens, images, hashes, branches or not, and bad rows of the rows `chunk`."""
+    """Tokens, images, hashes, branches or not, answers that are cut, and bad rows of the rows `chunk`."""
     split, encoder, look, digests = state or _state
-    tokens, images = np.zeros(len(chunk), np.int32), np.zeros(len(chunk), np.int32)
+    tokens, images, cut = (np.zeros(len(chunk), np.int32) for _ in range(3))
     hashes, branched, bad = np.zeros(len(chunk), np.uint64), np.zeros(len(chunk), bool), []
     for k, i in enumerate(chunk):
         part, local = split.find(i)
@@ -205,10 +212,10 @@ def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
                 hashes[k] = _digest(row, getattr(part.pictures, "path", ""))
             for entry in images_of(row) if look != "none" else ():
                 part.look(entry, look == "decode")
-            tokens[k], images[k], branched[k] = encoder.length(row)
+            tokens[k], images[k], branched[k], cut[k] = encoder.length(row)
         except BadSample as error:
             bad.append(as_bad(part, local, row, error))
-    return tokens, images, hashes, branched, bad
+    return tokens, images, hashes, branched, cut, bad
 
 
 def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
@@ -216,8 +223,8 @@ def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
     reason, given = (f"{part.label(local, row)}: {error}", row) if row else (str(error), None)
     with contextlib.suppress(BadSample):
         given = given or part.rows[local]
-    name = given.get("id", "") if isinstance(given, dict) else ""
-    return Bad(part.name, part.number(local), str(name), error.cause, reason)
+    name = given.get("id") if isinstance(given, dict) else None
+    return Bad(part.name, part.number(local), "" if name is None else str(name), error.cause, reason)
 
 
 def _digest(row: Row, folder: str) -> int:
@@ -242,11 +249,11 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
         if str(kept["key"]) == key:
             bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
             lengths = Lengths(kept["tokens"], kept["images"], bool(kept["branched"]))
-            return Walked(lengths, bad, np.zeros(0, np.uint64))
+            return Walked(lengths, bad, np.zeros(0, np.uint64), kept["cut"])
     found = walk(split, encoder, progress=progress)
     partial = path + ".tmp.npz"
     bad = json.dumps([dataclasses.asdict(bad) for bad in found.bad])
-    lengths = found.lengths
-    np.savez(partial, key=key, tokens=lengths.tokens, images=lengths.images, branched=lengths.branched, bad=bad)
+    lengths = dataclasses.asdict(found.lengths)
+    np.savez(partial, key=key, bad=bad, cut=found.cut, **lengths)
     os.replace(partial, path)
     return found

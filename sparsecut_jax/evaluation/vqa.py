@@ -50,9 +50,10 @@ class Answered:
 
 
 def asked_turns(row: dict[str, Any]) -> list[tuple[dict, dict]]:
-    """The (human, gpt) pairs that are asked: all independent turns, the first one of a conversation."""
+    """The (human, gpt) pairs that are asked: all independent turns, the first one of a conversation; none whose answer
+    has `"loss": false`."""
     pairs = list(zip(row["conversations"][::2], row["conversations"][1::2], strict=True))
-    return pairs if row.get("independent") else pairs[:1]
+    return [pair for pair in (pairs if row.get("independent") else pairs[:1]) if pair[1].get("loss", True)]
 
 
 def questions(rows: dict[int, dict[str, Any]], run: Run) -> list[Question]:
