@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparsecut_jax import checks, hosts, platforms, watch
+from sparsecut_jax import checks, config_files, hosts, platforms, watch
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -113,6 +113,13 @@ def _parse() -> None:
             config_lib.check_override(name, value if given else None)
     dashed = "--require-platform"  # absl knows names with _ only
     argv = [a.replace(dashed, "--require_platform", 1) if a.startswith(dashed) else a for a in sys.argv]
+    if file:
+        ((at, value),) = _config_arguments()
+        path = value.split(":", 1)[0]
+        if file != path:
+            print(f"{path} is not in this folder; using the one that comes with sparsecut_jax, {file}", file=sys.stderr)
+        argv[at] = argv[at].removesuffix(value) + file + value.removeprefix(path)
+        config_files.provide_siblings(file)
     try:
         rest = flags.FLAGS(argv)
     except UserError:
@@ -146,24 +153,18 @@ def _parse() -> None:
 
 
 def _config_file() -> str | None:
-    """The file that --config names. Raises UserError if it is not there."""
-    args = sys.argv[1:]
-    paths = [a.partition("=")[2] for a in args if a.lstrip("-").startswith("config=")]
-    paths += [value for flag, value in itertools.pairwise(args) if flag in ("--config", "-config")]
-    if not paths:
-        return None
-    if len(paths) > 1:
-        raise UserError(f"--config is given {len(paths)} times: {', '.join(paths)}; expected once")
-    (path,) = paths
-    file = path.split(":", 1)[0]
-    if os.path.isdir(file):
-        raise UserError(f"config file {file!r} is a folder; expected a Python file")
-    if not os.path.isfile(file):
-        near = os.path.dirname(file) or "."
-        known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
-        listing = f"; {near} has {', '.join(known)}" if known else ""
-        raise UserError(f"config file {file!r} is not there{listing}")
-    return file
+    """The file that --config names, which may be a shipped one. Raises UserError if it is not there."""
+    given = _config_arguments()
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times: {', '.join(v for _, v in given)}; expected once")
+    return config_files.find(given[0][1].split(":", 1)[0]) if given else None
+
+
+def _config_arguments() -> list[tuple[int, str]]:
+    """Values of --config in sys.argv, each with the index of the argument that holds it."""
+    found = [(i, a.partition("=")[2]) for i, a in enumerate(sys.argv) if a.lstrip("-").startswith("config=")]
+    pairs = enumerate(itertools.pairwise(sys.argv), start=1)
+    return found + [(i, value) for i, (flag, value) in pairs if flag in ("--config", "-config")]
 
 
 def _cause(error: Exception, file: str | None) -> str:

@@ -7,66 +7,14 @@ Without --image the question is text only; --image may be given several times, u
 
 from __future__ import annotations
 
-import math
-
-import jax
-import numpy as np
 from absl import flags
 
-from sparsecut_jax import cli, sharding
-from sparsecut_jax.checks import nearest
-from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import encode_prompt
-from sparsecut_jax.data.templates import OWN, TEMPLATES, get_template, stop_ids
-from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
-from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax import cli
+from sparsecut_jax.inference.answering import answer, check_asked
+from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS
-
-
-def answer(
-    run: Run,
-    prompt: str,
-    paths: list[str],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    template: str = "",
-) -> str:
-    """The model's answer to a prompt about the images at `paths`, asked in the run's template or another one.
-
-    Raises:
-      UserError: a file that is no image, more images than the model has slots, or a template that does not go with the
-        tokenizer.
-    """
-    cfg = run.config
-    slots = cfg.data.max_images
-    if len(paths) > slots:
-        raise UserError(f"{len(paths)} images given, but the run was trained with config.data.max_images={slots}")
-    written = get_template(template or run.template, run.tokenizer)
-    stop = stop_ids(run.tokenizer, written)
-    example = encode_prompt(prompt, len(paths), run.tokenizer, written, cfg.tokens_per_image)
-    rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
-    views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
-    for m, path in enumerate(paths):
-        views[0, m] = run.pictures.views(images.read_image(path, cfg.data.max_pixels))
-    with jax.set_mesh(run.mesh):
-        views, *arrays = jax.device_put(
-            (views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh)
-        )
-        encoded = encode_images(run.model, run.params, views)
-        ids, _ = generate(
-            run.model,
-            run.params,
-            *arrays,
-            encoded,
-            max_new_tokens,
-            np.array(stop),
-            temperature,
-            jax.random.key(seed),
-        )
-    return run.tokenizer.decode(until(np.asarray(ids)[0], stop)).strip()
 
 
 def main() -> None:
@@ -74,16 +22,7 @@ def main() -> None:
         raise UserError("--workdir is missing; for example --workdir=runs/base")
     if not FLAGS.prompt:
         raise UserError('--prompt is missing; for example --prompt="what color is the shape?"')
-    if not 1 <= FLAGS.max_new_tokens <= 100_000:
-        raise UserError(f"--max_new_tokens={FLAGS.max_new_tokens}: expected 1 to 100,000")
-    if not 0 <= FLAGS.temperature < math.inf:
-        raise UserError(f"--temperature={FLAGS.temperature}: expected 0 or more")
-    if not 0 <= FLAGS.seed < 2**32:
-        raise UserError(f"--seed={FLAGS.seed}: expected 0 to below 2^32")
-    known = [*TEMPLATES, OWN]
-    if FLAGS.template and FLAGS.template not in known:
-        near = nearest(FLAGS.template, known)
-        raise UserError(f"--template={FLAGS.template!r} is not known{near}; known: {', '.join(known)}")
+    check_asked(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template, dashes="--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
     print(answer(run, FLAGS.prompt, FLAGS.image, *how))

@@ -12,6 +12,7 @@ import math
 import os
 import posixpath
 import stat as stat_lib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -81,8 +82,8 @@ def _within(root: str, path: str, name: str) -> str:
     return path
 
 
-def read_image(source: str | os.PathLike | bytes, max_pixels: int, name: str = "") -> Image.Image:
-    """RGB image of a file, or of a file's bytes; `name` is what errors call it.
+def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int, name: str = "") -> Image.Image:
+    """RGB image of a file, of a file's bytes or of any Pillow image; `name` is what errors call it.
 
     It stands upright (EXIF), of an animation it is the first frame, transparent parts are white, and 16 bits a channel
     become 8.
@@ -92,7 +93,7 @@ def read_image(source: str | os.PathLike | bytes, max_pixels: int, name: str = "
     """
     name = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
-        with _open(source) as file, _identify(file) as image:
+        with _image(source) as image:
             width, height = image.size  # from the header: nothing is decoded yet
             if width * height > max_pixels:
                 limit = f"config.data.max_pixels={max_pixels}"
@@ -110,6 +111,15 @@ def read_image(source: str | os.PathLike | bytes, max_pixels: int, name: str = "
         raise UserError(f"image {name} cannot be read: {error}") from error
     except Exception as error:  # every decoder fails in its own way
         raise BadSample("broken_image", f"image {name} cannot be read as an image: {error}") from error
+
+
+@contextlib.contextmanager
+def _image(source: str | os.PathLike | bytes | Image.Image) -> Iterator[Image.Image]:
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    with _open(source) as file, _identify(file) as image:
+        yield image
 
 
 def _open(source: str | os.PathLike | bytes) -> IO[bytes]:

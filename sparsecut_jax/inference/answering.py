@@ -1,0 +1,96 @@
+"""A prompt and pictures in, the model's answer out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sparsecut_jax import sharding
+from sparsecut_jax.checks import nearest
+from sparsecut_jax.data import images
+from sparsecut_jax.data.conversation import encode_prompt
+from sparsecut_jax.data.templates import OWN, TEMPLATES, get_template, stop_ids
+from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
+from sparsecut_jax.inference.run import Run
+from sparsecut_jax.types import UserError
+
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+
+def answer(
+    run: Run,
+    prompt: str,
+    pictures: Sequence[Picture],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    template: str = "",
+) -> str:
+    """The model's answer to a prompt about pictures, asked in the run's template or another one.
+
+    pictures: paths, the bytes of image files, PIL images or arrays uint8[H, W, 3].
+
+    Raises:
+      UserError: a file that is no image, more images than the model has slots, or a template that does not go with the
+        tokenizer.
+    """
+    cfg = run.config
+    slots = cfg.data.max_images
+    if len(pictures) > slots:
+        raise UserError(f"{len(pictures)} images given, but the run was trained with config.data.max_images={slots}")
+    written = get_template(template or run.template, run.tokenizer)
+    stop = stop_ids(run.tokenizer, written)
+    example = encode_prompt(prompt, len(pictures), run.tokenizer, written, cfg.tokens_per_image)
+    rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
+    views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
+    for m, picture in enumerate(pictures):
+        views[0, m] = run.pictures.views(opened(picture, cfg.data.max_pixels))
+    with jax.set_mesh(run.mesh):
+        views, *arrays = jax.device_put(
+            (views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh)
+        )
+        encoded = encode_images(run.model, run.params, views)
+        ids, _ = generate(
+            run.model,
+            run.params,
+            *arrays,
+            encoded,
+            max_new_tokens,
+            np.array(stop),
+            temperature,
+            jax.random.key(seed),
+        )
+    return run.tokenizer.decode(until(np.asarray(ids)[0], stop)).strip()
+
+
+def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:
+    """Raises UserError where one of these is not what `answer` takes; `dashes` stand before its name."""
+    if not 1 <= max_new_tokens <= 100_000:
+        raise UserError(f"{dashes}max_new_tokens={max_new_tokens}: expected 1 to 100,000")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"{dashes}temperature={temperature}: expected 0 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{dashes}seed={seed}: expected 0 to below 2^32")
+    known = [*TEMPLATES, OWN]
+    if template and template not in known:
+        near = nearest(template, known)
+        raise UserError(f"{dashes}template={template!r} is not known{near}; known: {', '.join(known)}")
+
+
+def opened(picture: Picture, max_pixels: int) -> Image.Image:
+    """RGB image of a picture. Raises UserError for what is none, and for more than `max_pixels`."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            raise UserError(f"an image is {picture.dtype}{list(picture.shape)}; expected uint8[height, width, 3]")
+        picture = Image.fromarray(picture)
+    elif not isinstance(picture, (str, os.PathLike, bytes, Image.Image)):
+        kind = type(picture).__name__
+        raise UserError(
+            f"an image is a {kind}; expected a path, bytes, a PIL image or an array uint8[height, width, 3]"
+        )
+    return images.read_image(picture, max_pixels)
