@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsecut_jax.settings import Config, StageConfig
@@ -14,12 +15,62 @@ from sparsecut_jax.types import UserError
 MOST_THREADS = 256  # each with batches of its own that are read ahead
 MOST_WORKERS = 256
 MOST_RANK = 2**14
+# Fields of RopeConfig that each kind reads.
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+    "longrope": ("original_length", "short_factor", "long_factor", "attention_factor"),
+}
 
 
 def nearest(key: str, known: Any) -> str:
     """Text "; did you mean 'x'?" for the nearest of `known`, or nothing."""
     close = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a finite number above 0; True is no number."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
+def rope_fault(rope: Mapping[str, Any], frequencies: int) -> tuple[str, Any, str] | None:
+    """The first field of a RopeConfig that cannot be right, its value and what is expected; None if there is none.
+
+    It serves settings and config.json alike, so values may have any type.
+
+    Args:
+      rope: the fields as a dict.
+      frequencies: half the width of a head.
+    """
+    kind, length = rope["kind"], rope["original_length"]
+    for name in ROPE_FIELDS[kind]:
+        value = rope[name]
+        if name in ("short_factor", "long_factor"):
+            if not isinstance(value, (list, tuple)) or len(value) != frequencies:
+                return name, value, f"{frequencies} numbers"
+            for number in value:
+                if not positive(number):
+                    return name, number, "a positive number"
+        elif not positive(value):
+            return name, value, "a positive number"
+    if kind == "llama3" and length < 1:
+        return "original_length", length, "at least 1"
+    if kind == "longrope" and length <= 1:
+        return "original_length", length, "more than 1"
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        return "low_freq_factor", rope["low_freq_factor"], f"less than high_freq_factor={rope['high_freq_factor']!r}"
+    if kind != "longrope" and rope["attention_factor"] != 1.0:
+        return "attention_factor", rope["attention_factor"], f"1.0, since kind={kind!r} has none"
+    return None
+
+
+def check_rope(cfg: Config) -> None:
+    """Raises UserError if `cfg.llm.rope` cannot be right."""
+    if fault := rope_fault(vars(cfg.llm.rope), cfg.llm.head_dim // 2):
+        name, value, expected = fault
+        raise UserError(f"config.llm.rope.{name}={value!r}: expected {expected}")
 
 
 def check_values(cfg: Config) -> None:
@@ -96,6 +147,8 @@ def check_values(cfg: Config) -> None:
         "llm.rope_theta": m.rope_theta,
     }.items():
         need(value > 0, f"config.{key}={value}: expected a positive number")
+    if not (cfg.init.model or cfg.init.llm):  # else the LLM's config.json says the rest of it
+        check_rope(cfg)
     _check_lora(cfg, need)
     _check_regexes("config.init_parts", cfg.init_parts)
     need(len(set(cfg.run_stages)) == len(cfg.run_stages), f"config.run_stages={cfg.run_stages} names a stage twice")

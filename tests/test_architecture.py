@@ -434,7 +434,7 @@ def scaled(kind: str, **values) -> dict:
         (VICUNA, scaled("linear", factor=math.inf), "factor=inf; expected a positive number"),
         (VICUNA, scaled("llama3", factor=True), "factor=True; expected a positive number"),
         (VICUNA, scaled("llama3", low_freq_factor=0), "low_freq_factor=0; expected a positive number"),
-        (VICUNA, scaled("llama3", low_freq_factor=4.0), "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+        (VICUNA, scaled("llama3", low_freq_factor=4.0), "low_freq_factor=4.0; expected less than high_freq_factor=4.0"),
         (VICUNA, scaled("llama3", original_max_position_embeddings=-1),
          "original_max_position_embeddings=-1; expected a positive number"),
         (PHI3_128K, {"original_max_position_embeddings": 1},

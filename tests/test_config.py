@@ -239,6 +239,40 @@ def test_settings_that_do_not_go_together(settings, expected):
     assert sentence(*settings) == expected
 
 
+LONGROPE = {"kind": "longrope", "original_length": 64, "short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"kind": "linear", "factor": 0.0}, "factor=0.0: expected a positive number"),
+        ({"kind": "linear", "factor": -2.0}, "factor=-2.0: expected a positive number"),
+        (LLAMA3 | {"factor": 0.0}, "factor=0.0: expected a positive number"),
+        (LLAMA3 | {"original_length": 0}, "original_length=0: expected a positive number"),
+        (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor=4.0: expected less than high_freq_factor=4.0"),
+        (LONGROPE | {"original_length": 0}, "original_length=0: expected a positive number"),
+        (LONGROPE | {"original_length": 1}, "original_length=1: expected more than 1"),
+        (LONGROPE | {"short_factor": (1.0,)}, "short_factor=(1.0,): expected 8 numbers"),
+        (LONGROPE | {"long_factor": ()}, "long_factor=(): expected 8 numbers"),
+        (LONGROPE | {"long_factor": (0.0,) * 8}, "long_factor=0.0: expected a positive number"),
+        (LONGROPE | {"attention_factor": 0.0}, "attention_factor=0.0: expected a positive number"),
+        (
+            {"kind": "linear", "factor": 2.0, "attention_factor": 1.5},
+            "attention_factor=1.5: expected 1.0, since kind='linear' has none",
+        ),
+    ],
+)
+def test_rope_is_checked_as_one_of_a_config_json_is(rope, expected):
+    settings = [(f"llm.rope.{key}", value) for key, value in rope.items()]
+    assert sentence(*settings) == f"config.llm.rope.{expected}"
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LONGROPE, {"kind": "linear", "factor": 0.5}])
+def test_rope_that_is_right(rope):
+    assert check(changed(*((f"llm.rope.{key}", value) for key, value in rope.items()))).llm.rope.kind == rope["kind"]
+
+
 @pytest.mark.parametrize("length, images", [(16, 1), (48, 3)])
 def test_room_beside_the_images(length, images):
     """Checked apart from the rest: a pretrained tower may change the number of its tokens."""

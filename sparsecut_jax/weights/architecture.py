@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 from typing import Any
 
+from sparsecut_jax import checks
 from sparsecut_jax.settings import RopeConfig, VisionConfig
 from sparsecut_jax.types import UserError
 
@@ -30,6 +30,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ROPE_NAMES = {"original_length": "original_max_position_embeddings"}
 PIXELS = {"siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET}  # mean and std where no preprocessor_config.json is
 
 
@@ -137,28 +138,24 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
     )
     partial = rope.get("partial_rotary_factor", 1.0)
     _need(partial == 1.0, file, f"partial_rotary_factor={partial} is not supported; expected 1.0")
-    values: dict[str, Any] = dataclasses.asdict(RopeConfig(kind=kind))
-    if kind in ("linear", "llama3"):
-        values["factor"] = _positive(rope, "factor", file)
-    if kind == "llama3":
-        low, high = (_positive(rope, f"{name}_freq_factor", file) for name in ("low", "high"))
-        _need(low < high, file, f"low_freq_factor={low} must be below high_freq_factor={high}")
-        values |= {"low_freq_factor": low, "high_freq_factor": high}
-        values["original_length"] = int(_positive(rope, "original_max_position_embeddings", file))
+    # Fields of RopeConfig that the kind reads, as the file has them; the names that differ are in ROPE_NAMES.
+    found = {name: rope.get(ROPE_NAMES.get(name, name)) for name in checks.ROPE_FIELDS[kind]}
+    found.pop("attention_factor", None)  # it has a default of its own, below
+    values = dataclasses.asdict(RopeConfig(kind=kind)) | found
+    half = (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) // 2
+    if fault := checks.rope_fault(values, half):
+        name, value, expected = fault
+        raise UserError(f"{file}: {ROPE_NAMES.get(name, name)}={value!r}; expected {expected}")
+    if "original_length" in found:
+        values["original_length"] = int(values["original_length"])
     if kind == "longrope":
-        original = int(_positive(rope, "original_max_position_embeddings", file))
-        _need(original > 1, file, f"original_max_position_embeddings={original}; expected more than 1")
-        half = (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) // 2
-        for name in ("short_factor", "long_factor"):
-            found = rope.get(name)
-            _need(isinstance(found, list) and len(found) == half, file, f"{name}={found!r}; expected {half} numbers")
-            values[name] = tuple(_positive({name: value}, name, file) for value in found)
         # How much longer texts may be than the original ones (arXiv 2402.13753, and HF's `longrope`).
+        original = values["original_length"]
         stretch = _positive(rope, "factor", file, hf.max_position_embeddings / original)
         default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
-        values["original_length"] = original
         values["attention_factor"] = _positive(rope, "attention_factor", file, default)
-    return values
+    as_floats = lambda x: tuple(map(float, x)) if isinstance(x, (list, tuple)) else float(x)
+    return values | {name: as_floats(values[name]) for name in found if name != "original_length"}
 
 
 def refuse_remote_code(config: dict[str, Any], file: str) -> None:
@@ -191,8 +188,7 @@ def _known(value: Any, table: dict[str, str], file: str, what: str) -> str:
 def _positive(values: dict[str, Any], name: str, file: str, default: float | None = None) -> float:
     """A number above 0, or the `default` where there is none."""
     value = default if values.get(name) is None else values[name]
-    ok = type(value) in (int, float) and 0 < value <= sys.float_info.max
-    _need(ok, file, f"{name}={value!r}; expected a positive number")
+    _need(checks.positive(value), file, f"{name}={value!r}; expected a positive number")
     return float(value)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any
 
+from sparsecut_jax import checks
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.tokenizer import Tokenizer
@@ -90,7 +91,9 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
         source = sources["llm"]
         for group, values in whole_settings(source.config, source.file, raw["vision"]["class_token"]).items():
             raw[group] |= values
-    return config_lib.check(raw)
+    resolved = config_lib.check(raw)
+    checks.check_rope(resolved)
+    return resolved
 
 
 def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
