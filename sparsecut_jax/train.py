@@ -163,6 +163,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 startup=startup,
                 clock=clock,
                 is_last=span is spans[-1],
+                supervised=meta["supervised_tokens"] if meta and meta["stage"] == span.name else 0,
             )
             if step < span.last:
                 with pipeline.closing(data):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from sparsecut_jax import config as config_lib
 from sparsecut_jax import sharding
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import StageConfig
@@ -122,6 +123,27 @@ def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_run(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_earlier_versions_did_not_save_is_filled_in(tmp_path):
+    """And what they saved must be there."""
+    _, state = states(mesh_of(1, 1, 1))
+    whole = {"stage": "align", "asked": {}, "config": {}, "tokenizer": "", "data": "d", "seconds": 2.5}
+    for step, meta in ((1, whole), (2, whole | {"supervised_tokens": 7}), (3, {"stage": "align"})):
+        run = Checkpoints(str(tmp_path), keep=3)
+        run.save(state.replace(step=jnp.int32(step)), meta, None)
+        run.close()
+    run = Checkpoints(str(tmp_path), read_only=True)
+    assert run.meta(1) == whole | {"supervised_tokens": 0}
+    assert run.meta(2) == whole | {"supervised_tokens": 7}
+    with pytest.raises(UserError, match="checkpoints/3 cannot be read"):
+        run.meta(3)
+
+
+def test_settings_that_a_run_did_not_know_yet_have_their_defaults():
+    check_resumable({"stage": "align", "asked": {}, "config": {}}, config_lib.check({}), "runs/x")
+    with pytest.raises(UserError, match=r"runs/x holds a run with config.seed=0, now it is 3"):
+        check_resumable({"stage": "align", "asked": {}, "config": {}}, config_lib.check({"seed": 3}), "runs/x")
 
 
 def test_what_may_change_on_resume():

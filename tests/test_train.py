@@ -59,7 +59,11 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(str(workdir)) if "loss" in line}
+    return logged(workdir, "loss")
+
+
+def logged(workdir: Path, name: str) -> dict[int, float]:
+    return {line["step"]: line[name] for line in read_metrics(str(workdir)) if "loss" in line}
 
 
 def test_a_run_leaves_everything_in_its_workdir(unbroken):
@@ -137,6 +141,9 @@ def test_killed_and_resumed_equals_unbroken(pictures, unbroken, tmp_path):
     assert (code, err) == (0, "")
     assert_same(parameters(tmp_path / "run"), parameters(unbroken))
     assert losses(tmp_path / "run") == losses(unbroken)
+    supervised = logged(tmp_path / "run", "supervised_tokens")
+    assert supervised == logged(unbroken, "supervised_tokens")
+    assert 0 < supervised[8] < supervised[12]
 
 
 def test_sigterm_saves_at_the_next_step_and_exits_with_3(pictures, unbroken, tmp_path):

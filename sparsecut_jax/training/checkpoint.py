@@ -27,12 +27,15 @@ from sparsecut_jax.types import TrainState, UserError
 METRIC = "holdout_loss"
 CONVERTED = "converted"  # the "stage" of parameters that convert from-hf has put together
 META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a checkpoint says beside its arrays
+META_SINCE = {"supervised_tokens": 0}  # what checkpoints of earlier versions lack, and how it is filled in
 
-# Settings that may differ between a run and its resumption: they decide what is shown, not what is computed.
+# Settings that a resumption may change. Those of the first line compute the same function in another order of
+# additions: losses and parameters of the resumed steps can differ in their last bits from those of an unbroken run.
+# The rest decides only where files are, what is shown or written, and how fast data are read: no bit of a parameter.
 FREE_ON_RESUME = (
-    "workdir", "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
-    "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
-    "data.max_bad_fraction", "init_from", "init_parts",
+    "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
+    "workdir", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
+    "data.max_bad_fraction",
 )  # fmt: skip
 
 
@@ -107,7 +110,7 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         try:
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            return {key: meta[key] for key in META}
+            return META_SINCE | meta | {key: meta[key] for key in META}
         except Exception as error:  # Orbax and TensorStore raise many kinds, and all mean that it cannot be read
             raise self._damaged(step, error) from error
 
@@ -221,7 +224,7 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
             f"--config.init_from={workdir} to start from them"
         )
     new = _flat(json.loads(config_lib.to_json(cfg)))
-    old = _flat(meta["asked"])
+    old = _flat(json.loads(config_lib.to_json(config_lib.check(meta["asked"]))))  # with settings that came later
     for key in sorted(set(new) | set(old)):
         if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
             continue

@@ -100,6 +100,7 @@ class Stage:
       meta: what a checkpoint says beside arrays.
       clock: seconds that the run has taken so far, earlier starts included.
       is_last: whether held-out losses are compared to find the best checkpoint.
+      supervised: supervised tokens of the steps before, where a stage is resumed.
     """
 
     span: StageSpan
@@ -113,6 +114,7 @@ class Stage:
     meta: dict[str, Any]
     clock: Callable[[], float]
     is_last: bool
+    supervised: int
 
 
 def run_stage(
@@ -150,7 +152,7 @@ def run_stage(
         step = int(state.step)
         loss = evaluated.get(step) if stage.is_last else None
         try:
-            checkpoints.save(state, {**stage.meta, "seconds": stage.clock()}, loss)
+            checkpoints.save(state, {**stage.meta, "seconds": stage.clock(), "supervised_tokens": log.supervised}, loss)
         except NotFinite as error:
             raise Exit(4, f"stopped without saving: {error}") from error
 
@@ -203,7 +205,7 @@ class _Log:
         self.cfg, self.stage, self.span = cfg, stage, stage.span
         self.writer, self.compilations, self.progress = writer, compilations, progress
         self.names = shortcut_names(plan)
-        self.now, self.supervised = time.monotonic(), 0
+        self.now, self.supervised = time.monotonic(), stage.supervised
         self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the line before
         self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which has the compilation
 
