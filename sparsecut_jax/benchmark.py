@@ -1,11 +1,11 @@
-"""How fast the parts of a config are on this machine, each beside the least time it could take.
+"""Times the parts of a config on this machine, each beside the least time it could take.
 
     python -m sparsecut_jax.benchmark --config=configs/base.py
     python -m sparsecut_jax.benchmark --config=configs/side_by_side.py --parts=step,decode
 
-Parts: tower, encode (tower and fusion), forward, gradient, step (compiled as in a run), prefill, decode (a token of one
-row), and input (batches from the config's data). Weights and batches are drawn. The floor of a part is the larger of its
-FLOPs over the peak rate and its bytes over the bandwidth, both measured here before all else (docs/speed.md).
+Parts: tower, encode (tower and fusion), forward, gradient, step (compiled as in a run), prefill, decode (per token, batch
+1), and input (batches from the config's data). Weights and batches are random. The floor of a part is the larger of its
+FLOPs over the peak rate and its bytes over the memory bandwidth, both measured first (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ FLAGS = flags.FLAGS
 def benchmark(cfg: Config) -> None:
     for part in FLAGS.parts or [""]:
         if part not in PARTS:
-            raise UserError(f"--parts={','.join(FLAGS.parts)}: {part!r} is not one of {', '.join(PARTS)}")
+            raise UserError(
+                f"--parts={','.join(FLAGS.parts)}: unknown part {part!r}; expected any of {', '.join(PARTS)}"
+            )
     folder = make_folder("--out" if FLAGS.out else "config.workdir", FLAGS.out or cfg.workdir)
 
     # ------------------------------------------------------------------ the machine
     bench = Bench(cfg, default_stage(cfg, FLAGS.stage), FLAGS.steps, FLAGS.new, FLAGS.trace)
     if "input" in FLAGS.parts:
-        _ = bench.data  # before the other parts take their time
+        _ = bench.data  # so that bad data is reported before the other parts take their time
     peak = peaks.measure(bench.dtype, bench.mesh)
     stage = bench.cfg.stages[bench.name]
-    print(f"devices    {bench.mesh.size} x {bench.device}, {bench.dtype}: {peak.flops / 1e9:,.0f} GFLOP/s in products, "
+    print(f"devices    {bench.mesh.size} x {bench.device}, {bench.dtype}: {peak.flops / 1e9:,.0f} GFLOP/s in matmuls, "
           f"{peak.bandwidth / 1e9:,.1f} GB/s")  # fmt: skip
     print(
         f"batch      {stage.batch_size} sequences of {stage.seq_len} positions, {bench.slots} images each\n", flush=True
     )
 
-    # ------------------------------------------------------------------ its parts
+    # ------------------------------------------------------------------ the parts
     timed = []
     try:
         for part in (part for part in PARTS if part in FLAGS.parts):
             print(f"timing     {part}", flush=True)
             timed.append(bench.time(part, peak))
-    finally:  # what is known is shown, whatever has ended the rest
+    finally:  # show what was timed, even if a later part failed
         _show(timed)
     memory = bench.peak_memory()
-    print(f"\nmemory     {memory / 2**20:,.0f} MiB at most")
+    print(f"\nmemory     {memory / 2**20:,.0f} MiB at the peak")
 
     # ------------------------------------------------------------------ files
     path = os.path.join(folder, "benchmark.json")
@@ -70,7 +72,7 @@ def _show(timed: list[Timed]) -> None:
         print("\n" + table(head, rows), flush=True)
     for t in timed:
         if t.where:
-            print(f"\nwhere the time of a call goes: {t.label}\n{where.text(t.where)}", flush=True)
+            print(f"\nwhere the time goes, {t.label}\n{where.text(t.where)}", flush=True)
 
 
 def _floor(t: Timed) -> list[str]:
@@ -87,10 +89,10 @@ def run() -> None:
     """The command: defines its flags and ends with its exit code."""
     cli.define_config()
     flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
-    flags.DEFINE_list("parts", list(PARTS), f"What is timed: {', '.join(PARTS)}.")
-    flags.DEFINE_integer("steps", 5, "Times that each part is run (default 5); the median counts.", lower_bound=1)
-    flags.DEFINE_integer("new", 64, "Tokens that decode makes (default 64).", lower_bound=2)
-    flags.DEFINE_bool("trace", False, "Also tell where the time of tower, encode, forward, gradient and step goes.")
+    flags.DEFINE_list("parts", list(PARTS), f"Parts to time: {', '.join(PARTS)}.")
+    flags.DEFINE_integer("steps", 5, "Timed calls per part (default 5), of which the median is shown.", lower_bound=1)
+    flags.DEFINE_integer("new", 64, "Tokens to generate in decode (default 64).", lower_bound=2)
+    flags.DEFINE_bool("trace", False, "Also trace where the time of tower, encode, forward, gradient and step goes.")
     flags.DEFINE_string("out", "", "Folder for benchmark.json; default: the config's workdir.")
     cli.run(lambda: benchmark(cli.typed_config()), __doc__)
 

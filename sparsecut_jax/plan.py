@@ -1,11 +1,11 @@
-"""What a run would need and take, before it is paid for: memory, FLOPs, time and price. No accelerator is needed.
+"""Estimates memory, FLOPs, time and price of a run before you rent hardware. No accelerator is needed.
 
     python -m sparsecut_jax.plan --config=configs/sparsecut.py:size=7b,stage=finetune --topology=v5e:8x8
     python -m sparsecut_jax.plan --config=configs/sparsecut.py:size=7b,stage=finetune --topology=h100:8 --price=2.5
 
-For TPUs the real compiler is asked (pip install "jax[tpu]" on any machine), for GPUs and CPUs the analytic model
-(docs/plan.md). Topologies: v5e:8x8, 2*v5e:16x16 (two slices), v5p:4x4x4, v6e:8x8, h100:8, h200:16, cpu:8. Several, with
-commas between them, are compared; --rows_per_chip=1 lets the batch grow with them.
+For TPUs the step is compiled by the real TPU compiler (pip install "jax[tpu]" on any machine); for GPUs and CPUs an
+analytic model is used (docs/plan.md). Topologies: v5e:8x8, 2*v5e:16x16 (two slices), v5p:4x4x4, v6e:8x8, h100:8, h200:16,
+cpu:8. Separate several by commas to compare them; --rows_per_chip=1 makes the batch grow with the chips.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 
 
 def plan(cfg: Config) -> None:
-    # ------------------------------------------------------------------ what is asked
+    # ------------------------------------------------------------------ the questions
     stage = answer.default_stage(cfg, FLAGS.stage)
     topologies = [hardware.parse(text) for text in FLAGS.topology.split(",")]
     several = len(topologies) > 1
@@ -38,12 +38,12 @@ def plan(cfg: Config) -> None:
             rows=FLAGS.rows,
             price=FLAGS.price,
             search=FLAGS.search or several,
-            checked=1 if several else 2,  # each is a compilation
+            checked=1 if several else 2,  # each check is a compilation
         )
         for topology in topologies
     ]
     if several and not all(topology.chip.flops for topology in topologies):
-        raise UserError(f"--topology={FLAGS.topology}: only chips whose rates vendors state can be compared")
+        raise UserError(f"--topology={FLAGS.topology}: cpu has no published peak rate to compare; leave it out")
     folder = make_folder("--out", FLAGS.out or os.path.join("runs/plan", file_name(cfg, stage)))
 
     # ------------------------------------------------------------------ the answers
@@ -53,7 +53,7 @@ def plan(cfg: Config) -> None:
         for question in questions
     ]
 
-    # ------------------------------------------------------------------ shown and written
+    # ------------------------------------------------------------------ output
     from sparsecut_jax.planning import chart, scaling  # here: matplotlib takes a third of a second
 
     print(f"\n{scaling.text(found) if several else tables.text(found[0])}\n")
@@ -65,7 +65,7 @@ def plan(cfg: Config) -> None:
 
 
 def with_rows(cfg: Config, question: answer.Question) -> Config:
-    """The config with --rows_per_chip sequences for every chip, in as many turns as before."""
+    """The config with --rows_per_chip sequences per chip in each micro-batch; unchanged without that flag."""
     if not FLAGS.rows_per_chip:
         return cfg
     rows = FLAGS.rows_per_chip * question.topology.chips * cfg.stages[question.stage].accumulate
@@ -73,13 +73,13 @@ def with_rows(cfg: Config, question: answer.Question) -> Config:
 
 
 def config_argument() -> str:
-    """What --config names, with its arguments."""
+    """The value of --config: the config file and its arguments."""
     values = (arg.partition("=")[2] for arg in sys.argv if arg.lstrip("-").startswith("config="))
     return next(values, "") or sys.argv[sys.argv.index("--config") + 1]
 
 
 def file_name(cfg: Config, stage: str) -> str:
-    """ "sparsecut_7b_finetune-instruct-v5e-8x8"."""
+    """The plan's folder, for example "sparsecut_7b_finetune-instruct-v5e-8x8"."""
     parts = (os.path.basename(os.path.normpath(cfg.workdir)), stage, FLAGS.topology)
     return re.sub(r"[^\w.]+", "-", "-".join(parts))
 
@@ -90,17 +90,17 @@ def run() -> None:
     cli.define_config()
     flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
     flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")
-    flags.DEFINE_float("mfu", 0.4, "Share of the peak rate that the run is assumed to reach.")
+    flags.DEFINE_float("mfu", 0.4, "Assumed model FLOPs utilisation, as a share of the peak rate.")
     flags.DEFINE_integer(
         "rows_per_chip",
         0,
-        "Sequences of a batch for each chip; default: the config's batch, however many chips.",
+        "Sequences per chip and micro-batch; default: the config's batch size, whatever the number of chips.",
         lower_bound=0,
     )
-    flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: those of config.data, where they are known.")
-    flags.DEFINE_float("price", 0.0, "Price of one chip for an hour.")
-    flags.DEFINE_boolean("search", False, "Look for other settings also where these fit.")
-    flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default: runs/plan/ and a name.")
+    flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: counted from config.data, if that is here.")
+    flags.DEFINE_float("price", 0.0, "Price of one chip-hour.")
+    flags.DEFINE_boolean("search", False, "Look for other settings even if these fit.")
+    flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default: a new folder in runs/plan/.")
     cli.run(lambda: plan(cli.typed_config()), __doc__)
 
 

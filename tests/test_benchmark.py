@@ -36,15 +36,15 @@ def test_the_command(folder):
         (*args, "--config.data.source=/nope"),
     )
     assert (code, err) == (0, "")
-    for text in ("GFLOP/s in products", "batch      8 sequences of 32 positions, 1 images each", "tower forward",
-                 "training step", "decode, a token", "input, a batch", "sequences/s", "MiB at most"):  # fmt: skip
+    for text in ("GFLOP/s in matmuls", "batch      8 sequences of 32 positions, 1 images each", "tower forward",
+                 "training step", "decode, per token", "input, per batch", "sequences/s", "MiB at the peak"):  # fmt: skip
         assert text in out, text
     written = json.loads((folder / "out" / "benchmark.json").read_text())
     assert [part["part"] for part in written["parts"]] == [
         "tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input",
     ]  # fmt: skip
     assert all(len(part["seconds"]) == 2 for part in written["parts"][:7])
-    assert "where the time of a call goes: training step" in out
+    assert "where the time goes, training step" in out
     for part in written["parts"]:
         assert bool(part["where"]) == (part["part"] not in ("prefill", "decode", "input"))
     step = {row["part"]: row for row in written["parts"][4]["where"]}
@@ -55,8 +55,8 @@ def test_the_command(folder):
     for (code, out, err), sentence in zip(
         refused,
         (
-            "--parts=step,stpe: 'stpe' is not one of tower, encode, forward",
-            "--parts=: '' is not one of tower",
+            "--parts=step,stpe: unknown part 'stpe'; expected any of tower, encode, forward",
+            "--parts=: unknown part ''; expected any of tower",
             "steps",
             f"--out='{blocked}' cannot be written to: File exists",
             "--out='gs://bucket/x': expected a folder on a file system, not in a bucket",
@@ -95,7 +95,7 @@ def test_an_answer_too_short_to_tell(folder, one_device):
     bench = Bench(config_lib.check(runs.small(folder, folder / "run")), "instruct", 1, 2)
     bench._answers = {1: [9.0, 1.0, 1.2], 2: [9.0, 1.0, 1.1]}
     timed = bench.time("decode", Peak(flops=1e9, bandwidth=1e9))
-    assert (timed.median, timed.floor, timed.rate) == (0, 0, "too short to tell: give a larger --new")
+    assert (timed.median, timed.floor, timed.rate) == (0, 0, "too short to measure; set a larger --new")
     bench._answers = {1: [9.0, 1.0], 2: [9.0, 1.5]}
     timed = bench.time("decode", Peak(flops=1e9, bandwidth=1e9))
     assert (timed.median, timed.rate) == (0.5, "2.0 tokens/s") and timed.floor > 0

@@ -52,8 +52,8 @@ def test_tables(plan):
     for part in (
         "plan       configs/sparsecut.py:size=7b,stage=finetune, stage instruct, on h100:8\n",
         "mesh       data=1 x fsdp=8 x tensor=1; bfloat16, attention cudnn; remat: LLM full, fusion full, tower full\n",
-        "batch      128 sequences of 2,048 positions: 16 on a chip at a time, no accumulation\n",
-        "not on this machine, so sizes are the config's: openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5\n",
+        "batch      128 sequences of 2,048 positions: 16 per chip at a time, no accumulation\n",
+        "not on this machine, so the config's sizes are used: openai/clip-vit-large-patch14-336, lmsys/vicuna-7b-v1.5\n",
         "665,298 rows (llava_v1_5_mix665k.json), 5,198 steps of",
     ):
         assert part in text
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_searched():
     assert not plan["bytes_per_chip"]["fits"]
     assert plan["search"]["options"] == []
     assert plan["search"]["larger"]["topology"] == "h100:2"
-    assert "no setting fits on 1 x h100; h100:2 would do" in tables.search_table(plan)
+    assert "no setting fits on 1 x h100; h100:2 would, with" in tables.search_table(plan)
 
 
 def test_a_search_finds_what_fits():
@@ -164,14 +164,14 @@ def test_nothing_is_expected_to_be_faster_than_the_roofline():
     assert t["seconds"] == pytest.approx(t["roofline"]["seconds"]) and t["mfu"] == t["most_mfu"] < 0.9
     said = tables.text({**plan, "config": "base.py"})
     assert "model GFLOP per step" in said and "ms per step" in said
-    assert f"--mfu=0.9 is more than the roofline allows: {t['mfu']:.3g} is assumed" in said
+    assert f"--mfu=0.9 is more than the roofline allows; {t['mfu']:.3g} is assumed" in said
     assert "fits: below 0.1% of 74.51 GiB" in said
 
 
 def test_a_cpu_has_no_stated_rate():
     plan = plan_of(*load("base", ""), "cpu:8", price=2.0)
     assert plan["time"] == {}
-    assert "no vendor states the peak rate of a cpu: no time, no price" in plan["notes"]
+    assert "cpu has no published peak rate: no time and no price" in plan["notes"]
 
 
 def test_what_is_trained_is_asked_as_in_a_run():
@@ -190,7 +190,7 @@ def test_stages():
     both = dataclasses.replace(cfg, run_stages=("align", "instruct"))
     assert answer.default_stage(both, "align") == "align"
     assert refusal(answer.default_stage, both, "instructs") == (
-        "--stage='instructs' is not in config.run_stages, expected align or instruct; did you mean 'instruct'?"
+        "--stage='instructs' is not in config.run_stages; expected align or instruct; did you mean 'instruct'?"
     )
 
 

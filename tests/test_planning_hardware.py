@@ -36,7 +36,7 @@ SHAPES = "expected one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
         ("8x8", f"--topology='8x8': unknown kind '8x8'; {KNOWN}"),
         (
             "",
-            "--topology is missing, for example --topology=v5e:8x8; known kinds: v5e, v5p, v6e, h100, h200, cpu",
+            "--topology is missing; for example --topology=v5e:8x8; known kinds: v5e, v5p, v6e, h100, h200, cpu",
         ),
         ("v5e", f"--topology='v5e': v5e has no slice ''; {SHAPES}"),
         ("v5e:8x4", f"--topology='v5e:8x4': v5e has no slice '8x4'; did you mean '4x8'?; {SHAPES}"),
@@ -48,7 +48,7 @@ SHAPES = "expected one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
         ),
         (
             "2*h100:8",
-            "--topology='2*h100:8': expected h100:N for N devices, up to 8 or a multiple of it (whole nodes); slices (2*) are TPUs'; for example h100:8",
+            "--topology='2*h100:8': expected h100:N for N devices, up to 8 or a multiple of it (whole nodes); only TPUs take a number of slices (2*); for example h100:8",
         ),
         (
             "h100:0",

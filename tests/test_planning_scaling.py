@@ -47,7 +47,7 @@ def test_what_was_compiled_is_recommended(plans):
         return scaling.recommended({**compiled, "search": {"options": [option]}}, 3.0)
 
     assert recommended(2.5) == {"flags": first["flags"], "bytes": 5e9, "seconds": 2.5}
-    own = {"flags": "as it is", "bytes": plans[0]["bytes_per_chip"]["total"], "seconds": 3.0}
+    own = {"flags": "unchanged", "bytes": plans[0]["bytes_per_chip"]["total"], "seconds": 3.0}
     assert recommended(3.5) == own == scaling.recommended({**compiled, "search": {"options": [first]}}, 3.0)
     assert scaling.recommended(plans[0], 3.0)["seconds"] == first["seconds"]
     assert "by the roofline of the compiled step:\n  h100:8" in scaling.text([compiled])
@@ -62,7 +62,7 @@ def test_the_command(tmp_path):
         ("plan", config, "--topology=h100:8,cpu:8", f"--out={tmp_path}"),
     )
     assert (code, err) == (0, "")
-    assert "links / roofline" in out and "recommended, by the roofline of the analytic model:\n  h100:8" in out
+    assert "interconnect / roofline" in out and "recommended, by the roofline of the analytic model:\n  h100:8" in out
     assert [plan["settings"]["batch_size"] for plan in json.loads((tmp_path / "scaling.json").read_text())] == [16, 32]
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    assert mixed[0] == 2 and "--topology=h100:8,cpu:8: only chips whose rates vendors state" in mixed[2]
+    assert mixed[0] == 2 and "--topology=h100:8,cpu:8: cpu has no published peak rate to compare" in mixed[2]

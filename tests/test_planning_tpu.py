@@ -97,6 +97,6 @@ def test_seven_billion_do_not_fit_on_four_chips():
     code, plan, out, _ = planned("7b", "v5e:2x2", rows=4)
     assert code == 0
     assert not plan["bytes_per_chip"]["fits"]
-    assert "does not fit into 15.75 GiB" in out and "Ran out of memory" in plan["bytes_per_chip"]["refusal"]
+    assert "does not fit in 15.75 GiB" in out and "Ran out of memory" in plan["bytes_per_chip"]["refusal"]
     assert plan["search"]["options"] == []
     assert "no setting fits on 4 x v5e; v5e:" in out

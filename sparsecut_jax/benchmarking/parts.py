@@ -1,8 +1,8 @@
-"""The parts of a training step and of generation, each timed by itself and beside its floor.
+"""The parts of a training step and of generation, each timed separately and compared with its floor.
 
-A floor counts what has to be done and moved: products of weights and of attention (planning/flops.py), the loss of what
-is to be predicted, weights and the products' inputs and outputs once each, Adam's numbers. Nothing that is computed
-again is in it.
+A floor counts the necessary work and traffic: matmuls with weights and of attention (planning/flops.py), the loss of
+target tokens, one read or write of weights and of the matmuls' inputs and outputs, and Adam's state. It excludes
+recomputation.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
-GROUP = 8  # batches that are timed together, more than are read ahead
+GROUP = 8  # batches timed together, more than the read-ahead holds
 OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/flops.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """One part.
+    """One timed part.
 
     Attributes:
-      seconds: of every call but the first.
-      first: of the first one, with tracing and compilation; 0 where nothing is compiled.
-      flops, bytes: of the floor; 0 where there is none.
-      floor: seconds; bound: "compute" or "memory".
-      rate: what users count it by.
-      where: where the time goes, see where.py; empty where nobody has asked.
+      part: its name in PARTS; label: its name in tables.
+      seconds: times of all calls but the first.
+      first: time of the first call, with tracing and compilation; 0 if nothing is compiled.
+      flops, bytes: work and traffic of the floor; 0 if there is none.
+      floor: the floor in seconds; bound: what sets it, "compute" or "memory".
+      rate: throughput as text, for example "12,000 positions/s".
+      where: where the time goes (where.py); empty without --trace.
     """
 
     part: str
@@ -81,7 +82,7 @@ class Timed:
 
 
 def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
-    """A batch of stage `name`: images one behind the other after a few words, then text, half of it to be predicted."""
+    """A random batch of stage `name`: a few tokens, `slots` images in a row, then text, half of it target tokens."""
     stage, n, size = cfg.stages[name], cfg.tokens_per_image, cfg.vision.image_size
     rng, (b, t) = np.random.default_rng(0), (stage.batch_size, stage.seq_len)
     start = np.arange(slots, dtype=np.int32) * n + min(4, t - slots * n)
@@ -100,12 +101,16 @@ def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
 
 
 class Bench:
-    """A config's stage with drawn weights and a drawn batch on this machine's devices."""
+    """A stage of a config with random weights and a random batch, on this machine's devices."""
 
     def __init__(self, cfg: Config, name: str, steps: int, new: int, trace: bool = False):
-        """steps: timed calls of each part; new: tokens that decode makes; trace: also tell where the time goes.
+        """Raises UserError as a run would.
 
-        Raises UserError as a run would.
+        Args:
+          cfg, name: the config and its stage.
+          steps: timed calls per part.
+          new: tokens to generate in decode.
+          trace: also trace where the time goes.
         """
         cfg, _ = prepared(cfg, name)
         self.asked, self.name, self.steps, self.new, self.trace = cfg, name, steps, new, trace
@@ -114,14 +119,14 @@ class Bench:
         self.cfg = cfg = backends.resolve(cfg, sharding.platform(self.mesh))
         self.stage, self.dtype = cfg.stages[name], backends.compute_dtype(cfg)
         self.device = self.mesh.devices.flat[0].device_kind
-        # As many images as there is room for, at most one slot's worth.
+        # As many images as fit into the sequence, at most the number of slots, at least one.
         self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
         self.model = build_model(cfg, self.dtype, ("shortcut_ratio",))
         self.abstract = state.abstract_params(self.model, cfg, self.mesh, state.stage_dtypes(cfg, name))
         self.shapes = {path: leaf.shape for path, leaf in state.flatten(self.abstract).items()}
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
-            self.predicted = float(batch.loss_mask.mean())  # share of the positions
+            self.predicted = float(batch.loss_mask.mean())  # share of target positions
             self.batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
     @functools.cached_property
@@ -140,7 +145,7 @@ class Bench:
         return dataclasses.replace(timed, floor=max(compute, memory), bound=bound)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # a training step and what it consists of
+    # a training step and its parts
 
     def _tower(self) -> Timed:
         run = jax.jit(lambda params, views: self.model.apply({"params": params}, views, method="levels"))
@@ -161,7 +166,7 @@ class Bench:
 
     def _step(self) -> Timed:
         step, target = step_of(self.cfg, self.name, self.mesh)
-        # Parameters of its own, which it takes apart: so memory is what a run needs, where nothing else is timed.
+        # Its own parameters, which are donated: if only the step is timed, the memory is that of a run.
         now = state.begin_stage(target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage), 0, 0)
 
         def run(batch: Batch) -> Any:
@@ -172,7 +177,7 @@ class Bench:
         return self._called("step", "training step", run, self.batch, program=lambda: step.lower(now, self.batch))
 
     def _called(self, part: str, label: str, run: Callable, *args: Any, program: Callable | None = None) -> Timed:
-        """program: lowers what runs; default: `run` with the arguments."""
+        """Times run(*args). program: returns the lowered program; default: `run` lowered for `args`."""
         first, *others = seconds(self.steps, run, *args)
         found = []
         if self.trace:
@@ -185,14 +190,14 @@ class Bench:
         return f"{rate}, {work / statistics.median(times) / peak:.1%} MFU" if peak else rate
 
     def _floored(self, timed: Timed) -> Timed:
-        """With the FLOPs and bytes of all rows, and the rate."""
+        """`timed` with the FLOPs and bytes of the whole batch, and the rate."""
         stage, part = self.stage, timed.part
         cfg = self.cfg.with_stage(self.name, slots=self.slots)
         found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len)
         found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
         model = sum(p.flops * (1 + more(p)) for p in found)
-        # Only what is to be predicted needs a loss; model FLOPs, as MFU counts them, have it for every position.
+        # Only target tokens need a loss; model FLOPs, as MFU counts them, include it for every position.
         needed = lambda p: self.predicted if p.part == "loss" else 1.0
         work = sum(p.flops * (1 + more(p)) * needed(p) for p in found)
         moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
@@ -213,7 +218,7 @@ class Bench:
 
     @functools.cached_property
     def _answers(self) -> dict[int, list[float]]:
-        """Seconds of whole answers of one token and of `new`, to one row for each group of devices that shares one."""
+        """{new tokens: seconds per call} for answers of one token and of `new`, with one row per data-parallel group."""
         here = backends.resolve_for_inference(self.asked, sharding.platform(self.mesh))
         model, rows = build_model(here, self.dtype), sharding.data_parallel()
         params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
@@ -230,26 +235,26 @@ class Bench:
         moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in found) * self.dtype.itemsize
         rate = f"{rows * self.stage.seq_len / statistics.median(others):,.0f} positions/s"
         return Timed(
-            "prefill", "prefill and a token", others, first, work, moved, rate=self._with_mfu(rate, work, others)
+            "prefill", "prefill and one token", others, first, work, moved, rate=self._with_mfu(rate, work, others)
         )
 
     def _decode(self) -> Timed:
-        """Whole answers less their first token, by tokens."""
+        """Time per token: that of whole answers minus that of their first token, over the other tokens."""
         first, *others = self._answers[self.new]
         prefill, rows = statistics.median(self._answers[1][1:]), sharding.data_parallel()
         each = [max(0.0, s - prefill) / (self.new - 1) for s in others]
         if not statistics.median(each):  # an answer took no longer than its first token
-            return Timed("decode", "decode, a token", each, first, rate="too short to tell: give a larger --new")
+            return Timed("decode", "decode, per token", each, first, rate="too short to measure; set a larger --new")
         m, seen = self.cfg.llm, self.stage.seq_len + self.new
         found = [p for p in self._generation(1) if p.weights]
         work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
         cache = 2.0 * m.layers * m.kv_heads * m.head_dim * seen
         moved = rows * (sum(p.weights for p in found) + cache) * self.dtype.itemsize
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
-        return Timed("decode", "decode, a token", each, first, work, moved, rate=rate)
+        return Timed("decode", "decode, per token", each, first, work, moved, rate=rate)
 
     def _generation(self, seq_len: int) -> list[flops.Product]:
-        """The LLM's products for that many positions of every row."""
+        """The LLM's matmuls for `seq_len` positions of every row."""
         found = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len)
         return [p for p in found if p.part in ("llm", "loss")]
 
@@ -258,7 +263,7 @@ class Bench:
 
     @functools.cached_property
     def data(self) -> tuple[Any, Any]:
-        """Reader and plan of the config's data, as a run has them. Raises UserError where they cannot be read."""
+        """Reader and batch plan of the config's data, as in a run. Raises UserError if the data cannot be read."""
         from sparsecut_jax.train import make_reader, make_tokenizer
 
         source = sources.load_source(self.asked)
@@ -269,18 +274,18 @@ class Bench:
         return reader, stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)
 
     def _input(self) -> Timed:
-        """Batches, nothing else meanwhile: a group of them at a time, for some lie ready when they are asked for."""
+        """Time per batch with nothing else running, in groups of batches because some are already read ahead."""
         batches = pipeline.train_batches(*self.data, self.asked, (self.asked.seed, 0))
         group = lambda: [pipeline.next_batch(batches) for _ in range(GROUP)] and None
         with pipeline.closing(batches):
             others = [s / GROUP for s in seconds(self.steps, group)[1:]]
         rate = f"{self.stage.batch_size / statistics.median(others):,.1f} sequences/s"
-        return Timed("input", "input, a batch", others, rate=rate)
+        return Timed("input", "input, per batch", others, rate=rate)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def peak_memory(self) -> int:
-        """Bytes that a device has held at most; of the whole process where the devices do not say."""
+        """Peak bytes of a device, or of the whole process if the devices do not report it."""
         stats = self.mesh.devices.flat[0].memory_stats() or {}
         unit = 1 if sys.platform == "darwin" else 1024
         return stats.get("peak_bytes_in_use", 0) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

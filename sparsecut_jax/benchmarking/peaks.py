@@ -1,4 +1,4 @@
-"""What this machine can do at most: products a second and bytes a second, measured."""
+"""Measures the peak FLOP/s and memory bandwidth of this machine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TRIES = 6  # the best counts
-SIDE = {"cpu": 2048}  # of the square matrices; elsewhere 8192
-ROWS = {"cpu": 2**15}  # of the matrix of 4096 columns whose product with a vector is timed; elsewhere 2^16
+TRIES = 6  # calls, of which the fastest counts
+SIDE = {"cpu": 2048}  # side of the square matrices of the matmul; 8192 on other platforms
+ROWS = {"cpu": 2**15}  # rows, of 4096 columns, of the matrix-vector product; 2^16 on other platforms
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Of all devices together: FLOP/s of products of matrices, bytes/s read by the product of one with a vector."""
+    """Of all devices together: FLOP/s of a matmul, and bytes/s that a matrix-vector product reads."""
 
     flops: float
     bandwidth: float
 
 
 def measure(dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Peak:
-    """Of the devices of `mesh`, for matrices of `dtype`."""
+    """The peaks of the devices of `mesh`, for matrices of `dtype`."""
     count, platform = mesh.size, mesh.devices.flat[0].platform
     side, rows = SIDE.get(platform, 8192), ROWS.get(platform, 2**16)
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -37,12 +37,12 @@ def measure(dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Peak:
 
 
 def best(function: Callable, *args: jax.Array) -> float:
-    """Seconds of the fastest of a few calls, compilation left out."""
+    """Seconds of the fastest of a few calls, without compilation."""
     return min(seconds(TRIES, function, *args)[1:])
 
 
 def seconds(times: int, function: Callable, *args: Any) -> list[float]:
-    """Of a first call, which compiles, and of so many more."""
+    """Seconds of the first call, which compiles, and of `times` more."""
     found = []
     for _ in range(times + 1):
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Where the time of a compiled program goes: a trace of one call, by the model's parts and by pass.
+"""Where the time of a compiled program goes: traces one call and sums it up by part of the model and by pass.
 
-The profiler says when each operation of the compiled program ran, and the program's text which line of the model it comes
-from. Where several run at a time each counts for its share, so that the shares of a call add up to the whole of it.
+The profiler records when each operation of the compiled program ran; the program's text tells which line of the model it
+comes from. The time of operations that run at once is divided between them, so that the shares add up to the whole call.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import jax
 
 from sparsecut_jax.training.report import table
 
-PASSES = ("forward", "again", "backward")  # again: what rematerialisation computes once more
+PASSES = ("forward", "again", "backward")  # again: recomputation by remat
+LABELS = {"again": "recompute", "all": "total", "products": "of it matmuls"}  # in tables
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 PATH = re.compile(r'op_name="([^"]*)"')
 CALLED = re.compile(r"(?:body|calls|to_apply|condition)=%?([\w.-]+)")
-WAITS = re.compile(r"(while|call|conditional)\b")  # for operations of their own
+WAITS = re.compile(r"(while|call|conditional)\b")  # they only wait for the operations inside them
 PRODUCT = re.compile(r" (?:dot|convolution)\(|gemm|matmul|cudnn|flash|splash", re.IGNORECASE)
 
-Interval = tuple[float, float, str]  # nanoseconds from and to; name of the operation
+Interval = tuple[float, float, str]  # start and end in nanoseconds; name of the operation
 
 
 def traced(run: Callable, *args: Any) -> list[Interval]:
@@ -36,8 +37,8 @@ def traced(run: Callable, *args: Any) -> list[Interval]:
         data = jax.profiler.ProfileData.from_file(glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")[0])
     found, device = [], jax.local_devices()[0].local_hardware_id or 0
     for plane in data.planes:
-        number = re.fullmatch(r"/device:.*:(\d+)", plane.name)  # one of several GPUs
-        if number is not None and int(number[1]) != device:
+        number = re.fullmatch(r"/device:.*:(\d+)", plane.name)  # present if there are several GPUs
+        if number is not None and int(number[1]) != device:  # another GPU
             continue
         for event in (event for line in plane.lines for event in line.events):
             stats = dict(event.stats)
@@ -47,9 +48,9 @@ def traced(run: Callable, *args: Any) -> list[Interval]:
 
 
 def shares(operations: Iterable[Interval]) -> tuple[dict[str, float], float]:
-    """Seconds that each operation counts for, and seconds in between. Those that wait for others do not count.
+    """({operation: its share in seconds}, idle seconds). Operations that only wait for others do not count.
 
-    In between nothing ran, or XLA did not tell what: on CPUs it hands gradients of weights to another library.
+    "Idle" is when nothing ran, or nothing that XLA traces: on CPUs it hands gradients of weights to another library.
     """
     operations = [o for o in operations if not WAITS.match(o[2])]
     edges = sorted(edge for i, (a, b, _) in enumerate(operations) for edge in ((a, 1, i), (b, 0, i)))
@@ -66,7 +67,7 @@ def shares(operations: Iterable[Interval]) -> tuple[dict[str, float], float]:
 
 
 def origins(program: str) -> dict[str, tuple[str, bool]]:
-    """Operation -> (line of the model it comes from, whether it is a product), by the text of a compiled program."""
+    """{operation: (line of the model it comes from, whether it is a matmul)}, from the text of a compiled program."""
     text, callers, inside, computation = {}, {}, collections.defaultdict(list), ""
     for line in program.splitlines():
         if (began := COMPUTATION.match(line)) is not None:
@@ -77,7 +78,7 @@ def origins(program: str) -> dict[str, tuple[str, bool]]:
             callers |= dict.fromkeys(CALLED.findall(line), named[1])
 
     def path(name: str) -> str:
-        """Of the operation, else of one that is fused into it, else of the loop that it is in."""
+        """The op_name of the operation, else of one fused into it, else of the loop that contains it."""
         line, computation = text[name]
         fused = [line for called in CALLED.findall(line) for line in inside[called]]
         for candidate in (line, *reversed(fused)):
@@ -93,7 +94,7 @@ def origins(program: str) -> dict[str, tuple[str, bool]]:
 
 
 def place(path: str) -> tuple[str, str]:
-    """(part of the model, pass) of a line of it, as JAX writes them: transposed is backward."""
+    """(part of the model, pass) of an op_name as JAX writes it; "transpose" marks the backward pass."""
     words = re.split(r"[/()]", path)
     of = next((part for part in ("update", "loss", "fusion", "vision", "llm") if part in words), "other")
     if of in ("vision", "llm"):
@@ -103,7 +104,7 @@ def place(path: str) -> tuple[str, str]:
 
 
 def summary(seconds: Mapping[str, float], idle: float, program: str) -> list[dict[str, Any]]:
-    """By part of the model: seconds of each pass, in all, and of products among them. The longest first."""
+    """One row per part of the model: seconds by pass, in total, and of matmuls among them. The longest first."""
     known, rows = origins(program), {}
     for name, time in seconds.items():
         path, product = known.get(name, ("", False))
@@ -117,10 +118,11 @@ def summary(seconds: Mapping[str, float], idle: float, program: str) -> list[dic
 
 
 def text(rows: list[dict[str, Any]]) -> str:
+    """The rows of `summary` as a table in milliseconds."""
     total = sum(row["all"] for row in rows)
     cell = lambda row, key: f"{row[key] * 1e3:,.1f}" if row.get(key) else "-"
     keys = (*PASSES, "all", "products")
     return table(
-        ["part", *(f"{key} ms" for key in keys), "share"],
+        ["part", *(f"{LABELS.get(key, key)} ms" for key in keys), "share"],
         [[row["part"], *(cell(row, key) for key in keys), f"{row['all'] / total:.1%}"] for row in rows if row["all"]],
     )

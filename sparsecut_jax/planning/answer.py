@@ -1,4 +1,4 @@
-"""All that is to be known of a stage on a topology before it is paid for, as plain data."""
+"""The plan of a stage on a topology (memory, FLOPs, time, price), as plain data."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 
-SHOWN = 6  # settings of a search
+SHOWN = 6  # settings that a search returns
 MOST_ROWS = 10**12
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked besides the config.
+    """What to plan, besides the config.
 
     Attributes:
-      stage: of the config.
-      mfu: share of the peak rate that the run is assumed to reach.
-      rows: of the dataset; 0: see `steps`.
-      price: of a chip for an hour; 0: not asked.
-      search: look for other settings also where the config's fit.
-      checked: of those, how many the compiler is asked about at most, until one fits.
+      topology: the chips.
+      stage: name of a stage of the config.
+      mfu: assumed share of the peak rate, 0.001 to 1.
+      rows: rows of the dataset; 0: counted, see `steps`.
+      price: price of a chip-hour; 0: no price is given.
+      search: look for other settings even if the config's fit.
+      checked: how many of those settings to compile at most, until one fits.
+
+    Raises:
+      UserError: mfu, rows or price out of range.
     """
 
     topology: Topology
@@ -58,10 +62,10 @@ class Question:
 
 
 def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """The plan of one stage; see docs/plan.md for the keys. `tell` is called with what takes a while.
+    """The plan of one stage, as JSON-compatible data. `tell` is called before each slow step.
 
     Raises:
-      UserError: a mesh, batch, policy or backend that the topology lacks, or no compiler for it.
+      UserError: the topology does not support the mesh, batch, remat policy or backend, or its compiler is missing.
     """
     name, topology = question.stage, question.topology
     platform = topology.chip.platform
@@ -94,21 +98,21 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
         "notes": notes + _share_note(topology, needed) + _time_note(topology),
     }
     if question.search or not fits:
-        tell("searching for settings that fit")
+        tell("searching  for settings that fit")
         made["search"] = _search(cfg, question, parameters, tell)
     return made
 
 
 def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
-    """The config as a run would resolve it, as far as its files are here, and what is assumed where they are not."""
+    """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
     paths = {part: getattr(cfg.init, part) for part in ("model", "vision", "llm", "fusion")}
     kept = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
     away = [path for part, path in paths.items() if path and not kept[part]]
-    notes = [f"not on this machine, so sizes are the config's: {', '.join(away)}"] if away else []
+    notes = [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
     cfg = pretrained.resolve(cfg, pretrained.open_sources(dataclasses.replace(cfg.init, **kept)))
     if not cfg.llm.vocab_size:
         vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64
-        notes.append(f"config.llm.vocab_size is the tokenizer's: {vocabulary} words are assumed")
+        notes.append(f"config.llm.vocab_size comes from the tokenizer; {vocabulary} is assumed")
         cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=vocabulary))
     cfg = dataclasses.replace(cfg, run_stages=(name,))
     checks.check_room(cfg)
@@ -118,17 +122,17 @@ def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
 def _needed(
     cfg: Config, question: Question, expected: Bytes, tell: Callable
 ) -> tuple[Bytes | compiler.TooLarge, str, list[Collective] | None]:
-    """Bytes of the step, who says so, and what crosses the links, where that is known."""
+    """Memory of the step, the source of that figure, and the step's collectives, if it was compiled."""
     if question.topology.chip.platform != "tpu":
         return expected, "analytic model", None
-    tell(f"compiling for {question.topology.text}, which takes a minute or two")
+    tell(f"compiling  for {question.topology.text}, which takes a minute or two")
     began = time.monotonic()
     found, crossing = compiler.ask(cfg, question.stage, question.topology, expected)
     return found, f"TPU compiler, {time.monotonic() - began:.0f} s", crossing
 
 
 def _collectives(found: list[Collective], topology: Topology) -> dict[str, Any]:
-    """Bytes that come into a chip in a step, by kind, and what that takes if links do nothing else."""
+    """Bytes received per chip and step, by kind of collective, and the seconds that takes at the interconnect's rate."""
     by_kind = collections.defaultdict(float)
     for each in found:
         by_kind[each.kind] += each.bytes * each.times
@@ -157,7 +161,7 @@ def _bytes(
 ) -> dict[str, Any]:
     shown = needed if isinstance(needed, Bytes) else expected
     return {
-        "source": source if isinstance(needed, Bytes) else f"analytic model; {source} refuses it",
+        "source": source if isinstance(needed, Bytes) else f"analytic model; rejected by the {source}",
         **dataclasses.asdict(shown),
         "total": shown.total,
         "memory": topology.memory,
@@ -169,7 +173,7 @@ def _bytes(
 def _time(
     cfg: Config, question: Question, total: float, line: Roofline, parameters: Parameters, found: steps.Steps
 ) -> dict[str, Any]:
-    """Seconds of a step, tokens/s, hours and price. `total`: model FLOPs of a step."""
+    """Seconds per step, tokens/s, hours and price. `total`: model FLOPs per step."""
     name, topology = question.stage, question.topology
     stage, peak = cfg.stages[name], topology.chips * topology.chip.flops
     most_mfu = total / peak / line.seconds
@@ -197,26 +201,24 @@ def _time(
 
 
 def _share_note(topology: Topology, needed: Bytes | compiler.TooLarge) -> list[str]:
-    """JAX reserves three quarters of a GPU's memory by default."""
+    """A note if the step needs more than the three quarters of a GPU's memory that JAX reserves by default."""
     if topology.chip.platform != "gpu" or not 0.75 * topology.memory < needed.total <= topology.memory:
         return []
-    return [f"a GPU's program gets three quarters of its memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION={0.95} is set"]
+    return ["JAX reserves only 75 % of a GPU's memory by default; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"]
 
 
 def _time_note(topology: Topology) -> list[str]:
-    return (
-        [] if topology.chip.flops else [f"no vendor states the peak rate of a {topology.chip.name}: no time, no price"]
-    )
+    return [] if topology.chip.flops else [f"{topology.chip.name} has no published peak rate: no time and no price"]
 
 
 def _search(cfg: Config, question: Question, parameters: Parameters, tell: Callable) -> dict[str, Any]:
-    """Settings that fit, best first; where none does, the next larger topology on which one does."""
+    """Settings that fit, best first; if none fits, the next larger topology on which one does."""
     name, topology = question.stage, question.topology
     options = search(cfg, name, topology, parameters)[:SHOWN]
     made: dict[str, Any] = {"options": [_option(option, name) for option in options]}
     if topology.chip.platform == "tpu":
         for shown, option in list(zip(made["options"], options, strict=True))[: question.checked]:
-            tell(f"asking the compiler about {option.flags}")
+            tell(f"compiling  with {option.flags}")
             tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
             found, crossing = compiler.ask(tried, name, topology, option.bytes)
             shown["compiled"] = found.total if isinstance(found, Bytes) else found.reason
@@ -245,10 +247,10 @@ def _option(option: Option, name: str) -> dict[str, Any]:
 
 
 def default_stage(cfg: Config, asked: str) -> str:
-    """The stage that is planned: `asked`, or the last one. Raises UserError if the config does not run it."""
+    """The stage to plan: `asked`, or the last one. Raises UserError if the config does not run `asked`."""
     if asked and asked not in cfg.run_stages:
         raise UserError(
-            f"--stage={asked!r} is not in config.run_stages, expected {' or '.join(cfg.run_stages)}"
+            f"--stage={asked!r} is not in config.run_stages; expected {' or '.join(cfg.run_stages)}"
             f"{checks.nearest(asked, cfg.run_stages)}"
         )
     return asked or cfg.run_stages[-1]

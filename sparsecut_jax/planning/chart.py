@@ -1,4 +1,4 @@
-"""A plan (planning/answer.py) as a picture: bytes per chip against its memory, FLOPs by part, seconds by cause."""
+"""Draws a plan (planning/answer.py): memory per chip, FLOPs by part, and the terms of the roofline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOOD, BAD = "#2e7d4f", "#b3262a"
 
 
 def save(path: str | os.PathLike, plan: dict[str, Any]) -> None:
-    """Draws the plan into a PNG."""
+    """Draws the plan and writes it as a PNG file."""
     options = plan.get("search", {}).get("options", [])
     heights = [1.5 + 0.32 * len(options), 2.2] + ([1.9] if plan["time"] else [])
     figure, panels = plt.subplots(
@@ -52,7 +52,7 @@ def save(path: str | os.PathLike, plan: dict[str, Any]) -> None:
 
 
 def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) -> None:
-    """One stacked bar for the config, a plain one for each setting of the search, and the chip's memory."""
+    """One stacked bar for the config, a plain bar for each setting found, and a line at the chip's memory."""
     b = plan["bytes_per_chip"]
     labels, left = ["this config"], 0.0
     for key, label in KINDS.items():
@@ -71,17 +71,17 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
             note += f", {option['seconds'] / size:.2f} {unit}"
         if isinstance(option.get("compiled"), float):
             note += f" (compiled {gib(option['compiled'])})"
-        over = dict(facecolor="white", edgecolor="none", pad=0.4)  # the line of the chip's memory
+        over = dict(facecolor="white", edgecolor="none", pad=0.4)  # covers the line at the chip's memory
         axes.text(option["bytes"] / GIB, row, note, va="center", fontsize=8, bbox=over)
     memory = b["memory"] / GIB
     most = max([left, *(option["bytes"] / GIB for option in options)])
-    shown = memory if most > memory / 20 else most  # else one would see nothing of the bars
+    shown = memory if most > memory / 20 else most  # otherwise the bars would be too short to see
     axes.axvline(memory, color=BAD, linestyle="--", lw=1.2)
     edge = min(1.0, memory / (1.3 * max(shown, most)))
     axes.text(
         edge,
         0.97,
-        f"{gib(b['memory'])} GiB a chip ",
+        f"{gib(b['memory'])} GiB per chip ",
         transform=axes.transAxes,
         color=BAD,
         fontsize=9,
@@ -90,12 +90,12 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
     )
     axes.set(xlim=(0, 1.3 * max(shown, most)), ylim=(len(labels) - 0.4, -0.9), xlabel="GiB per chip")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_title(f"bytes per chip, from the {b['source']}", fontsize=10, loc="left")
+    axes.set_title(f"memory per chip, from the {b['source']}", fontsize=10, loc="left")
     axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
-    """Forward, backward and what is computed again, by part."""
+    """FLOPs of forward, backward and recomputation, by part."""
     work = plan["flops_per_step"]
     size, unit = flops_unit(work)
     parts = [part for part in PARTS if part != "total"]
@@ -103,7 +103,7 @@ def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
     for key, label, color in (
         ("forward", "forward", FORWARD),
         ("backward", "backward", BACKWARD),
-        ("again", "computed again (no model FLOPs)", AGAIN),
+        ("again", "recomputed (not model FLOPs)", AGAIN),
     ):
         widths = [work[part][key] / size for part in parts]
         axes.barh(range(len(parts)), widths, left=left, color=color, label=label, edgecolor="white", lw=0.6)
@@ -120,7 +120,7 @@ def draw_flops(axes: Axes, plan: dict[str, Any]) -> None:
 
 
 def draw_time(axes: Axes, plan: dict[str, Any]) -> None:
-    """The terms of the roofline and the step at the assumed MFU."""
+    """The terms of the roofline, and the expected time at the assumed MFU."""
     t, line = plan["time"], plan["time"]["roofline"]
     size, unit = time_unit(t["seconds"])
     names = line_labels(plan)

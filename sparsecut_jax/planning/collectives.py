@@ -1,7 +1,7 @@
-"""What crosses the links in a compiled step, read off its HLO text.
+"""Counts the bytes that cross the interconnect in a compiled step, from its HLO text.
 
-The compiler cuts one collective into several instructions that work beside others (they share a channel), and a loop's
-body stands there once: each channel counts once in its loop, times the loop's turns, which stand in its condition.
+The compiler splits one collective into several asynchronous instructions, which share a channel, and prints the body of a
+loop once. So each channel counts once per loop, times the loop's trip count, which is read from its condition.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ CALLED = re.compile(r"(?:calls|to_apply|called_computation)=(%[\w.-]+)|branch_co
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One of a step.
+    """A collective of a step.
 
     Attributes:
-      bytes: that come into a chip each time, where they go round in a ring.
-      times: in a step.
+      kind: name of the HLO operation, for example "all-gather".
+      bytes: bytes that a chip receives each time, with a ring algorithm.
+      times: how often it runs in a step.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """All of a program, the text of a compiled step (`jax.stages.Compiled.as_text()`)."""
+    """All collectives of a program. hlo: the text of a compiled step (`jax.stages.Compiled.as_text()`)."""
     bodies = _computations(hlo)
     calls = {name: list(_calls(lines, bodies)) for name, lines in bodies.items()}
     entry = next(m[1] for m in map(COMPUTATION.match, hlo.splitlines()) if m and m[0].startswith("ENTRY"))
@@ -60,15 +61,15 @@ def collectives(hlo: str) -> list[Collective]:
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (loop, kind, channel[1] if channel else line)
                 found.setdefault(key, Collective(kind, _incoming(kind, shapes, bool(start), _ways(line)), times))
-        for called, turns in calls.get(name, ()):
-            walk(called, called if turns else loop, times * (turns or 1))
+        for called, trips in calls.get(name, ()):
+            walk(called, called if trips else loop, times * (trips or 1))
 
     walk(entry, "", 1)
     return list(found.values())
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
-    """The lines of each computation by its name."""
+    """{name of a computation: its lines}."""
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -80,21 +81,21 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _calls(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
-    """Computations that these lines call, and how often a loop runs them; 0: it is no loop."""
+    """(computation called by these lines, trip count of the loop that calls it; 0 if it is not a loop)."""
     for line in lines:
         if match := WHILE.search(line):
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            yield match[2], int(known[1]) if known else _turns(bodies[match[1]], bodies[match[2]])
+            yield match[2], int(known[1]) if known else _trips(bodies[match[1]], bodies[match[2]])
             continue
         for one, several in CALLED.findall(line):
             for called in [one] if one else re.findall(r"%[\w.-]+", several):
                 yield called, 0
 
 
-def _turns(condition: list[str], body: list[str]) -> int:
-    """Of a loop that counts up to a constant; 1 where the number is known only at run time.
+def _trips(condition: list[str], body: list[str]) -> int:
+    """Trip count of a loop that counts up to a constant; 1 if it is only known at run time.
 
-    Where products wait for pieces of a matrix the compiler makes loops of its own and takes several pieces in a turn.
+    The step of the counter matters: windowed einsums handle several pieces of a matrix in one iteration.
     """
     before, after = (dict(re.findall(r"(%[\w.-]+) = (.*)", "\n".join(lines))) for lines in (condition, body))
     constant = lambda text: re.search(r"^[su]32\[\]\S* constant\((\d+)\)", text or "")
@@ -113,7 +114,7 @@ def _turns(condition: list[str], body: list[str]) -> int:
 
 
 def _ways(line: str) -> int:
-    """Chips that take part in one group."""
+    """Number of chips in one group of the collective."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
@@ -121,11 +122,11 @@ def _ways(line: str) -> int:
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return match[1].count(",") + 1
-    return 2  # a permutation names pairs
+    return 2  # a permutation lists pairs
 
 
 def _incoming(kind: str, shapes: str, started: bool, n: int) -> float:
-    """Bytes from the shapes of a result; that of a -start holds the operands as well."""
+    """Bytes that a chip receives, from the shapes of the result; a `-start` also returns its operands."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * WIDTHS.get(dtype, 4)
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", shapes))

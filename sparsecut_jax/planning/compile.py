@@ -1,6 +1,6 @@
-"""The training step of a config, lowered and compiled for devices that are not here.
+"""Lowers the training step of a config for devices that are not present.
 
-TPUs are compiled for by libtpu, which runs on a CPU machine; CPU devices by jaxlib itself.
+libtpu compiles for TPUs and runs on a CPU machine; jaxlib itself compiles for CPU devices.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sparsecut_jax.training import state
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.types import Batch, TrainState
 
-STEPS = 1000  # of the schedule; only numbers in the program depend on it
+STEPS = 1000  # length of the schedule; only constants in the program depend on it
 
 
 def abstract_batch(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> Batch:
-    """Shapes and shardings of one batch of stage `name`."""
+    """A batch of stage `name` as `jax.ShapeDtypeStruct`s with shardings on `mesh`."""
     stage, size = cfg.stages[name], cfg.vision.image_size
     rows, slots = stage.batch_size, stage.slots or cfg.data.max_images
     placed = sharding.batch_sharding(mesh)
@@ -45,7 +45,7 @@ def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered
     """The jitted, donated step of stage `name` on a mesh of `devices`, ready to be compiled.
 
     Raises:
-      UserError: a mesh that does not fit the devices or the model, or settings that the platform lacks.
+      UserError: the mesh does not fit the devices or the model, or the platform does not support a setting.
     """
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
     cfg = backends.resolve(cfg, devices[0].platform)
@@ -55,7 +55,7 @@ def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered
 
 
 def step_of(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState]:
-    """The jitted, donated step of stage `name`, and the shapes of its state; `cfg` is resolved."""
+    """The jitted, donated step of stage `name`, and the shapes of its state. `cfg` has no "auto" settings left."""
     stage = cfg.stages[name]
     model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
     abstract = state.abstract_params(model, cfg, mesh, state.stage_dtypes(cfg, name))

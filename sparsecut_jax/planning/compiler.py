@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a training step. It is libtpu, and runs on a CPU machine."""
+"""Compiles a training step with the TPU compiler (libtpu), which runs on a CPU machine."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # it asks a cloud's server what machine this is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip here has to be locked
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server what machine this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to lock
     "TPU_LOG_DIR": "disabled",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """The compiler's refusal. `bytes`: what it says a chip would need, 0 where it does not."""
+    """The compiler's refusal. `bytes`: what it says a chip would need, 0 if it does not say."""
 
     reason: str
     bytes: float
 
 
 def prepare() -> None:
-    """To be called before JAX looks for devices: those that are asked for are not here."""
+    """Sets the environment. Call it before JAX initialises its devices, which are the CPU's."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     jax.config.update("jax_platforms", "cpu")
@@ -47,13 +47,13 @@ def check_installed() -> None:
     """Raises UserError if there is no TPU compiler."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}" brings it (it runs on a CPU '
-            "machine, no TPU is needed)"
+            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}" (it runs on a CPU machine, '
+            "no TPU is needed)"
         )
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Of a TPU topology, to compile for."""
+    """The devices of a TPU topology, to compile for."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -68,9 +68,14 @@ def devices(topology: Topology) -> list[Any]:
 def ask(
     cfg: Config, name: str, topology: Topology, expected: Bytes
 ) -> tuple[Bytes | TooLarge, list[Collective] | None]:
-    """Compiles the real step of stage `name`: what a chip holds, and what crosses the links.
+    """Compiles the real step of stage `name`.
 
-    expected: the estimate; how the compiler's temporaries are divided into kinds follows it.
+    Args:
+      cfg, name, topology: the step and the chips.
+      expected: the analytic estimate, by which the compiler's temporaries are divided into kinds.
+
+    Returns:
+      Memory per chip and the step's collectives; or the compiler's refusal and None.
     """
     with quiet():
         lowered = lower_step(cfg, name, devices(topology))
@@ -84,10 +89,10 @@ def ask(
 
 
 def divided(found: Any, expected: Bytes) -> Bytes:
-    """`memory_analysis()` by kinds. What arguments take beyond their numbers goes to code.
+    """`memory_analysis()` by kind of memory. Padding of the arguments counts as code.
 
-    Temporaries are what the peak has beside the arguments: the compiler accepts a program by that, and its
-    `temp_size_in_bytes`, which `allocated` counts, is more (docs/plan.md).
+    Temporaries are the peak minus the arguments, since the compiler accepts a program by its peak. `temp_size_in_bytes`,
+    which goes into `allocated`, is larger (docs/plan.md).
     """
     temporary = float(found.peak_memory_in_bytes - found.argument_size_in_bytes)
     gradients = min(expected.gradients, temporary)
@@ -103,7 +108,7 @@ def divided(found: Any, expected: Bytes) -> Bytes:
 
 
 def too_large(message: str) -> TooLarge:
-    """From the compiler's text; its first sentence says what is too large, in units of 2^10."""
+    """Parses the compiler's message, whose first sentence gives the sizes in units of 2^10."""
     first = " ".join(message.split("RESOURCE_EXHAUSTED:")[-1].split("\n")[0].split())
     units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     sizes = [float(n) * units[unit] for n, unit in re.findall(r"([\d.]+)([KMGT])\b", first)]
@@ -112,7 +117,7 @@ def too_large(message: str) -> TooLarge:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What libtpu's C++ writes to stderr goes nowhere, unless the block fails with something that is not expected."""
+    """Discards what libtpu's C++ code writes to stderr, unless the block raises an unexpected error."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

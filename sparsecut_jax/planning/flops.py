@@ -1,9 +1,9 @@
-"""Model FLOPs of a training step, counted from the parameters' shapes: 2 x rows x inputs x outputs of every product.
+"""Model FLOPs of a training step, counted from the parameters' shapes: 2 x rows x inputs x outputs of every matmul.
 
-Counted are the matrix products of weights and of attention; attention whole, not its causal half. Norms, activations,
-softmax, rotations and the optimizer are left out: together they stay below 3 % of what the compiler counts
-(tests/test_planning_flops.py). A product has up to two more in backward: the gradient of its weight, if that is
-trained, and the gradient of its input, if anything before it is.
+Matmuls with weights and those of attention are counted, attention in full rather than its causal half. Norms,
+activations, softmax, rotary embeddings and the optimizer are left out: together they stay below 3 % of what the compiler
+counts (tests/test_planning_flops.py). In the backward pass a matmul has up to two more: the gradient of its weight, if
+that is trained, and the gradient of its input, if anything before it is trained.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sparsecut_jax.settings import Config
 PARTS = ("vision", "fusion", "llm", "loss")
 Shapes = dict[str, tuple[int, ...]]
 
-# Every parameter in the order in which the model meets it, and the rows that a matrix is multiplied with (`Rows`).
-# "scores" stands for attention's two products without weights, which come between the matrices beside it.
+# Every parameter in the order in which the model uses it, and which rows its matrix is multiplied with (`Rows`).
+# "scores" stands for attention's two matmuls without weights, in their place between the projections.
 ORDER: tuple[tuple[str, str], ...] = (
     (r"vision/patch_embedding/kernel", "patches"),
     (r"vision/(patch_embedding/bias|class_embedding|position_embedding|pre_norm/.*)", ""),
@@ -67,22 +67,22 @@ ORDER: tuple[tuple[str, str], ...] = (
     (r"llm/head_lora_a", "text"),
     (r"llm/head(_lora_b)?", "text"),
 )
-STACKS = ("vision/blocks/", "llm/layers/")  # parameters with a leading axis of layers, one run after the other
+STACKS = ("vision/blocks/", "llm/layers/")  # parameters with a leading layer axis, applied in sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows of the matrices that weights are multiplied with, in one step or micro-batch."""
 
-    patches: int  # tokens of all views
-    vit: int  # the same with class tokens
-    fused: int  # image tokens of the LLM, once for every level where levels share weights
-    crops: int  # what those are fused with
+    patches: int  # patch tokens of all views
+    vit: int  # the same plus class tokens
+    fused: int  # image tokens of the LLM, times the levels if these share the fusion's weights
+    crops: int  # hi-res tokens that these are fused with
     text: int  # B * T
 
     @classmethod
     def of(cls, cfg: Config, name: str, rows: int, seq_len: int) -> Rows:
-        """Of `rows` sequences of `seq_len` positions in stage `name`."""
+        """Counts for `rows` sequences of `seq_len` positions in stage `name`."""
         images = rows * slots_of(cfg, name)
         n, views = cfg.tokens_per_image, views_of(cfg.fusion)
         side = cfg.vision.image_size // cfg.vision.patch_size
@@ -98,15 +98,17 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product of a step, over all layers.
+    """A matmul of a step, over all layers.
 
     Attributes:
-      flops: of the forward product.
-      moved: numbers that it reads and writes beside its weights.
-      outputs: those among them that it writes.
-      weights: numbers in its weights; 0 for attention's own products.
-      more: products of the same size in backward.
-      again: how often forward is computed once more for backward (rematerialisation).
+      part: "vision", "fusion", "llm" or "loss".
+      path: path of its weight; ends in "scores" for attention's own matmuls.
+      flops: FLOPs of the forward pass.
+      moved: number of elements it reads and writes, without its weights.
+      outputs: how many of them it writes.
+      weights: number of elements of its weights; 0 for attention's own matmuls.
+      more: number of matmuls of the same size in the backward pass.
+      again: how often the forward matmul is recomputed for the backward pass (rematerialisation).
     """
 
     part: str
@@ -125,7 +127,7 @@ class Work:
 
     forward: float = 0.0
     backward: float = 0.0
-    again: float = 0.0  # forward products that backward computes once more; no model FLOPs
+    again: float = 0.0  # forward matmuls recomputed for backward; not part of model FLOPs
 
     def __add__(self, other: Work) -> Work:
         return Work(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
@@ -136,23 +138,30 @@ class Work:
 
 
 def slots_of(cfg: Config, name: str) -> int:
-    """Image slots of a sequence (M)."""
+    """Image slots per sequence (M)."""
     return cfg.stages[name].slots or cfg.data.max_images
 
 
 def levels_of(cfg: Config) -> int:
-    """Levels that are fused: the main feature's and the shortcuts'."""
+    """Number of fused levels: the main feature and those of the shortcuts."""
     return 1 + len(build_model(cfg).plan.levels)
 
 
 @functools.cache
 def place_of(path: str) -> int:
-    """Where the model meets a parameter."""
+    """Index in ORDER of a parameter."""
     return next(i for i, (pattern, _) in enumerate(ORDER) if re.fullmatch(pattern, path))
 
 
 def products(cfg: Config, name: str, shapes: Shapes, rows: int, seq_len: int) -> list[Product]:
-    """Of `rows` sequences of `seq_len` positions in stage `name`; `cfg` is resolved for its platform."""
+    """The matmuls of `rows` sequences of `seq_len` positions in stage `name`.
+
+    Args:
+      cfg: resolved for its platform, with no "auto" settings left.
+      name: the stage.
+      shapes: {path of a parameter: its shape}.
+      rows, seq_len: B and T.
+    """
     counts = Rows.of(cfg, name, rows, seq_len)
     trained = {path for path in shapes if any(re.fullmatch(p, path) for p in cfg.stages[name].trainable)}
     flow = Flow(shapes, trained)
@@ -182,7 +191,7 @@ def products(cfg: Config, name: str, shapes: Shapes, rows: int, seq_len: int) ->
 
 
 def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Numbers of inputs and outputs of a matrix; the heads of q, k, v and out are axes of their own."""
+    """Input and output width of a matrix; q, k, v and out have separate axes for heads."""
     if path.startswith(STACKS):
         shape = shape[1:]
     if path.startswith("fusion") and len(shape) in (3, 4) and not re.search(r"attention/[qkvo]", path):
@@ -193,7 +202,7 @@ def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _scores(cfg: Config, name: str, shapes: Shapes, flow: Flow, counts: Rows, rows: int, seq_len: int) -> list[Product]:
-    """Attention's products of queries with keys and of weights with values, of tower, fusion and LLM."""
+    """Attention's matmuls of queries with keys and of probabilities with values, in tower, fusion and LLM."""
 
     def product(path: str, layers: int, sequences: int, queries: int, keys: int, width: int) -> Product:
         flops = 4.0 * layers * sequences * queries * keys * width
@@ -215,14 +224,14 @@ def _scores(cfg: Config, name: str, shapes: Shapes, flow: Flow, counts: Rows, ro
 
 
 class Flow:
-    """Where gradients flow, from what is trained."""
+    """Where gradients flow, given the paths of the trained parameters."""
 
     def __init__(self, shapes: Shapes, trained: set[str]):
         self.shapes, self.trained = shapes, trained
         self.places = sorted(place_of(path) for path in trained)
 
     def inputs(self, path: str, tied: bool = False) -> float:
-        """Share of the layers in which the input of the product at `path` needs a gradient."""
+        """Share of the layers in which the input of the matmul at `path` needs a gradient."""
         place = len(ORDER) if tied else place_of(path)
         stack = next((prefix for prefix in STACKS if path.startswith(prefix)), None)
         if stack is None:
@@ -237,27 +246,27 @@ class Flow:
         return (layers - 1 + any(p < place for p in here)) / layers
 
     def through(self, part: str) -> bool:
-        """Whether backward runs through a part's layers."""
+        """Whether the backward pass runs through the layers of a part."""
         last = {"vision": "vision/blocks/fc2/kernel", "fusion": "fusion/fuse/projector/fc2/kernel"}
         return self.inputs(last.get(part, "llm/layers/scores")) > 0
 
 
 def _again(cfg: Config, product: Product, flow: Flow) -> float:
-    """How often backward computes a product's forward once more."""
+    """How often a matmul's forward pass is recomputed for the backward pass."""
     part, path = product.part, product.path
-    if part == "loss":  # training/losses.py says when
+    if part == "loss":  # see training/losses.py
         return float(cfg.mesh.fsdp != 1 and cfg.mesh.tensor == 1 and path in flow.trained)
     remat = getattr(cfg, part).remat
     if not path.startswith((*STACKS, "fusion/")) or not flow.through(part):
         return 0.0
     if remat == "dots":
         return float(path.endswith("scores"))
-    last = re.search(r"(fc2/kernel|down(/kernel|_lora_b))$", path)  # backward does not need its result
+    last = re.search(r"(fc2/kernel|down(/kernel|_lora_b))$", path)  # the backward pass does not need its result
     return float(remat in ("full", "offload") and not last)
 
 
 def work(found: list[Product]) -> dict[str, Work]:
-    """FLOPs by part, and their "total"."""
+    """{part: FLOPs}, and their sum as "total"."""
     by_part = dict.fromkeys(PARTS, Work())
     for p in found:
         by_part[p.part] += Work(p.flops, p.flops * p.more, p.flops * p.again)
@@ -265,7 +274,7 @@ def work(found: list[Product]) -> dict[str, Work]:
 
 
 def of_batch(cfg: Config, name: str, shapes: Shapes, slots: int) -> Callable[[int], float]:
-    """Function from the positions of a sequence to the model FLOPs of a batch of stage `name` with so many image slots."""
+    """A function from sequence length to the model FLOPs of a batch of stage `name` with `slots` image slots."""
     cfg = cfg.with_stage(name, slots=slots)
     rows = cfg.stages[name].batch_size
     return functools.cache(lambda t: work(products(cfg, name, shapes, rows, t))["total"].model)

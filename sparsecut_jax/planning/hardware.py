@@ -1,13 +1,13 @@
-"""The chips a run can be planned for, and what "v5e:8x8", "2*v5p:4x4x4", "h100:16" or "cpu:8" mean.
+"""The chips that a run can be planned for, and topologies such as "v5e:8x8", "2*v5p:4x4x4", "h100:16" or "cpu:8".
 
-Rates are the vendors' peak figures, per chip:
+Rates are the vendors' peak figures per chip: bf16 TFLOP/s, memory, its bandwidth in GB/s, interconnect, network.
   v5e   docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s bf16, 16 GB HBM, 819 GB/s, ICI 1,600 Gb/s (400 GB/s in both
         directions together), data centre network 6.4 Tb/s for 256 chips
   v5p   docs.cloud.google.com/tpu/docs/v5p: 459, 95 GiB, 2,765, ICI 4,800 Gb/s (1,200 GB/s), network 50 Gb/s a chip
   v6e   docs.cloud.google.com/tpu/docs/v6e: 918, 32 GB, 1,638, ICI 3,200 Gb/s (800 GB/s), network 25.6 Tb/s for 256
   h100  NVIDIA H100 SXM datasheet: 989 without sparsity, 80 GB, 3,350, NVLink 900 GB/s in both directions together;
         DGX H100: one network adapter of 400 Gb/s a GPU
-  h200  NVIDIA H200 SXM datasheet: 989, 141 GB, 4,800, the same links
+  h200  NVIDIA H200 SXM datasheet: 989, 141 GB, 4,800, the same interconnect
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Chip:
     """One kind of device.
 
     Attributes:
-      platform: as JAX calls it: "tpu", "gpu" or "cpu".
-      memory: bytes that a program may use; of TPUs what libtpu's compiler says it is.
-      flops: bf16 FLOP/s; 0: no vendor states it, so no time is given.
-      bandwidth: of the memory, bytes/s.
-      link: bytes/s into a chip from others of its slice or node.
-      network: bytes/s into a chip from other slices or nodes.
-      shapes: slices that exist; of GPUs and CPUs any number does.
-      node: GPUs that `link` joins.
+      platform: JAX's name: "tpu", "gpu" or "cpu".
+      memory: bytes that a program may use; for TPUs the figure that libtpu's compiler reports.
+      flops: peak bf16 FLOP/s; 0: not published, so no time is given.
+      bandwidth: memory bandwidth, bytes/s.
+      link: interconnect bandwidth into a chip from the others of its slice or node, bytes/s.
+      network: bandwidth into a chip from other slices or nodes, bytes/s.
+      shapes: existing slice shapes of TPUs; empty for GPUs and CPUs, of which any number is allowed.
+      node: GPUs per node, joined by `link`.
     """
 
     name: str
@@ -66,7 +66,7 @@ CHIPS = {
     )
 }
 KINDS = ", ".join(CHIPS)
-# what JAX calls them (`device_kind`)
+# JAX's names of the devices (`device_kind`)
 NAMES = {
     "v5e": r"TPU v5 ?(lite|e)",
     "v5p": r"TPU v5p?",
@@ -78,7 +78,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind: `slices` of them joined by the network (TPU slices, GPU nodes), each of `shape`."""
+    """Chips of one kind: `slices` TPU slices or GPU nodes of `shape` each, joined by the network."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -90,26 +90,26 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As the compiler calls one slice: "v5e:8x8"."""
+        """The compiler's name of one slice: "v5e:8x8"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def text(self) -> str:
-        """As a user writes it."""
+        """The topology as --topology takes it."""
         if self.chip.platform == "tpu":
             return (f"{self.slices}*" if self.slices > 1 else "") + self.name
         return f"{self.chip.name}:{self.chips}"
 
     @property
     def memory(self) -> float:
-        """Bytes that one chip's program may use; of CPU devices an equal share of this machine's memory."""
+        """Bytes that a program may use per chip; for CPU devices an equal share of this machine's memory."""
         return self.chip.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.chips
 
 
 def parse(text: str) -> Topology:
-    """Raises UserError for an unknown kind or a shape that does not exist."""
+    """The topology that `text` names. Raises UserError for an unknown kind of chip or a slice that does not exist."""
     if not text:
-        raise UserError(f"--topology is missing, for example --topology=v5e:8x8; known kinds: {KINDS}")
+        raise UserError(f"--topology is missing; for example --topology=v5e:8x8; known kinds: {KINDS}")
     match = re.fullmatch(r"(?:(\d+)\*)?([^:*]*)(?::(.*))?", text.strip().lower())
     slices, kind, shape = match.groups() if match else (None, text, None)
     if kind not in CHIPS:
@@ -133,19 +133,19 @@ def parse(text: str) -> Topology:
     number = int(shape) if shape and shape.isdigit() else 0
     if not 1 <= number <= 2**16 or slices or (chip.node and number > chip.node and number % chip.node):
         whole = f", up to {chip.node} or a multiple of it (whole nodes)" if chip.node else ""
-        stars = "; slices (2*) are TPUs'" if slices else ""
+        stars = "; only TPUs take a number of slices (2*)" if slices else ""
         raise UserError(f"--topology={text!r}: expected {kind}:N for N devices{whole}{stars}; for example {kind}:8")
     nodes = number // chip.node if chip.node and number > chip.node else 1
     return Topology(chip, (number // nodes,), nodes)
 
 
 def peak_flops(device_kind: str) -> float:
-    """bf16 FLOP/s of a device by its JAX name; 0 where no rate is known."""
+    """Peak bf16 FLOP/s of a device by its JAX name; 0 if unknown."""
     return next((CHIPS[chip].flops for chip, name in NAMES.items() if re.fullmatch(name, device_kind)), 0.0)
 
 
 def larger(topology: Topology) -> list[Topology]:
-    """Topologies of the same chip with more chips, the smallest first."""
+    """Larger topologies of the same chip, the smallest first."""
     chip = topology.chip
     if chip.platform == "tpu":
         found = [Topology(chip, tuple(map(int, shape.split("x")))) for shape in chip.shapes]

@@ -1,6 +1,6 @@
-"""Bytes of a training step on every chip, from shapes alone: what is there all the time, and what comes and goes.
+"""Estimates the memory of a training step per chip from shapes alone: state and temporaries.
 
-docs/plan.md says where the terms come from and how far they are off.
+docs/plan.md explains the terms and states their error.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training import state
 from sparsecut_jax.training.state import boxed_shapes, flatten
 
-Sizes = Mapping[str, int]  # of the mesh axes
+Sizes = Mapping[str, int]  # {mesh axis: size}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Per chip.
+    """Bytes per chip.
 
     Attributes:
       parameters, optimizer, batch: the step's arguments.
-      gradients: of what is trained, twice with accumulation.
-      activations: kept from forward to backward.
-      working: what the busiest moment needs besides: a layer's intermediates, gathered weights, logits.
-      code: of the program, and what arguments take beyond their numbers; 0 where it is not known.
-      allocated: all that the compiler lists, as if its temporaries shared less; 0 where it is not known.
+      gradients: gradients of the trained parameters, twice with accumulation.
+      activations: kept from the forward to the backward pass.
+      working: other temporaries at the peak: a layer's intermediates, gathered weights, logits.
+      code: the program, and padding of the arguments; 0 if unknown.
+      allocated: everything that the compiler lists, which is more than its peak; 0 if unknown.
     """
 
     parameters: float
@@ -64,17 +64,17 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """How many copies of each term are there at the busiest moment, by compiler; fitted to the first list of cases in
+    """Number of copies of each term at the peak, by compiler; fitted to the first list of cases in
     tests/planning_cases.py.
 
     Attributes:
-      layer: of the intermediates of a layer or block that backward computes again.
-      kept: of the same, where they were kept.
-      weights: of a layer's weights as they are collected for its work.
-      logits: of the float32 logits of a chunk.
-      words: of the head's matrix, where it is trained; else one, if it has to be collected.
-      last: of the intermediates of a layer, beside the loss.
-      update: of the trained parameters, while the optimizer updates them.
+      layer: a layer's or block's intermediates, if the backward pass recomputes them.
+      kept: the same, if they were kept.
+      weights: a layer's weights, gathered over fsdp.
+      logits: float32 logits of a chunk.
+      words: the head's matrix, if it is trained; otherwise one copy, if it has to be gathered.
+      last: a layer's intermediates during the loss.
+      update: the trained parameters while the optimizer updates them.
     """
 
     layer: float
@@ -94,10 +94,10 @@ CONSTANTS = {
 
 
 class Parameters:
-    """The parameters of a config in one of its stages, and what of them is on one chip of a mesh."""
+    """The parameters of a config in one of its stages, and their bytes per chip on a mesh."""
 
     def __init__(self, cfg: Config, name: str):
-        """cfg: resolved for its platform."""
+        """cfg: resolved for its platform, with no "auto" settings left."""
         model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
         self.boxed = boxed_shapes(model, cfg.data.max_images)
         self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
@@ -106,7 +106,7 @@ class Parameters:
         self._specs: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def specs(self, sizes: Sizes) -> dict[str, Any]:
-        """{path: PartitionSpec}. Raises UserError if a mesh of these sizes cannot split a parameter."""
+        """{path: PartitionSpec}. Raises UserError if a parameter cannot be sharded on a mesh of these sizes."""
         key = tuple(sizes[axis] for axis in sharding.MESH_AXES)
         if key not in self._specs:
             mesh = AbstractMesh(key, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(key))
@@ -115,9 +115,9 @@ class Parameters:
         return self._specs[key]
 
     def local(self, sizes: Sizes, wanted: Callable[[str], bool] = lambda path: True, gathered: str = "") -> float:
-        """Bytes on one chip of the parameters whose path is `wanted`.
+        """Bytes per chip of the parameters whose path is `wanted`.
 
-        gathered: a dtype: as a layer takes them for its work, collected over fsdp.
+        gathered: a dtype; if given, count them cast to it and gathered over fsdp, as a layer uses them.
         """
         total = 0.0
         for path, spec in self.specs(sizes).items():
@@ -129,14 +129,19 @@ class Parameters:
         return total
 
     def trains(self, part: str) -> bool:
-        """Whether anything of "vision", "fusion" or "llm" is trained."""
+        """Whether any parameter of a part ("vision", "fusion" or "llm") is trained."""
         return any(self.trained(path) for path in self.shapes if path.startswith(f"{part}/"))
 
 
 def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Parameters | None = None) -> Bytes:
-    """Of stage `name` on a mesh of `sizes`; `cfg` is resolved for `platform`.
+    """Bytes per chip in stage `name` on a mesh of `sizes`. Raises UserError if a parameter cannot be sharded on it.
 
-    found: the parameters, where they are known already.
+    Args:
+      cfg: resolved for `platform`, with no "auto" settings left.
+      name: the stage.
+      sizes: {mesh axis: size}.
+      platform: "tpu", "gpu" or "cpu"; selects the constants.
+      found: the parameters of the stage, if already known.
     """
     stage, constants, found = cfg.stages[name], CONSTANTS[platform], found or Parameters(cfg, name)
     ways, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
@@ -157,7 +162,7 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Paramet
     bank = len(build_model(cfg).plan.levels) * images * cfg.tokens_per_image * cfg.llm.width * itemsize
     activations += (1 + joined) * bank  # and its cotangent
 
-    # the busiest moment of backward: in an LLM layer, in the loss, or in a block of the tower
+    # the peak of the backward pass: in an LLM layer, in the loss, or in a block of the tower
     copies = lambda remat: constants.kept if remat == "none" else constants.layer
     whole = residuals.llm_layer(cfg, name, stage.seq_len, tensor, "none").each * rows
     weights = found.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers

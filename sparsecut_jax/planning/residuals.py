@@ -1,6 +1,6 @@
-"""What one layer keeps from forward to backward, read off JAX's own differentiation by shapes alone.
+"""What a layer keeps between forward and backward pass, read off JAX's own differentiation by shapes alone.
 
-A policy, an attention backend or a frozen weight changes it as it changes the real step; nothing is compiled.
+Remat policy, attention backend and frozen weights count as they do in the real step. Nothing is compiled.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sparsecut_jax.models.vit import Block
 from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, LoraConfig, VisionConfig
 from sparsecut_jax.training.state import flatten, unflatten
 
-# Only for the shapes of what it keeps: cuDNN's function asks the GPU what it can do, the other keeps the same.
+# cuDNN's function queries the GPU, so splash stands in for it: it keeps arrays of the same shapes.
 TRACED = {"cudnn": "splash"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps: `each` for every row or view, and `copies` of weights in the computation's dtype."""
+    """Bytes that a layer keeps: `each` per sequence, view or image, and `copies` of weights in the compute dtype."""
 
     each: float
     copies: float
@@ -40,7 +40,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What both kinds of layers depend on."""
+    """Settings that every kind of layer depends on."""
 
     dtype: str
     attention: str
@@ -49,9 +49,9 @@ class Setting:
 
 
 def llm_layer(cfg: Config, name: str, seq_len: int, tensor: int = 1, remat: str = "") -> Kept:
-    """Of a decoder layer in stage `name`, its heads and hidden units split `tensor` ways; `cfg` is resolved.
+    """What a decoder layer keeps per sequence in stage `name`, its heads and hidden units sharded `tensor` ways.
 
-    remat: a policy other than the config's.
+    cfg: with no "auto" settings left. remat: a policy other than the config's.
     """
     m, policy = cfg.llm, remat or cfg.llm.remat
     if policy == "offload":  # to the host
@@ -63,15 +63,17 @@ def llm_layer(cfg: Config, name: str, seq_len: int, tensor: int = 1, remat: str 
 
 
 def vision_block(cfg: Config, name: str, tensor: int = 1, remat: str = "") -> Kept:
-    """Of a block of the tower, for each view."""
+    """What a block of the tower keeps per view."""
     v = cfg.vision
     return _vision_block(_setting(cfg, name, remat or v.remat), dataclasses.replace(v, mlp_dim=v.mlp_dim // tensor))
 
 
 def fusion(cfg: Config, name: str) -> Kept:
-    """Of the fusion of all levels, for each image."""
+    """What the fusion of all levels keeps per image."""
     levels = 1 + len(build_model(cfg).plan.levels)
-    setting = dataclasses.replace(_setting(cfg, name, cfg.fusion.remat), attention="tiled")  # as much as others keep
+    setting = dataclasses.replace(
+        _setting(cfg, name, cfg.fusion.remat), attention="tiled"
+    )  # other backends keep as much
     return _fusion(setting, cfg.fusion, levels, cfg.tokens_per_image, cfg.vision.width, cfg.llm.width)
 
 
@@ -138,7 +140,7 @@ def _fusion(setting: Setting, config: FusionConfig, levels: int, tokens: int, ch
 
 
 def _leaves(setting: Setting, prefix: str, init: Callable, run: Callable, x: Any, *rest: Any) -> list[Any]:
-    """What backward needs of run(params, x, *rest) beside parameters and `rest`, which are there anyway."""
+    """What the backward pass of run(params, x, *rest) needs, other than parameters and `rest`, which exist anyway."""
     flat = flatten(nn.meta.unbox(jax.eval_shape(init, x, *rest)["params"]))
     trained = lambda path: any(re.fullmatch(pattern, prefix + path) for pattern in setting.trainable)
     moving = {path: leaf for path, leaf in flat.items() if trained(path)}
@@ -165,7 +167,7 @@ def _leaves(setting: Setting, prefix: str, init: Callable, run: Callable, x: Any
 
 
 def _kept(leaves: Callable[[int], list[Any]]) -> Kept:
-    """From the leaves of one row and of two: what grows with the rows, and what does not."""
+    """Compares the leaves for batches of one and two to tell what grows with the batch from what does not."""
     size = lambda found: sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in found)
     one, two = size(leaves(1)), size(leaves(2))
     return Kept(float(two - one), float(2 * one - two))

@@ -1,5 +1,5 @@
-"""The least time a step can take on a topology: its products at the peak rate, its bytes through memory, its bytes over
-the links. The largest of the three is the roofline; all are from stated rates (planning/hardware.py).
+"""The roofline of a step on a topology: the largest of the times for its matmuls, memory traffic, interconnect traffic
+and network traffic, each at the vendor's peak rate (planning/hardware.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ UPDATE = 7  # float32 numbers that Adam reads (p, m, v, g) and writes (p, m, v) 
 class Roofline:
     """Seconds of a step."""
 
-    compute: float  # with what rematerialisation computes again
+    compute: float  # recomputation included
     memory: float
-    links: float
+    links: float  # interconnect within a slice or node
     network: float  # between slices or nodes
 
     @property
@@ -39,14 +39,14 @@ class Roofline:
 def roofline(
     cfg: Config, name: str, topology: Topology, sizes: Sizes, found: list[Product], parameters: Parameters
 ) -> Roofline:
-    """Of the whole batch of stage `name`; `found` are its products, all rows together."""
+    """The roofline of a step of stage `name`; `found` are its matmuls over the whole batch."""
     chip, stage, chips = topology.chip, cfg.stages[name], topology.chips
-    itemsize, turns = jnp.dtype(cfg.dtype).itemsize, stage.accumulate
+    itemsize, micro_batches = jnp.dtype(cfg.dtype).itemsize, stage.accumulate
     trained = parameters.local(sizes, parameters.trained)
     flops = sum(p.flops * (1 + p.more + p.again) for p in found)
     moved = UPDATE * trained
     for p in found:
-        weights = p.weights / sizes["tensor"] * turns
+        weights = p.weights / sizes["tensor"] * micro_batches
         moved += (1 + p.more + p.again) * itemsize * (p.moved / chips + weights)
     through = {"links": 0.0, "network": 0.0}
     for axis, bytes_in in traffic(cfg, name, sizes, parameters, found).items():
@@ -60,13 +60,13 @@ def roofline(
 
 
 def traffic(cfg: Config, name: str, sizes: Sizes, parameters: Parameters, found: list[Product]) -> dict[str, float]:
-    """Bytes that come into a chip in a step, by the mesh axis they cross.
+    """Bytes that a chip receives in a step, by the mesh axis they cross.
 
-    fsdp: weights are collected for forward and once more for backward, gradients summed and scattered, in every turn.
-    data, replica: the gradients of a step are summed. tensor: activations are summed after attention and after the
-    MLP, forward, backward and where forward is computed again.
+    fsdp: weights are gathered for forward and again for backward, and gradients reduce-scattered, in every micro-batch.
+    data, replica: the gradients of a step are all-reduced. tensor: activations are all-reduced after attention and after
+    the MLP, in forward, backward and recomputation.
     """
-    turns, dtype = cfg.stages[name].accumulate, cfg.dtype
+    micro_batches, dtype = cfg.stages[name].accumulate, cfg.dtype
     share = lambda axis: (sizes[axis] - 1) / sizes[axis]
     parts = {p.part for p in found if p.more}
     backward = lambda path: path.split("/")[0] in parts
@@ -79,7 +79,7 @@ def traffic(cfg: Config, name: str, sizes: Sizes, parameters: Parameters, found:
     sums = sum(p.outputs * (1 + (p.more > 0) + p.again) for p in outputs)
     rows = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
     return {
-        "fsdp": gathered * share("fsdp") * turns,
+        "fsdp": gathered * share("fsdp") * micro_batches,
         "data": 2 * trained * share("data"),
         "replica": 2 * trained * share("replica"),
         "tensor": 2 * sums * jnp.dtype(dtype).itemsize / rows * share("tensor"),
@@ -87,6 +87,6 @@ def traffic(cfg: Config, name: str, sizes: Sizes, parameters: Parameters, found:
 
 
 def crosses(topology: Topology, sizes: Sizes, axis: str) -> bool:
-    """Whether an axis goes beyond a slice or node; the last axes of a mesh are laid closest together."""
+    """Whether a mesh axis spans several slices or nodes; the last axes of a mesh are the innermost."""
     axes = sharding.MESH_AXES[sharding.MESH_AXES.index(axis) :]
     return topology.slices > 1 and math.prod(sizes[a] for a in axes) > topology.chips // topology.slices

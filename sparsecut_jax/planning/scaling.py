@@ -1,4 +1,4 @@
-"""One config on several topologies side by side: what a chip does, moves and waits for as the chips grow in number."""
+"""Compares one config on several topologies: compute, memory and interconnect per chip as the number of chips grows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from sparsecut_jax.planning.tables import gib  # noqa: E402
 from sparsecut_jax.training.report import table  # noqa: E402
 
 COLORS = {"products": "#35618f", "memory": "#e8a35c", "links": "#b3262a"}
+LABELS = {"products": "matmuls", "memory": "memory", "links": "interconnect"}
 
 
 def row(plan: dict[str, Any]) -> dict[str, Any]:
-    """What is compared of one plan (planning/answer.py); all of one chip and one step, times in seconds.
+    """One plan (planning/answer.py) as a row of the comparison: figures per chip and step, times in seconds.
 
-    Links: what the compiled step collects and sums, where it was compiled, else the analytic count. Their share is of the
-    roofline, the longest of the three.
+    "links" is the interconnect: the collectives of the compiled step if it was compiled, else the analytic count.
+    "links_share" is relative to the roofline, the longest of the three times.
     """
     line, chips = plan["time"]["roofline"], plan["chips"]
     seconds = {"products": line["compute"], "memory": line["memory"]}
@@ -41,11 +42,15 @@ def row(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def recommended(plan: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """{flags, bytes, seconds} of the setting to take: the fastest by the compiled step, where any was compiled.
+    """{flags, bytes, seconds} of the recommended setting: the fastest compiled one, if any was compiled.
 
-    The analytic model does not know what a compiler collects twice. seconds: of the plan's own setting.
+    Compiled steps come first, because the analytic model does not know what the compiler gathers twice.
+
+    Args:
+      plan: a plan of `planning/answer.py`.
+      seconds: roofline of the plan's own setting.
     """
-    own = {"flags": "as it is", "bytes": plan["bytes_per_chip"]["total"], "seconds": seconds}
+    own = {"flags": "unchanged", "bytes": plan["bytes_per_chip"]["total"], "seconds": seconds}
     found = [own] if plan["bytes_per_chip"]["fits"] and plan["collectives"] else []
     options = plan.get("search", {}).get("options", [])
     for option in options:
@@ -57,18 +62,18 @@ def recommended(plan: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def text(plans: list[dict[str, Any]]) -> str:
-    """The plans as one table, and the settings that are recommended for each."""
+    """The plans as one table, and the recommended settings for each."""
     head = [
         "topology",
-        "rows",
+        "sequences",
         "GiB",
         "model TFLOP",
         "memory GB",
-        "links GB",
-        "products s",
+        "interconnect GB",
+        "matmul s",
         "memory s",
-        "links s",
-        "links / roofline",
+        "interconnect s",
+        "interconnect / roofline",
     ]
     found = [row(plan) for plan in plans]
     rows = [
@@ -80,7 +85,7 @@ def text(plans: list[dict[str, Any]]) -> str:
         for r in found
     ]  # fmt: skip
     by = "compiled step" if any(plan["collectives"] for plan in plans) else "analytic model"
-    lines = ["of one chip in a step:", "", table(head, rows), "", f"recommended, by the roofline of the {by}:"]
+    lines = ["per chip and step:", "", table(head, rows), "", f"recommended, by the roofline of the {by}:"]
     return "\n".join([*lines, *(f"  {r['topology']:<12} {_recommended(r['recommended'])}" for r in found)])
 
 
@@ -91,24 +96,24 @@ def _recommended(setting: dict[str, Any]) -> str:
 
 
 def save(path: str | os.PathLike, plans: list[dict[str, Any]]) -> None:
-    """Draws seconds a step by cause, and bytes a chip, over the number of chips."""
+    """Draws the terms of the roofline and the memory per chip over the number of chips, and writes a PNG file."""
     found = [row(plan) for plan in plans]
     chips = [str(r["chips"]) for r in found]
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4), dpi=120, layout="constrained")
     for key, color in COLORS.items():
-        times.plot(chips, [r["seconds"][key] for r in found], marker="o", color=color, label=key)
-    times.set(xlabel="chips", ylabel="seconds a step", ylim=(0, None), title="a chip's products, memory and links")
+        times.plot(chips, [r["seconds"][key] for r in found], marker="o", color=color, label=LABELS[key])
+    times.set(xlabel="chips", ylabel="seconds per step", ylim=(0, None), title="terms of the roofline, per chip")
     times.legend(frameon=False)
     bytes_.bar(chips, [r["bytes"] / 2**30 for r in found], color="#6ba3c7")
     bytes_.axhline(
-        plans[0]["bytes_per_chip"]["memory"] / 2**30, color=COLORS["links"], linestyle="--", label="of a chip"
+        plans[0]["bytes_per_chip"]["memory"] / 2**30, color=COLORS["links"], linestyle="--", label="memory of a chip"
     )
-    bytes_.set(xlabel="chips", ylabel="GiB a chip", title="bytes")
+    bytes_.set(xlabel="chips", ylabel="GiB per chip", title="memory needed")
     bytes_.legend(frameon=False)
     for axes in (times, bytes_):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{plans[0]['config']}, stage {plans[0]['stage']}, {found[0]['rows'] / found[0]['chips']:g} rows a chip"
+        f"{plans[0]['config']}, stage {plans[0]['stage']}, {found[0]['rows'] / found[0]['chips']:g} sequences per chip"
     )
     figure.savefig(path)
     plt.close(figure)

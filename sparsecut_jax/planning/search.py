@@ -1,4 +1,4 @@
-"""What would make a step fit: meshes, rematerialisation and accumulation, tried on the analytic model."""
+"""Searches meshes, remat policies and accumulation for settings that fit, on the analytic model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 
 POLICIES = ("none", "dots", "full", "offload")
-MOST_TENSOR = 8  # beyond, every layer waits for its sums
+MOST_TENSOR = 8  # beyond that, the all-reduces in every layer dominate
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A setting that was tried.
+    """A candidate setting.
 
     Attributes:
-      accumulate: micro-batches of a step.
-      seconds: of the roofline; 0 where no peak rate is stated.
-      flops: of a step, what is computed again included.
+      sizes: size of each mesh axis.
+      remat: remat policy of the LLM.
+      accumulate: micro-batches per step.
+      bytes: memory per chip.
+      seconds: roofline of a step; 0 if no peak rate is published.
+      flops: FLOPs of a step, recomputation included.
     """
 
     sizes: Sizes
@@ -41,13 +44,13 @@ class Option:
 
     @property
     def flags(self) -> str:
-        """As the command line takes it, but for the stage's accumulation."""
+        """The setting as command line flags, without the stage's accumulation."""
         axes = [f"--config.mesh.{axis}={n}" for axis, n in self.sizes.items() if axis != "replica" or n > 1]
         return " ".join([*axes, f"--config.llm.remat={self.remat}"])
 
 
 def search(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> list[Option]:
-    """Settings that fit, one for each mesh, the fastest first. The batch of a step stays what it is."""
+    """Settings that fit, the best one for each mesh, the fastest first. The batch size of a step does not change."""
     best: dict[tuple, Option] = {}
     for option in options(cfg, name, topology, parameters):
         key = tuple(option.sizes.values())
@@ -57,14 +60,14 @@ def search(cfg: Config, name: str, topology: Topology, parameters: Parameters) -
 
 
 def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> Iterator[Option]:
-    """Every setting that the model and the batch can be split by."""
+    """All candidate settings whose mesh and accumulation divide the model and the batch."""
     platform, batch = topology.chip.platform, cfg.stages[name].batch_size
     policies = [remat for remat in POLICIES if remat != "offload" or platform != "cpu"]
-    turns = [n for n in range(1, batch + 1) if batch % n == 0 and n & (n - 1) == 0]
+    micro_batches = [n for n in range(1, batch + 1) if batch % n == 0 and n & (n - 1) == 0]
     for remat in policies:
         found = step_products(with_settings(cfg, name, remat=remat), name, parameters)
         total = flops.work(found)["total"]
-        for sizes, accumulate in itertools.product(meshes(topology), turns):
+        for sizes, accumulate in itertools.product(meshes(topology), micro_batches):
             tried = with_settings(cfg, name, sizes, accumulate, remat)
             try:
                 sharding.check_mesh(dataclasses.replace(tried, run_stages=(name,)), sizes)
@@ -76,13 +79,13 @@ def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) 
 
 
 def step_products(cfg: Config, name: str, parameters: Parameters) -> list[flops.Product]:
-    """Of the whole batch."""
+    """The matmuls of a step, over all micro-batches."""
     stage = cfg.stages[name]
     return flops.products(cfg, name, parameters.shapes, stage.batch_size, stage.seq_len)
 
 
 def meshes(topology: Topology) -> Iterator[Sizes]:
-    """Sizes of the mesh axes that multiply to the chips; replica runs over the slices of TPUs."""
+    """Mesh sizes whose product is the number of chips; on TPUs, replica is the number of slices."""
     replica = topology.slices if topology.chip.platform == "tpu" else 1
     chips = topology.chips // replica
     for tensor in (n for n in (1, 2, 4, 8) if n <= MOST_TENSOR and chips % n == 0):
@@ -91,7 +94,7 @@ def meshes(topology: Topology) -> Iterator[Sizes]:
 
 
 def with_settings(cfg: Config, name: str, sizes: Sizes | None = None, accumulate: int = 1, remat: str = "") -> Config:
-    """The config with the settings of an option."""
+    """The config with the given mesh, accumulation and remat policy of the LLM."""
     return dataclasses.replace(
         cfg.with_stage(name, accumulate=accumulate),
         mesh=MeshConfig(**sizes) if sizes else cfg.mesh,
@@ -100,7 +103,7 @@ def with_settings(cfg: Config, name: str, sizes: Sizes | None = None, accumulate
 
 
 def smallest(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> tuple[Topology, Option] | None:
-    """The next larger topology of the same chip on which something fits, and what fits best there."""
+    """The next larger topology of the same chip on which a setting fits, and the best setting there."""
     for bigger in larger(topology):
         if found := search(cfg, name, bigger, parameters):
             return bigger, found[0]

@@ -1,8 +1,8 @@
-"""How many optimizer steps a stage takes, of which lengths, without its rows being read.
+"""Estimates how many optimizer steps a stage takes, and of which lengths, without reading its rows.
 
-LLaVA's mixes are known by their file names. Their lengths are drawn from the shape that docs/data.md describes: text
-beside an image log-normal around 180 tokens (a caption: around 20), text alone (6 % of the conversations) around 500.
-A plan of a few thousand such rows, made as a run makes its own, says how they fall into buckets or packed sequences.
+LLaVA's mixes are recognised by file name. Lengths are sampled from the distribution in docs/data.md: text beside an
+image log-normal around 180 tokens (a caption: around 20), text alone (6 % of the conversations) around 500. A batch plan
+of a few thousand such rows, made as in a run, shows how they fall into buckets or packed sequences.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 KNOWN = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
-DRAWN = 16_384  # rows of the plan that lengths are taken from
+DRAWN = 16_384  # number of sampled rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Of one stage.
+    """The steps of one stage.
 
     Attributes:
-      rows: of the dataset, None where nobody says; where that is from.
-      steps: of the whole stage; None without rows.
-      lengths: {positions of a sequence: share of the steps}.
-      slots: image slots of a sequence.
+      rows: rows of the dataset, None if unknown.
+      source: where `rows` comes from.
+      steps: optimizer steps of the whole stage; None if `rows` is unknown.
+      lengths: {positions per sequence: share of the steps}.
+      slots: image slots per sequence.
     """
 
     rows: int | None
@@ -42,20 +43,20 @@ class Steps:
 
 
 def steps_of(cfg: Config, name: str, rows: int = 0) -> Steps:
-    """Of stage `name`; rows: of its dataset, 0: those of a known file or of what config.data names."""
+    """The steps of stage `name`. rows: rows of its dataset; 0: those of a known file or of the source in config.data."""
     stage = cfg.stages[name]
     count, source = (rows, "--rows") if rows else _count(cfg, name)
     lengths = drawn(stage.rows, cfg.tokens_per_image, stage.seq_len)
     once = dataclasses.replace(stage, epochs=1.0, max_steps=0, batch_size=min(stage.batch_size, DRAWN // 8))
     plan = make_plan(lengths, [(np.arange(DRAWN), 1.0)], once, cfg.data.max_images, 0)
-    sequences = len(plan) * once.batch_size / DRAWN  # for each row
+    sequences = len(plan) * once.batch_size / DRAWN  # per row
     steps = stage.max_steps or (math.ceil(count * stage.epochs * sequences / stage.batch_size) if count else None)
     shares = collections.Counter(plan.lengths.values.tolist())
     return Steps(count, source, steps, {length: n / len(plan) for length, n in sorted(shares.items())}, plan.slots)
 
 
 def drawn(kind: str, image_tokens: int, seq_len: int) -> Lengths:
-    """Lengths of DRAWN rows of `kind`, "captions" or "conversations"."""
+    """Sampled lengths of DRAWN rows of `kind`, "captions" or "conversations"."""
     rng = np.random.default_rng(0)
     images = (rng.random(DRAWN) >= (0.06 if kind == "conversations" else 0)).astype(np.int32)
     middle, width = (180, 0.7) if kind == "conversations" else (20, 0.4)

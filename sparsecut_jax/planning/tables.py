@@ -1,4 +1,4 @@
-"""A plan (planning/answer.py) as text."""
+"""Prints a plan (planning/answer.py) as text tables."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ KINDS = {
     "batch": "batch",
     "gradients": "gradients",
     "activations": "activations kept for backward",
-    "working": "working memory",
+    "working": "other temporaries",
     "code": "program and padding",
 }
 PARTS = {"vision": "vision tower", "fusion": "fusion", "llm": "LLM", "loss": "loss", "total": "total"}
 LINES = {
-    "compute": "products at peak rate",
+    "compute": "matmuls at peak rate",
     "memory": "memory",
-    "links": "links in a {}",
+    "links": "interconnect in a {}",
     "network": "network between {}s",
 }
 
 
 def text(plan: dict[str, Any]) -> str:
-    """All tables of a plan."""
+    """All tables of a plan, as one string."""
     blocks = [heading(plan), bytes_table(plan), flops_table(plan)]
     if plan["time"]:
         blocks.append(time_table(plan))
@@ -39,13 +39,13 @@ def heading(plan: dict[str, Any]) -> str:
     s, chip = plan["settings"], plan["chip"]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if axis != "replica" or n > 1)
     ways = plan["chips"] // plan["mesh"]["tensor"]
-    turns = f", in {s['accumulate']} turns" if s["accumulate"] > 1 else ", no accumulation"
+    accumulation = f", {s['accumulate']} micro-batches" if s["accumulate"] > 1 else ", no accumulation"
     lines = [
         f"plan       {plan['config']}, stage {plan['stage']}, on {plan['topology']}",
         f"chips      {plan['chips']} x {chip['name']}, {gib(plan['bytes_per_chip']['memory'])} GiB each",
         f"mesh       {mesh}; {s['dtype']}, attention {s['attention']}; remat: LLM {s['llm_remat']}, fusion {s['fusion_remat']}, tower {s['vision_remat']}",
         f"batch      {s['batch_size']} sequences of {s['seq_len']:,} positions: "
-        f"{s['batch_size'] / s['accumulate'] / ways:g} on a chip at a time{turns}",
+        f"{s['batch_size'] / s['accumulate'] / ways:g} per chip at a time{accumulation}",
         *(f"note       {note}" for note in plan["notes"]),
     ]
     return "\n".join(lines)
@@ -59,11 +59,11 @@ def bytes_table(plan: dict[str, Any]) -> str:
     verdict = (
         f"fits: {f'{share:.1%}' if share >= 0.001 else 'below 0.1%'} of {gib(b['memory'])} GiB"
         if b["fits"]
-        else f"does not fit into {gib(b['memory'])} GiB"
+        else f"does not fit in {gib(b['memory'])} GiB"
     )
     if b["refusal"]:
         verdict += f"; the compiler says: {b['refusal']}"
-    return "\n".join([table([f"bytes per chip ({b['source']})", "GiB"], rows), "", f"  {verdict}"])
+    return "\n".join([table([f"memory per chip ({b['source']})", "GiB"], rows), "", f"  {verdict}"])
 
 
 def flops_table(plan: dict[str, Any]) -> str:
@@ -75,7 +75,7 @@ def flops_table(plan: dict[str, Any]) -> str:
         for part, label in PARTS.items()
         for w in [work[part]]
     ]
-    return table([f"model {unit} per step, all chips", "forward", "backward", "sum", "computed again"], rows)
+    return table([f"model {unit} per step, all chips", "forward", "backward", "sum", "recomputed"], rows)
 
 
 def time_table(plan: dict[str, Any]) -> str:
@@ -89,21 +89,21 @@ def time_table(plan: dict[str, Any]) -> str:
     rows.append([f"expected at {t['mfu']:.0%} MFU", f"{t['seconds'] / size:.3f}"])
     if crossing := plan["collectives"]:
         parts = ", ".join(f"{kind} {moved / 1e9:.1f}" for kind, moved in crossing["bytes"].items())
-        rows.append([f"links, by the compiled step ({parts} GB into a chip)", f"{crossing['seconds'] / size:.3f}"])
+        rows.append([f"interconnect, compiled step ({parts} GB per chip)", f"{crossing['seconds'] / size:.3f}"])
     positions = plan["settings"]["seq_len"]
     lines = [table([f"{unit} per step", ""], rows), ""]
-    lines.append(f"  {t['tokens_per_second']:,.0f} tokens/s, all {positions:,} positions of a sequence counted")
+    lines.append(f"  {t['tokens_per_second']:,.0f} tokens/s, counting all {positions:,} positions of a sequence")
     if t["asked_mfu"] > t["mfu"]:
-        lines.append(f"  --mfu={t['asked_mfu']:g} is more than the roofline allows: {t['mfu']:.3g} is assumed")
+        lines.append(f"  --mfu={t['asked_mfu']:g} is more than the roofline allows; {t['mfu']:.3g} is assumed")
     if t["steps"]:
         rows_text = f"{t['rows']:,} rows ({t['rows_from']}), " if t["rows"] else ""
         mean = sum(length * share for length, share in t["lengths"].items())
         lines.append(
-            f"  {rows_text}{t['steps']:,} steps of {mean:,.0f} positions a sequence on average: {duration(t['hours'])}, "
+            f"  {rows_text}{t['steps']:,} steps of {mean:,.0f} positions per sequence on average: {duration(t['hours'])}, "
             f"{t['chip_hours']:,.3g} chip-hours" + (f"; costs {t['price']:,.2f}" if "price" in t else "")
         )
     else:
-        lines.append("  hours for the dataset: give --rows=N")
+        lines.append("  for the hours of a whole run, set --rows=N")
     return "\n".join(lines)
 
 
@@ -114,7 +114,7 @@ def search_table(plan: dict[str, Any]) -> str:
         if found["larger"]:
             option = found["larger"]["option"]
             line += (
-                f"; {found['larger']['topology']} would do, {gib(option['bytes'])} GiB a chip with {option['flags']}"
+                f"; {found['larger']['topology']} would, with {gib(option['bytes'])} GiB per chip and {option['flags']}"
             )
         return line
     size, unit = time_unit(max(option["seconds"] for option in found["options"]))
@@ -129,7 +129,7 @@ def search_table(plan: dict[str, Any]) -> str:
     if not any(map(compiled, found["options"])):
         del columns["compiled GiB"], columns[f"compiled {unit}"]
     rows = [[shown(option) for shown in columns.values()] for option in found["options"]]
-    return table(list(columns), rows) + "\n\n  settings are written --config.KEY=VALUE"
+    return table(list(columns), rows) + "\n\n  set them with --config.KEY=VALUE"
 
 
 def compiled(option: dict[str, Any]) -> str:
@@ -144,22 +144,22 @@ def gib(value: float) -> str:
 
 
 def line_labels(plan: dict[str, Any]) -> dict[str, str]:
-    """The terms of the roofline, as one speaks of the chips."""
+    """Labels of the roofline's terms: GPUs form nodes, TPUs slices."""
     group = "node" if plan["chip"]["platform"] == "gpu" else "slice"
     return {key: label.format(group) for key, label in LINES.items()}
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """The unit in which such times are written."""
+    """(divisor, unit) for printing times of this size."""
     return (1.0, "s") if seconds >= 0.1 else (1e-3, "ms")
 
 
 def duration(hours: float) -> str:
-    """Three digits of hours, minutes or seconds."""
+    """The duration in hours, minutes or seconds, to three digits."""
     unit, size = next(((u, s) for u, s in (("h", 1.0), ("min", 60.0)) if hours * s >= 1), ("s", 3600.0))
     return f"{hours * size:.3g} {unit}"
 
 
 def flops_unit(work: dict[str, dict[str, float]]) -> tuple[float, str]:
-    """The unit in which the FLOPs of a step are written."""
+    """(divisor, unit) for printing the FLOPs of a step."""
     return (1e12, "TFLOP") if work["total"]["forward"] >= 1e12 else (1e9, "GFLOP")
