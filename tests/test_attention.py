@@ -32,6 +32,14 @@ MASK = np.array([  # T = 4 queries, S = 5 keys
 ])  # fmt: skip
 
 
+def test_lengths_of_packed_texts():
+    """By segment; the branches of one share the length of the longest; padding has that of the first segment."""
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3, 3, 3]], np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 0, 1, 2, 3, 4, 2]], np.int32)
+    lengths = Packed(segments, None, positions, 3).lengths()
+    assert lengths.tolist() == [[3, 3, 3, 4, 4, 4, 4, 3], [1, 1, 5, 5, 5, 5, 5, 5]]
+
+
 @pytest.mark.parametrize("groups", [6, 3, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(groups, masked):

@@ -7,7 +7,7 @@ import pytest
 
 from golden_cases import CASES, N, load_case
 from sparsecut_jax.inference.decoding import encode_images, generate, until
-from tiny import IMAGE, make_batch
+from tiny import IMAGE, LONGROPE, Tiny, make_batch
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -56,6 +56,52 @@ def test_a_row_is_not_touched_by_the_others(tiny, prompts):
         encoded.rows(jnp.array(order)), 4,
     )  # fmt: skip
     np.testing.assert_array_equal(swapped, np.asarray(ids)[order])
+
+
+@pytest.fixture(scope="module")
+def longrope():
+    return Tiny.build(llm=dict(layers=3, rope=LONGROPE))
+
+
+# The first prompt is longer than original_length=12; the others outgrow it with their third, second and ninth token.
+PROMPTS = [[1, 5, IMAGE, 7, 9, 11], [1, 7, 3, 8, 5, 9, 2, 4, 6, 11], [1, IMAGE, 3], [1, 2, 3, 4]]
+PROMPT_LENGTHS = np.array([14, 10, 11, 4])
+
+
+def test_longrope_generates_what_full_passes_say(longrope):
+    """Logits of each new token are those of one pass over the text so far, across the length where factors change."""
+    new = 10
+    batch = make_batch(PROMPTS, length=16, slots=1)
+    encoded = encode_images(longrope.model, longrope.params, batch.views)
+    ids, logits = generate(
+        longrope.model, longrope.params, batch.tokens, PROMPT_LENGTHS, batch.image_start, encoded, new,
+        return_logits=True,
+    )  # fmt: skip
+    tokens = np.pad(batch.tokens, ((0, 0), (0, new)))
+    for row, n in enumerate(PROMPT_LENGTHS):
+        tokens[row, n : n + new] = ids[row]
+    places = np.arange(16 + new)
+    positions = np.broadcast_to(places, tokens.shape).astype(np.int32)
+    for i in range(new):
+        segments = (places < PROMPT_LENGTHS[:, None] + i).astype(np.int32)
+        full = longrope(batch.replace(tokens=tokens, segments=segments, branches=0 * tokens, positions=positions))
+        for row, n in enumerate(PROMPT_LENGTHS):
+            np.testing.assert_allclose(logits[row, i], full[row, n + i - 1], rtol=0, atol=2e-5, err_msg=f"{row} {i}")
+
+
+def test_longrope_of_a_row_depends_on_no_other_and_not_on_the_room(longrope):
+    batch = make_batch(PROMPTS, length=16, slots=1)
+    encoded = encode_images(longrope.model, longrope.params, batch.views)
+    together, _ = generate(
+        longrope.model, longrope.params, batch.tokens, PROMPT_LENGTHS, batch.image_start, encoded, 10
+    )
+    for row, n in enumerate(PROMPT_LENGTHS):
+        for new in (1, 5, 10):
+            alone, _ = generate(
+                longrope.model, longrope.params, batch.tokens[row : row + 1, :n], PROMPT_LENGTHS[row : row + 1],
+                batch.image_start[row : row + 1], encoded.rows(np.array([row])), new,
+            )  # fmt: skip
+            np.testing.assert_array_equal(alone[0], together[row, :new])
 
 
 def test_shortcuts_act_in_the_prefill_alone(tiny, prompts):

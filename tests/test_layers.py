@@ -14,6 +14,7 @@ from sparsecut_jax.models.layers import (
     rotary_table,
     rotate,
 )
+from sparsecut_jax.settings import RopeConfig
 from tiny import params_of
 
 
@@ -55,6 +56,18 @@ def test_rotary_depends_on_distances_only():
     q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
     at = lambda x, p: rotate(x, rotary_table(np.array([[p]], np.int32), 8, 10000.0))
     close((at(q, 7) * at(k, 3)).sum(), (at(q, 14) * at(k, 10)).sum())
+
+
+def test_longrope_takes_the_factors_of_each_text_by_its_own_length():
+    """Width 4, theta 100, original length 8: frequencies 1, 1/10, divided by 2, 4 or by 5, 10; cos and sin times 3."""
+    rope = RopeConfig("longrope", original_length=8, short_factor=(2, 4), long_factor=(5, 10), attention_factor=3)
+    positions, lengths = np.array([[6, 7], [6, 7]], np.int32), np.array([[8], [9]])
+    cos, sin = rotary_table(positions, 4, 100.0, rope, lengths)
+    angles = np.array([[[3, 0.15], [3.5, 0.175]], [[1.2, 0.06], [1.4, 0.07]]])
+    close(cos, 3 * np.cos(angles)[:, :, None], atol=1e-6)
+    close(sin, 3 * np.sin(angles)[:, :, None], atol=1e-6)
+    cos, _ = rotary_table(positions, 4, 100.0, rope, np.array([[8, 9], [9, 8]]))  # packed: each position its own
+    close(cos, 3 * np.cos(np.where([[[0], [1]], [[1], [0]]], angles[1], angles[0]))[:, :, None], atol=1e-6)
 
 
 def test_layer_norm():

@@ -11,7 +11,7 @@ import reference
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.sparsecut import build_model
-from tiny import IMAGE, PLAN, N, Tiny, make_batch, params_of, tiny_config
+from tiny import IMAGE, LONGROPE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 
 ROWS = [
     [1, 5, IMAGE, 7, 8, 9, 10],
@@ -230,6 +230,21 @@ def test_segments_equal_separate_rows(tiny):
     together, separate = tiny(packed)[0], tiny(apart)
     close(together[:cut], separate[0, :cut])
     close(together[cut:end], separate[1, : end - cut])
+
+
+def test_longrope_looks_at_each_text_alone():
+    """A text within the original length (12) beside one beyond it, in a row and in a batch, and each by itself."""
+    model = Tiny.build(llm=dict(layers=3, rope=LONGROPE))
+    short, long = [1, 40, 5, 6, 9], [1, *range(20, 33)]
+    packed, batch = make_batch([[*short, *long]]), make_batch([short, long])
+    packed.segments[0, 5:19], packed.positions[0, 5:19] = 2, np.arange(14)
+    batch.positions[:] *= batch.segments  # as in training: padding has position 0
+    together, separate = model(packed)[0], model(batch)
+    for n, here, row in ((5, together[:5], 0), (14, together[5:19], 1)):
+        close(here, separate[row, :n])
+        close(here, model(make_batch([(short, long)[row]], length=n))[0])
+    cut = make_batch([long[:12]])
+    assert np.abs(model(cut)[0, :12] - separate[1, :12]).max() > 0.1  # the two sets of factors differ
 
 
 # --- pixels, parameters, generation ---

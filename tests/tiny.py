@@ -23,6 +23,9 @@ from sparsecut_jax.types import Batch, UserError
 IMAGE = -200  # in a row of word ids: an image goes here, N positions long
 N = 9
 PLAN = ((4, 0), (2, 3), (0, 6))  # shortcuts of the default config
+LONGROPE = dict(
+    kind="longrope", original_length=12, short_factor=(1.0, 1.1, 1.3, 1.6), long_factor=(1.2, 2.5, 5.0, 9.0)
+)
 
 
 def tiny_config(**groups: dict[str, Any]) -> Config:

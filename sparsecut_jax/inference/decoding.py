@@ -39,6 +39,12 @@ def generate(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Continues every row until an end token or `max_new_tokens`.
 
+    A row depends on nothing but its own prompt and images: not on the other rows, and not on `max_new_tokens`. That holds
+    for longrope too, whose frequencies change where a text outgrows `rope.original_length`: the logits of a token are
+    always those of one forward pass over the row so far, with the factors of that length. The row is therefore read again,
+    once, when its text reaches `original_length + 1` tokens, as transformers does for Phi-3 (`prepare_inputs_for_generation`
+    drops the cache there); vLLM instead decides once, by its max_model_len.
+
     Args:
       tokens: int32[B, T] prompts padded on the right; length: int32[B] their lengths.
       image_start: int32[B, M]; encoded: one image row per prompt. Shortcuts act in the prefill only.
@@ -51,6 +57,8 @@ def generate(
     b, t = tokens.shape
     key = jax.random.key(0) if key is None else key
     stop = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
+    rope = model.llm_config.rope
+    may_outgrow = rope.kind == "longrope" and t + max_new_tokens > rope.original_length
     cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
     slots = jnp.arange(t + max_new_tokens)
     first, cache = model.apply({"params": params}, tokens, length, image_start, encoded, cache, method="prefill")
@@ -76,7 +84,22 @@ def generate(
         logits, cache = model.apply(
             {"params": params}, jnp.maximum(token, 0), length + i, visible, cache, method="decode"
         )
+        if may_outgrow:
+            outgrown = ~done & (length + i == rope.original_length)  # the new token is the first one beyond
+            read = lambda: read_again(out, length + i + 1, t + i, visible, logits, cache, outgrown)
+            logits, cache = jax.lax.cond(outgrown.any(), read, lambda: (logits, cache))
         return i + 1, logits, done, out, cache, kept
+
+    def read_again(out, lengths, last, visible, logits, cache, rows):
+        """Logits and cache with those of `rows`, bool[B], made anew from the prompts and `out`."""
+        text = jnp.concatenate([tokens, jnp.maximum(out, 0)], 1)
+        positions = jnp.where(slots < t, slots, length[:, None] + slots - t)
+        inputs = (text, positions, visible, jnp.full(b, last), lengths, image_start, encoded)
+        empty = cache.replace(length=jnp.zeros_like(cache.length))
+        new_logits, new = model.apply({"params": params}, *inputs, empty, method="read")
+        choose = lambda new, old: jnp.where(rows[:, None, None, None], new, old)
+        cache = cache.replace(k=choose(new.k, cache.k), v=choose(new.v, cache.v))
+        return jnp.where(rows[:, None], new_logits, logits), cache
 
     out = jnp.full((b, max_new_tokens), stop[0], jnp.int32)
     kept = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None

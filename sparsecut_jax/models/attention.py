@@ -45,6 +45,12 @@ class Packed:
         rows = lambda x: None if x is None else (x, x)
         return _visible(rows(self.segments), rows(self.branches), rows(self.positions), 0, window)
 
+    def lengths(self) -> jax.Array:
+        """int32[B, T], length of the text at each position: one more than the last rotary position of its segment."""
+        mine = self.segments[:, None, :] == jnp.arange(1, self.most + 1)[:, None]
+        lengths = jnp.where(mine, self.positions[:, None, :] + 1, 0).max(-1)
+        return jnp.take_along_axis(lengths, jnp.maximum(self.segments - 1, 0), axis=1)
+
 
 Sight = jax.Array | Packed | None
 

@@ -114,27 +114,30 @@ def rotary_table(
     head_dim: int,
     theta: float,
     rope: RopeConfig = RopeConfig(),
-    reach: jax.Array | int = 0,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32[B, T, 1, head_dim / 2], of int32 positions[B, T] (RoFormer, arXiv 2104.09864).
 
-    reach: int32[], positions of the longest text; longrope takes its long factors above `rope.original_length`.
-
-    Stretched as Hugging Face's ROPE_INIT_FUNCTIONS do: linear (arXiv 2306.15595), llama3 (Llama 3.1), longrope
+    Scaled as Hugging Face's ROPE_INIT_FUNCTIONS do: linear (arXiv 2306.15595), llama3 (Llama 3.1), longrope
     (arXiv 2402.13753).
+
+    Args:
+      lengths: int32[B, 1] or [B, T], the length of the text that each position belongs to. Only longrope reads it: texts
+        longer than `rope.original_length` get the long factors at all their positions, others the short ones.
     """
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.kind == "linear":
         frequency /= rope.factor
     elif rope.kind == "llama3":
-        # By how often a frequency turned in the original length: seldom -> divided, often -> kept, between -> blended.
-        turns = rope.original_length * frequency / (2 * jnp.pi)
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        # By the rotations within the original length: few -> divided, many -> kept, between -> blended.
+        rotations = rope.original_length * frequency / (2 * jnp.pi)
+        kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         kept = jnp.clip(kept, 0, 1)
         frequency *= kept + (1 - kept) / rope.factor
     elif rope.kind == "longrope":
         short, long = jnp.array(rope.short_factor, jnp.float32), jnp.array(rope.long_factor, jnp.float32)
-        frequency /= jnp.where(reach > rope.original_length, long, short)
+        is_long = (lengths > rope.original_length)[..., None, None]
+        frequency = frequency / jnp.where(is_long, long, short)  # [B, 1 or T, 1, head_dim / 2]
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 

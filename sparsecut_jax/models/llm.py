@@ -218,6 +218,7 @@ class Decoder(nn.Module):
         bank: jax.Array | None = None,
         image_start: jax.Array | None = None,
         cache: Cache | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """Runs all layers.
 
@@ -227,6 +228,8 @@ class Decoder(nn.Module):
           sight: what each position may see: Packed, or bool[B, T, S] with S = T or the length of the cache.
           bank, image_start: the shortcuts' sources [R, B, M, N, D] and where they go; None for none.
           cache: to read and extend, in generation.
+          lengths: int32[B, 1] or [B, T], length of the text at each position, which decides the factors of longrope
+            (`rotary_table`); None: of each segment, or row, as far as it goes.
 
         Returns:
           hidden [B, T, D] after the final norm (`logits` turns it into words), the cache, and
@@ -237,11 +240,11 @@ class Decoder(nn.Module):
         if cache is not None:
             keys = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.length))
             cache = cache.replace(positions=keys)
-        # In generation the room in the cache counts, so that all keys of a text are rotated alike.
-        reach = positions.max() + 1 if cache is None else keys.shape[1]
+        if lengths is None and cfg.rope.kind == "longrope":
+            lengths = sight.lengths() if isinstance(sight, Packed) else positions.max(1, keepdims=True) + 1
         distance = positions[:, :, None] - keys[:, None, :]
         context = Context(
-            table=rotary_table(positions, cfg.head_dim, cfg.rope_theta, cfg.rope, reach),
+            table=rotary_table(positions, cfg.head_dim, cfg.rope_theta, cfg.rope, lengths),
             sight=sight,
             distance=None if isinstance(sight, Packed) or not cfg.sliding_window else distance,
             bank=bank,

@@ -114,19 +114,47 @@ class SparseCut(nn.Module):
         b, t = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         real = positions < length[:, None]
+        return self.read(tokens, positions, real, length - 1, length, image_start, encoded, cache)
+
+    def read(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        real: jax.Array,
+        last: jax.Array,
+        length: jax.Array,
+        image_start: jax.Array,
+        encoded: Encoded,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads texts with images into the cache from its beginning.
+
+        Args:
+          tokens: int32[B, T]; positions: int32[B, T], rotary ones; real: bool[B, T], False at padding.
+          last: int32[B], where in T each text ends; length: int32[B], its number of tokens.
+
+        Returns:
+          float32[B, W] logits of the position after `last`, and the cache.
+        """
+        t = tokens.shape[1]
         mask = jnp.tril(jnp.ones((t, t), bool)) & real[:, None, :]
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[3] - t)))
         x = self.embed(tokens, image_start, encoded)
-        x, cache, _ = self.llm(x, positions, mask, encoded.bank, image_start, cache)
-        last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+        x, cache, _ = self.llm(x, positions, mask, encoded.bank, image_start, cache, length[:, None])
+        last = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.llm.logits(last)[:, 0], cache
 
     def decode(
         self, token: jax.Array, position: jax.Array, visible: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """One more token: int32[B] at rotary position int32[B], seeing `visible`, bool[B, S] of the cache."""
+        """Reads one more token, int32[B], at rotary position int32[B], which sees `visible`, bool[B, S], of the cache.
+
+        Returns float32[B, W] logits of the position after it, and the cache. The keys of earlier positions stay as they
+        are, also where longrope asks for other factors from this token on: `inference/decoding.py` sees to that.
+        """
         x = self.llm.embed(token[:, None], self.dtype)
-        x, cache, _ = self.llm(x, position[:, None], visible[:, None, :], cache=cache)
+        lengths = position[:, None] + 1
+        x, cache, _ = self.llm(x, position[:, None], visible[:, None, :], cache=cache, lengths=lengths)
         return self.llm.logits(x)[:, 0], cache
 
 
