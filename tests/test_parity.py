@@ -62,10 +62,15 @@ def check_llm(loaded, io: dict, end: str = "") -> None:
     layers = loaded.cfg.llm.layers
     assert seen["hidden"].shape[0] == layers == len(expected) - 1
     close(seen["hidden"], expected[:-1])
+    check_greedy(loaded, ids, io, end)
+
+
+def check_greedy(loaded, ids: np.ndarray, io: dict, end: str) -> None:
     length, new = int(io[f"greedy_prompt_length{end}"]), io[f"greedy_ids{end}"].shape[1]
     encoded = Encoded(np.zeros((len(ids), 1, 16, loaded.cfg.llm.width), np.float32), None, np.float32(0))
     lengths = np.full(len(ids), length, np.int32)
-    got, _ = generate(loaded.model, loaded.params, ids[:, :length], lengths, batch.image_start, encoded, new)
+    start = np.full((len(ids), 1), -1, np.int32)
+    got, _ = generate(loaded.model, loaded.params, ids[:, :length], lengths, start, encoded, new)
     np.testing.assert_array_equal(got, io[f"greedy_ids{end}"])
 
 
@@ -86,3 +91,4 @@ def test_llm(name):
     check_llm(loaded, io)
     if name == "phi3_longrope":
         check_llm(loaded, io, "_long")
+        check_greedy(loaded, io["input_ids_long"][:, 7:], io, "_growing")

@@ -87,9 +87,12 @@ def llm(model: hf.PreTrainedModel, rng: Generator, length: int = 20, prompt: int
 
 
 def longrope(model: hf.PreTrainedModel, rng: Generator) -> dict:
-    """Up to 16 tokens have the short factors, the generated ones included, and more than 16 the long ones."""
+    """Up to 16 tokens have the short factors, the generated ones included, more than 16 the long ones; one text grows
+    from 13 tokens to 23."""
     short, long = llm(model, rng, 12, prompt=6), llm(model, rng, 24, prompt=20)
-    return short | {f"{name}_long": value for name, value in long.items()}
+    growing = greedy(model, long["input_ids"][:, 7:20], steps=10)
+    ends = {"_long": long, "_growing": growing}
+    return short | {f"{name}{end}": value for end, io in ends.items() for name, value in io.items()}
 
 
 def llava(model: hf.PreTrainedModel, rng: Generator) -> dict:
