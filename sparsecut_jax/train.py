@@ -180,6 +180,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
             plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
+        results["cut_answers"] = {name: cut for name, (cut, _) in bad_samples.cut.items() if cut}
         if cfg.eval.test and source.tests:
             run = Run(cfg.workdir, step, cfg, mesh, build_model(here, dtype), params, tokenizer, pictures)
             results |= report_accuracy(run, source)
@@ -233,6 +234,7 @@ def make_stage_plan(
     if progress:
         progress.close()
     bad_samples.add(name, walked.bad, len(split), write=hosts.first())
+    bad_samples.cut[name] = walked.cut_counts
     return stage_plan(name, walked, split, cfg.stages[name], cfg)
 
 
@@ -275,6 +277,11 @@ def print_data(
     if counted := bad_samples.counts():
         listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
         print(f"left out   {listing}: {bad_samples.path}")
+    for s in spans:
+        answers, rows = bad_samples.cut[s.name]
+        if answers:
+            print(f"cut        {s.name}: answers that do not fit into seq_len={s.stage.seq_len}: {answers:,}, in {rows:,} "
+                  "of the rows")  # fmt: skip
     print(flush=True)
 
 

@@ -27,8 +27,9 @@ from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
 from sparsecut_jax.data.walk import walk
 from sparsecut_jax.settings import StageConfig
-from sparsecut_jax.train import train
+from sparsecut_jax.train import make_stage_plan, print_data, train
 from sparsecut_jax.training.bad_samples import BadSamples
+from sparsecut_jax.training.loop import StageSpan
 from sparsecut_jax.types import UserError
 
 STAGE = StageConfig(template="qa", seq_len=32, batch_size=8, epochs=1.0)
@@ -99,7 +100,8 @@ def test_check_finds_every_fault(folder, tmp_path):
     wrong = 13 * EACH
     told = json.loads((tmp_path / "run" / "data_check.json").read_text())
     # The good rows differ in a number; the faults that can be read as rows are written EACH times.
-    assert told["counts"] == {**IMAGE_FAULTS, **ROW_FAULTS, "duplicate": 7 * (EACH - 1)}
+    assert told["counts"] == {**IMAGE_FAULTS, **ROW_FAULTS}
+    assert (told["warnings"], told["cut_answers"]) == ({"duplicate": 7 * (EACH - 1)}, 0)
     assert err == f"error: {wrong} of {GOOD + wrong} rows have something wrong with them\n"
     assert told["rows"] == GOOD + wrong
     first = {}
@@ -108,7 +110,7 @@ def test_check_finds_every_fault(folder, tmp_path):
     assert first["broken_image"]["row"] == 1 and first["too_large_image"]["row"] == 25
     byte = (folder / "rows.jsonl").read_bytes().index(b"\xff")
     assert first["text"]["reason"] == f"{folder}/rows.jsonl row 73: it is not UTF-8: byte {byte} of the file"
-    for cause, count in told["counts"].items():
+    for cause, count in {**told["counts"], **told["warnings"]}.items():
         assert f"{cause}, first {min(3, count)} of {count}:" in out
 
 
@@ -119,8 +121,7 @@ def test_check_finds_every_fault(folder, tmp_path):
 def test_check_without_opening_images(opened, tmp_path, look, counts):
     with pytest.raises(Exit):
         check_rows(opened.readers, look, str(tmp_path))
-    told = json.loads((tmp_path / "data_check.json").read_text())["counts"]
-    assert {cause: told[cause] for cause in told if cause != "duplicate"} == counts
+    assert json.loads((tmp_path / "data_check.json").read_text())["counts"] == counts
 
 
 def test_check_of_good_rows(tmp_path, capsys):
@@ -129,6 +130,44 @@ def test_check_of_good_rows(tmp_path, capsys):
     check_rows(opened.readers, "decode", str(tmp_path))
     assert "nothing is wrong" in capsys.readouterr().out
     assert json.loads((tmp_path / "data_check.json").read_text())["rows"] == 24
+
+
+@pytest.fixture(scope="module")
+def warned(tmp_path_factory):
+    """Three rows: one loses two of its three answers, one is there twice."""
+    folder = tmp_path_factory.mktemp("warned")
+    long = {"id": "long", "conversations": row(0, None, "q")["conversations"] * 3}
+    long["conversations"][2] = {"from": "human", "value": "a word " * 20}
+    (folder / "rows.json").write_text(json.dumps([long, row(1, None, "q"), row(1, None, "q")]))
+    settings = {"data.holdout": 0, "run_stages": ("instruct",)}
+    return open_data(config_lib.check(runs.small(folder, folder, set=settings)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_warnings_are_errors_on_request(warned, tmp_path, capsys, strict):
+    source = warned.readers["instruct"].split.parts[0].name
+    if strict:
+        with pytest.raises(Exit) as caught:
+            check_rows(warned.readers, "none", str(tmp_path), strict=True)
+        assert (caught.value.code, str(caught.value)) == (2, "2 of 3 rows have something wrong with them")
+    else:
+        check_rows(warned.readers, "none", str(tmp_path))
+    out = capsys.readouterr().out
+    assert f"  {source} row 0 (id 'long'): 2 of 3 answers do not fit into seq_len=32 of stage instruct\n" in out
+    assert f"  {source} row 2 (id '1'): the same as {source} row 1\n" in out
+    assert ("no row is broken; --strict makes the warnings errors" in out) is not strict
+    told = json.loads((tmp_path / "data_check.json").read_text())
+    one, none = {"cut": 1, "duplicate": 1}, {}
+    assert (told["counts"], told["warnings"]) == ((one, none) if strict else (none, one))
+    assert (told["rows"], told["cut_answers"]) == (3, 2)
+    assert [(bad["cause"], bad["row"]) for bad in told["bad"]] == [("cut", 0), ("duplicate", 2)]
+
+
+def test_stats_tell_what_is_cut(warned, capsys):
+    stats(warned.readers, warned.cfg)
+    assert "cut: 2 answers, in 1 of the rows, do not fit into seq_len\n" in capsys.readouterr().out
+    told = json.loads(Path(warned.cfg.workdir, "data_stats.json").read_text())["instruct"]
+    assert (told["cut_answers"], told["cut_rows"], told["left_out"]) == (2, 1, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,6 +279,15 @@ def test_above_the_limit_the_run_stops(folder, tmp_path):
     assert "config.data.max_bad_fraction=0.001 allows 0; all are in " in sentence
 
 
+def test_a_run_says_at_its_start_what_is_cut(warned, tmp_path, capsys):
+    cfg, reader, samples = warned.cfg, warned.readers["instruct"], BadSamples(str(tmp_path), 0.0)
+    plan = make_stage_plan("instruct", reader, dataclasses.replace(cfg, workdir=str(tmp_path)), warned.source, samples)
+    assert samples.cut == {"instruct": (2, 1)} and samples.counts() == {}
+    span = StageSpan("instruct", cfg.stages["instruct"], 0, 1)
+    print_data(warned.source, [span], {"instruct": plan}, samples)
+    assert "\ncut        instruct: answers that do not fit into seq_len=32: 2, in 1 of the rows\n" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # from a shell
 
@@ -248,6 +296,7 @@ SMALL = ["--config.data.scenes.train=8", "--config.data.scenes.test=2", "--confi
 
 WRONG = [
     (["check", "--source=x"], "--source is a flag of build, not of check; check reads --config.data.source"),
+    (["stats", "--strict"], "--strict is a flag of check, not of stats"),
     (["speed", "--workers=1,a"], "--workers='1,a': expected numbers from 0 to 256"),
     (["speed", "--workers=-1"], "--workers='-1': expected numbers from 0 to 256"),
     (["check", "--config=configs/base.py"], "--config is given 2 times"),

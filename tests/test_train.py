@@ -80,6 +80,7 @@ def test_a_run_leaves_everything_in_its_workdir(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
     assert results["step"] == 12
     assert results["bad_samples"] == {"broken_image": 1, "missing_image": 1}
+    assert results["cut_answers"] == {}
     assert results["rows/holdout/count"] == 16  # 8 held-out rows, 2 questions each
     assert 0 <= results["rows/holdout/accuracy"] <= 1
     lines = [line for line in read_metrics(str(unbroken)) if "loss" in line]

@@ -6,7 +6,8 @@
     python -m sparsecut_jax.data speed --config=configs/base.py
     python -m sparsecut_jax.data build --source=rows.json --images=DIR --out=DATASET
 
-check walks every row and says what is wrong with which (exit code 2 if anything is). stats tells lengths, images per row
+check walks every row and says what is wrong with which (exit code 2 if anything is;
+duplicates and answers that do not fit are warnings, and errors with --strict). stats tells lengths, images per row
 and how full batches are. preview draws the first sequences of a stage as the model gets them. speed reads batches and
 tells images and tokens a second by number of worker processes. build writes a TFDS dataset of ArrayRecord files, which
 config.data.source then names; images keep the bytes they have. What the others write goes to the config's workdir.
@@ -40,7 +41,7 @@ FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
 # flag -> the commands that read it
 FLAGS_OF = {
-    "look": ("check",), "stage": ("preview", "speed"), "workers": ("speed",), "seconds": ("speed",),
+    "look": ("check",), "strict": ("check",), "stage": ("preview", "speed"), "workers": ("speed",), "seconds": ("speed",),
     "count": ("preview",), "source": ("build",), "images": ("build",), "out": ("build",), "skip_bad": ("build",),
 }  # fmt: skip
 
@@ -121,7 +122,7 @@ def main(command: str) -> None:
     make_folder("config.workdir", cfg.workdir)
     opened = open_data(cfg)
     if command == "check":
-        check_rows(opened.readers, FLAGS.look, cfg.workdir)
+        check_rows(opened.readers, FLAGS.look, cfg.workdir, FLAGS.strict)
     elif command == "stats":
         stats(opened.readers, opened.cfg)
     else:
@@ -149,6 +150,7 @@ def run() -> None:
     flags.DEFINE_enum(
         "look", "decode", ("none", "stat", "decode"), "check: open the images, look if they are there, or not."
     )
+    flags.DEFINE_boolean("strict", False, "check: duplicates and answers beyond seq_len are errors, not warnings.")
     flags.DEFINE_string("stage", "", "preview, speed: the stage whose batches are read; left out: the last one.")
     flags.DEFINE_list("workers", ["0", "1", "2"], "speed: numbers of worker processes to try.")
     flags.DEFINE_float("seconds", 10, "speed: time for each of them.", lower_bound=0.1, upper_bound=3600)

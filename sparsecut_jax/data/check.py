@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from sparsecut_jax.cli import Exit, shown
-from sparsecut_jax.data.parts import Split
+from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.walk import Bad, Encoders, Look, RowEncoder, walk
 from sparsecut_jax.training.report import Progress, table
@@ -18,16 +18,22 @@ from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import CAUSES
 
 SHOWN = 3  # examples of each cause
-MEANING = {**CAUSES, "duplicate": "the same images and words as an earlier row"}
+WARNINGS = {
+    "cut": "answers that do not fit into seq_len and are left out",
+    "duplicate": "the same images and words as an earlier row",
+}
 
 
-def check_rows(readers: dict[str, Reader], look: Look, workdir: str) -> None:
+def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: bool = False) -> None:
     """Walks all rows of all stages, prints what is wrong and writes it to data_check.json.
+
+    Args:
+      strict: whether a warning, a row of which the run leaves something out or that it sees twice, is an error too.
 
     Raises:
       Exit: 2, something is wrong.
     """
-    began, found, rows = time.monotonic(), [], 0
+    began, found, rows, answers = time.monotonic(), [], 0, 0
     looked: set[int] = set()
     for split, encoders in sorted(_by_rows(readers), key=lambda group: -len(group[0])):
         pictures = {id(part.pictures) for part in split.parts}
@@ -36,25 +42,35 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str) -> None:
         walked = walk(split, encoders, "none" if pictures <= looked else look, digests=True, progress=progress.update)
         progress.close()
         looked |= pictures
-        found += walked.bad + _duplicates(split, walked.digests)
+        found += walked.bad + _cut(split, encoders, walked.cut) + _duplicates(split, walked.digests)
         rows += len(split)
+        answers += int(walked.cut.sum())
     seconds = time.monotonic() - began
-    counts = dict(collections.Counter(bad.cause for bad in found).most_common())
+    counts = collections.Counter(bad.cause for bad in found)
+    warnings = {} if strict else {cause: counts.pop(cause) for cause in WARNINGS if cause in counts}
+    counts = dict(counts.most_common())
     path = os.path.join(workdir, "data_check.json")
-    listed = [dataclasses.asdict(bad) for bad in found]
-    write_json(path, {"rows": rows, "seconds": seconds, "look": look, "counts": counts, "bad": listed})
+    told = {"rows": rows, "seconds": seconds, "look": look, "counts": counts, "warnings": warnings}
+    write_json(path, {**told, "cut_answers": answers, "bad": [dataclasses.asdict(bad) for bad in found]})
     how = {"none": "images not looked at", "stat": "images looked for, not opened", "decode": "every image opened"}
     print(f"{rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} a second), {how[look]}")
     if not found:
         print("nothing is wrong")
         return
-    print(table(["cause", "rows", "meaning"], [[cause, f"{n:,}", MEANING[cause]] for cause, n in counts.items()]))
-    for cause in counts:
+    meaning = {**CAUSES, **WARNINGS, "cut": f"{WARNINGS['cut']}: {answers:,} answers"}
+    for heading, some in (("cause", counts), ("warning", warnings)):
+        if some:
+            print(table([heading, "rows", "meaning"], [[cause, f"{n:,}", meaning[cause]] for cause, n in some.items()]))
+    for cause, n in {**counts, **warnings}.items():
         examples = [bad for bad in found if bad.cause == cause][:SHOWN]
-        print(f"\n{cause}, first {len(examples)} of {counts[cause]:,}:")
+        print(f"\n{cause}, first {len(examples)} of {n:,}:")
         print("\n".join(f"  {shown(bad.reason)}" for bad in examples))
     print(f"\nall of them: {path}")
-    raise Exit(2, f"{len({bad.key for bad in found}):,} of {rows:,} rows have something wrong with them")
+    if not counts:
+        print("no row is broken; --strict makes the warnings errors")
+        return
+    wrong = len({bad.key for bad in found if bad.cause in counts})
+    raise Exit(2, f"{wrong:,} of {rows:,} rows have something wrong with them")
 
 
 def _by_rows(readers: dict[str, Reader]) -> list[tuple[Split, Encoders]]:
@@ -70,15 +86,28 @@ def _by_rows(readers: dict[str, Reader]) -> list[tuple[Split, Encoders]]:
     return [(split, Encoders(encoders)) for split, encoders in groups]
 
 
+def _cut(split: Split, encoders: Encoders, cut: np.ndarray) -> list[Bad]:
+    """Rows that lose answers. `cut`: int32[n], how many."""
+    stages = encoders.stages.items()
+    lengths = " or ".join(f"{encoder.seq_len} of stage {name}" for name, encoder in stages)
+    found = []
+    for i in np.flatnonzero(cut).tolist():
+        part, local = split.find(i)
+        answers = len(part.row(local)["conversations"]) // 2
+        found.append(_warning(part, local, "cut", f"{cut[i]} of {answers} answers do not fit into seq_len={lengths}"))
+    return found
+
+
 def _duplicates(split: Split, digests: np.ndarray) -> list[Bad]:
     """Rows whose digest an earlier row of the split has."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     found = []
     for i in np.flatnonzero((first[inverse] != np.arange(len(digests))) & (digests != 0)).tolist():
-        part, local = split.find(i)
         other, place = split.find(int(first[inverse[i]]))
-        same = f"{other.name} row {other.number(place)}"
-        row = part.row(local)
-        reason = f"{part.name} row {part.number(local)} (id {row.get('id', '?')!r}): the same as {same}"
-        found.append(Bad(part.name, part.number(local), str(row.get("id", "")), "duplicate", reason))
+        found.append(_warning(*split.find(i), "duplicate", f"the same as {other.name} row {other.number(place)}"))
     return found
+
+
+def _warning(part: Part, local: int, cause: str, what: str) -> Bad:
+    row = part.row(local)
+    return Bad(part.name, part.number(local), str(row.get("id", "")), cause, f"{part.label(local, row)}: {what}")

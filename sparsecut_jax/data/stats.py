@@ -41,6 +41,8 @@ def stats(readers: dict[str, Reader], cfg: Config) -> None:
         told = {
             "rows": len(split),
             "left_out": len(split) - len(usable),
+            "cut_answers": walked.cut_counts[0],
+            "cut_rows": walked.cut_counts[1],
             "text_only": float(np.mean(kept.images == 0)),
             "tokens": _summary(kept.tokens),
             "text_tokens": _summary(text),
@@ -64,6 +66,8 @@ def _print(name: str, stage: StageConfig, told: dict) -> None:
     print(
         f"\nstage {name}: {told['rows']:,} rows, {told['left_out']:,} left out, {told['text_only']:.1%} without an image"
     )
+    if told["cut_answers"]:
+        print(f"cut: {told['cut_answers']:,} answers, in {told['cut_rows']:,} of the rows, do not fit into seq_len")
     keys = ("min", "median", "mean", "p95", "max")
     rows = [[label, *(f"{told[key][k]:,.4g}" for k in keys)] for label, key in
             (("positions of a row", "tokens"), ("of them text", "text_tokens"), ("images of a row", "images"))]  # fmt: skip

@@ -125,6 +125,11 @@ class Walked:
     digests: np.ndarray
     cut: np.ndarray
 
+    @property
+    def cut_counts(self) -> tuple[int, int]:
+        """Answers that are cut, and the rows that lose them."""
+        return int(self.cut.sum()), int(np.count_nonzero(self.cut))
+
 
 def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> Plan:
     """The batches of stage `name`, of the rows that can be used. Raises UserError if there are none."""

@@ -17,6 +17,9 @@ class BadSamples:
     """Notes every bad row once per stage, over all starts of a run.
 
     Each process of several has a file of its own.
+
+    Attributes:
+      cut: by stage, how many answers its rows lose since they do not fit into seq_len, and how many rows lose some.
     """
 
     def __init__(self, workdir: str, max_fraction: float, process_index: int = 0, fresh: bool = False):
@@ -25,25 +28,26 @@ class BadSamples:
         self.path, self.max_fraction = os.path.join(workdir, name), max_fraction
         self.files = os.path.join(glob.escape(workdir), "bad_samples*.jsonl")
         self.noted: dict[str, dict[tuple[str, int], Bad]] = collections.defaultdict(dict)
-        self.cut = False  # whether the file ends within a line
+        self.torn = False  # whether the file ends within a line
+        self.cut: dict[str, tuple[int, int]] = {}
         if fresh:
             for path in [self.path] if process_index else glob.glob(self.files):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
         else:
-            self.cut = self._read(self.path)
+            self.torn = self._read(self.path)
 
     def _read(self, path: str) -> bool:
         """Takes over what a file says; returns whether it ends within a line."""
-        cut = False
+        torn = False
         with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
             for line in file:
-                cut = not line.endswith("\n")
+                torn = not line.endswith("\n")
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill has cut
                     fields = json.loads(line)
                     bad = Bad(**{field.name: fields[field.name] for field in dataclasses.fields(Bad)})
                     self.noted[fields["stage"]][bad.key] = bad
-        return cut
+        return torn
 
     def add(self, stage: str, found: list[Bad], rows: int, write: bool = True) -> None:
         """Notes the bad rows of a stage of `rows` rows; without `write`, those that are in another process's file.
@@ -55,10 +59,10 @@ class BadSamples:
         if new := {bad.key: bad for bad in found if bad.key not in noted}:
             if write:
                 with open(self.path, "a") as file:
-                    file.write("\n" if self.cut else "")
+                    file.write("\n" if self.torn else "")
                     lines = ({"stage": stage, **dataclasses.asdict(bad)} for bad in new.values())
                     file.writelines(json.dumps(line) + "\n" for line in lines)
-                self.cut = False
+                self.torn = False
             noted.update(new)
         if all(bad.cause == "too_long" for bad in found):
             return
