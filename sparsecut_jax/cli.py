@@ -7,25 +7,30 @@ saving, 4 training diverged, 5 another process of the run is gone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
+import shlex
 import sys
 import traceback
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import absl.logging
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from sparsecut_jax import checks, config_files, hosts, platforms, watch
+from sparsecut_jax import checks, config_files, help_text, hosts, platforms, watch
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.settings import Config
+from sparsecut_jax.settings import Config, DataConfig
 from sparsecut_jax.types import UserError
 
+HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
+_word = ""  # behind a command that is several: "check" of data check
 PLATFORM = flags.DEFINE_enum("require_platform", None, ["tpu", "gpu", "cpu"], "Refuse to run on other devices.")
 
 
@@ -37,26 +42,64 @@ class Exit(Exception):
         self.code = code
 
 
-def define_config() -> None:
-    """Defines --config, a file that can be overridden key by key."""
+def define_config(workdir: bool = True) -> None:
+    """Defines --config, a file that can be overridden key by key, and --print_config.
+
+    workdir: also --workdir, for commands that have no flag of that name with another meaning.
+    """
     config_flags.DEFINE_config_file(
         "config", None, "File in configs/, with arguments behind a colon.", lock_config=True
     )
+    flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and exit.")
+    if workdir:
+        flags.DEFINE_string("workdir", None, "Short for --config.workdir.")
 
 
-def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
+def command_word() -> str:
+    """The word behind a command that is several, taken out of sys.argv; "" where there is none."""
+    global _word
+    _word = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    return _word
+
+
+def shell_line(*args: str) -> str:
+    """What one types to run this command with other arguments."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"python -m {module.name.removesuffix('.__main__')}" if module else os.path.basename(sys.argv[0])
+    return f"{name} {shlex.join(args)}"
+
+
+def need(*examples: str) -> None:
+    """Raises UserError, which says what to type, where flags are missing; each is given with an example of its value."""
+    lacking = [each for each in examples if not flags.FLAGS[each.partition("=")[0].lstrip("-")].value]
+    if lacking:
+        names = " and ".join(each.partition("=")[0] for each in lacking)
+        line = shell_line(*([_word] if _word else []), *sys.argv[1:], *lacking)
+        raise UserError(f"{names} {'is' if len(lacking) == 1 else 'are'} missing; for example: {line}")
+
+
+def run(
+    command: Callable[[], None],
+    doc: str,
+    resumes: bool = False,
+    words_of: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+) -> None:
     """Parses the flags, runs the command, and turns its errors into a sentence and an exit code.
 
-    resumes: the same command, given again, goes on where it was interrupted.
+    Args:
+      resumes: the same command, given again, goes on where it was interrupted.
+      words_of: for flags that only some of a command's words read: these words.
     """
-    wants_help = any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in sys.argv[1:])
+    helps = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in HELP]
     debug = "--debug" in sys.argv
     _quiet(debug)
     try:
-        if wants_help:
-            print(_help(command, doc), flush=True)
+        if helps:
+            sys.argv = [arg for arg in sys.argv if arg not in helps]
+            print(_help(command, doc, helps[0].partition("=")[2], words_of), flush=True)
             return
         _parse()
+        _check_words(words_of)
         if not debug:  # parsing the flags has set absl's own level
             absl.logging.set_verbosity(absl.logging.FATAL)
         _keep_compiled()
@@ -91,17 +134,57 @@ def run(command: Callable[[], None], doc: str, resumes: bool = False) -> None:
         _fail(2, reason, debug)
 
 
-def typed_config(required: bool = True) -> Config:
-    """The checked config of --config and its overrides; all defaults where none is given and none `required`."""
+def typed_config(required: bool = True, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
+    """The checked config of --config and its overrides; all defaults where none is given and none `required`.
+
+    With --print_config it is printed, and the command ends.
+
+    change: what other flags change in it.
+    """
     raw = flags.FLAGS.config
-    if raw is None and not required and not _config_file():
-        return Config()
-    if raw is None:
-        file = _config_file()
-        if file:
-            raise UserError(f"config file {file!r}: get_config() returned None; it must return the config")
-        raise UserError("--config is missing; for example --config=configs/base.py")
-    return config_lib.check(raw)
+    if raw is None and _config_file():
+        raise UserError(f"config file {_config_file()!r}: get_config() returned None; it must return the config")
+    if required:
+        need("--config=configs/base.py")
+    cfg = change(Config() if raw is None else config_lib.check(raw))
+    if flags.FLAGS.print_config:
+        _print_config(cfg)
+        sys.exit(0)
+    return cfg
+
+
+def _print_config(cfg: Config) -> None:
+    """On stdout as JSON; on stderr whether sizes are those of the weights that config.init names."""
+    from sparsecut_jax.weights import pretrained  # here: it imports transformers
+
+    cfg, here, away = pretrained.resolve_here(cfg)
+    print(config_lib.to_json(cfg), flush=True)
+    for note, paths in {
+        "sizes are those of": here, "not on this machine, so the config's sizes are used": away
+    }.items():  # fmt: skip
+        if paths:
+            print(f"{note}: {', '.join(paths)}", file=sys.stderr)
+
+
+def _set_workdir() -> None:
+    """--workdir into the config. Raises UserError where --config.workdir says something else."""
+    given, raw = flags.FLAGS.workdir, flags.FLAGS.config
+    if given is None or raw is None:
+        return
+    other = config_flags.get_override_values(flags.FLAGS["config"]).get("workdir", given)
+    if other != given:
+        raise UserError(f"--workdir={given} and --config.workdir={other} are two folders; give one of them")
+    raw.workdir = given
+
+
+def _check_words(words_of: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a flag that is given and that the command's word does not read."""
+    known = set(itertools.chain(*words_of.values()))
+    for flag, words in words_of.items():
+        if _word in known and _word not in words and flags.FLAGS[flag].present:
+            of_data = flag in {field.name for field in dataclasses.fields(DataConfig)}
+            instead = f"{_word} reads --config.data.{flag}" if of_data else f"--help lists the flags of {_word}"
+            raise UserError(f"--{flag} is a flag of {' and '.join(words)}, not of {_word}; {instead}")
 
 
 def _parse() -> None:
@@ -111,8 +194,7 @@ def _parse() -> None:
         name, given, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and name.startswith("config."):
             config_lib.check_override(name, value if given else None)
-    dashed = "--require-platform"  # absl knows names with _ only
-    argv = [a.replace(dashed, "--require_platform", 1) if a.startswith(dashed) else a for a in sys.argv]
+    argv = [*sys.argv[:1], *map(_with_underscores, sys.argv[1:])]
     if file:
         ((at, value),) = _config_arguments()
         path = value.split(":", 1)[0]
@@ -149,7 +231,17 @@ def _parse() -> None:
                 raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; settings are written --config.key=value")
+        how = "settings are written --config.KEY=VALUE" if "config" in flags.FLAGS else "flags are written --NAME=VALUE"
+        raise UserError(f"unexpected argument {rest[1]!r}; {how} (--help lists them)")
+    if flags.FLAGS.find_module_defining_flag("workdir") == __name__:
+        _set_workdir()
+
+
+def _with_underscores(arg: str) -> str:
+    """--skip-bad as --skip_bad: absl's names have underscores, and people type both."""
+    name, given, value = arg.partition("=")
+    flag = name.lstrip("-").replace("-", "_")
+    return f"--{flag}{given}{value}" if name.startswith("-") and flag in flags.FLAGS else arg
 
 
 def _config_file() -> str | None:
@@ -183,24 +275,21 @@ def _cause(error: Exception, file: str | None) -> str:
     return f"{kind}: {said.removeprefix(f'{kind}: ')}{where}"
 
 
-def _help(command: Callable[[], None], doc: str) -> str:
-    """What --help prints: the command's docstring, its flags, and every setting with its default."""
+def _help(command: Callable[[], None], doc: str, search: str, words_of: Mapping[str, Sequence[str]]) -> str:
+    """What --help or --help=SEARCH prints."""
     modules = flags.FLAGS.flags_by_module_dict()  # absl calls a module that is run as a program by its file
     module = sys.argv[0] if command.__module__ == "__main__" else command.__module__
     own = [f for name in (module, __name__, hosts.__name__) for f in modules.get(name, [])]
-    lines = [doc.strip(), "", "flags:"]
-    lines += [f"  --{f.name:<18} {f.help}" for f in own]
-    if "config" in flags.FLAGS:
-        lines += ["", "settings and their defaults before the config file (sparsecut_jax/settings.py explains them):"]
-        lines += [f"  --config.{key}={value!r}" for key, value in _leaves(config_lib.default())]
-    return "\n".join(lines)
-
-
-def _leaves(tree: ConfigDict, prefix: str = "") -> list[tuple[str, object]]:
-    found: list[tuple[str, object]] = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [(prefix + key, value)]
-    return found
+    words = set(itertools.chain(*words_of.values()))
+    own = [f for f in own if _word not in words or _word in words_of.get(f.name, words)]
+    cfg, file = None, ""
+    if any(flag.name == "config" for flag in own):
+        cfg, file = Config(), _config_file() or ""
+        if file:
+            _parse()
+            cfg, file = config_lib.check(flags.FLAGS.config), flags.FLAGS["config"].config_filename
+    readers = {} if _word in words else words_of
+    return help_text.help_text(doc, own, readers, cfg, file, search)
 
 
 def _quiet(debug: bool) -> None:

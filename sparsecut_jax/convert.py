@@ -26,6 +26,7 @@ from absl import flags
 
 from sparsecut_jax import cli, sharding
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.checks import nearest
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.models.sparsecut import build_model
@@ -38,6 +39,13 @@ from sparsecut_jax.weights import adapter, export, load, verify
 from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
+EXAMPLES = {
+    "from-hf": ("--model=llava-hf/llava-1.5-7b-hf", "--out=runs/llava"),
+    "to-hf": ("--workdir=runs/base", "--out=exported"),
+}
+COMMANDS = tuple(EXAMPLES)
+WORDS_OF = dict.fromkeys(("config", "print_config", "model", *weights.PARTS, "tokenizer"), ("from-hf",))
+WORDS_OF |= dict.fromkeys(("workdir", "checkpoint", "as", "drop_shortcuts", "merge", "verify"), ("to-hf",))
 
 
 def from_hf(cfg: Config, out: str) -> load.Report:
@@ -113,8 +121,6 @@ def new_folder(path: str) -> Iterator[str]:
     Raises:
       UserError: there is something at `path` already.
     """
-    if not path:
-        raise UserError("--out is missing; for example --out=runs/joined")
     path = os.path.abspath(path)
     if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
         raise UserError(f"--out={path} is there already; choose another name, or remove it")
@@ -128,45 +134,51 @@ def new_folder(path: str) -> Iterator[str]:
 
 
 def main(command: str) -> None:
-    if command == "from-hf":
-        cfg = cli.typed_config(required=False)
-        given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
-        tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
-        init = dataclasses.replace(cfg.init, **given)
-        from_hf(
-            config_lib.check(dataclasses.asdict(dataclasses.replace(cfg, init=init, tokenizer=tokenizer))), FLAGS.out
+    if command not in COMMANDS:
+        got = f"unknown command {command!r}{nearest(command, COMMANDS)}" if command else "no command given"
+        reads, writes = (cli.shell_line(word, *args) for word, args in EXAMPLES.items())
+        raise UserError(
+            f"{got}; expected from-hf (reads weights, for example: {reads}) or to-hf (writes a run, for example: {writes}); "
+            "--help explains both"
         )
-    elif command == "to-hf":
-        if not FLAGS.workdir:
-            raise UserError("--workdir is missing; for example --workdir=runs/base")
+    if command == "from-hf":
+        cfg = cli.typed_config(required=False, change=with_flags)
+        if not any(getattr(cfg.init, part) for part in ("model", *weights.PARTS)):
+            raise UserError(f"no weights are named; for example: {cli.shell_line('from-hf', *EXAMPLES['from-hf'])}")
+        cli.need("--out=runs/joined")
+        from_hf(cfg, FLAGS.out)
+    else:
+        cli.need(*EXAMPLES["to-hf"])
         kind = getattr(FLAGS, "as")
         to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, kind, FLAGS.drop_shortcuts, FLAGS.merge, FLAGS.verify)
-    else:
-        raise UserError(f"{command or 'nothing'!r}: expected from-hf or to-hf; --help shows both")
+
+
+def with_flags(cfg: Config) -> Config:
+    """The config with the sources that from-hf's own flags name."""
+    given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
+    tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
+    cfg = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **given), tokenizer=tokenizer)
+    return config_lib.check(dataclasses.asdict(cfg))
 
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    # The word behind the command, and dashes in flags' names, as people type them.
-    command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    sys.argv[1:] = [
-        a.replace("drop-shortcuts", "drop_shortcuts", 1) if a.startswith("--drop") else a for a in sys.argv[1:]
-    ]
+    command = cli.command_word()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half-written goes
-    cli.define_config()
-    flags.DEFINE_string("model", "", "from-hf: a whole model, a folder or hub id in llava-hf layout or from to-hf.")
-    flags.DEFINE_string("vision", "", "from-hf: the vision tower, a folder, hub id, .safetensors or .onnx file.")
-    flags.DEFINE_string("llm", "", "from-hf: the LLM, a folder, hub id, .safetensors or .gguf file.")
-    flags.DEFINE_string("fusion", "", "from-hf: the projector of LLaVA or SparseCut, a .safetensors file.")
-    flags.DEFINE_string("tokenizer", "", "from-hf: folder of the tokenizer; left out: the LLM's.")
+    cli.define_config(workdir=False)
+    flags.DEFINE_string("model", "", "A whole model, a folder or hub id in llava-hf layout or from to-hf.")
+    flags.DEFINE_string("vision", "", "The vision tower, a folder, hub id, .safetensors or .onnx file.")
+    flags.DEFINE_string("llm", "", "The LLM, a folder, hub id, .safetensors or .gguf file.")
+    flags.DEFINE_string("fusion", "", "The projector of LLaVA or SparseCut, a .safetensors file.")
+    flags.DEFINE_string("tokenizer", "", "Folder of the tokenizer; left out: the LLM's.")
     flags.DEFINE_string("out", "", "Folder to write; must not be there yet.")
-    flags.DEFINE_string("workdir", "", "to-hf: workdir of a run, or from from-hf.")
-    flags.DEFINE_string("checkpoint", "latest", "to-hf: latest, best or a step.")
-    flags.DEFINE_enum("as", "auto", export.KINDS, "to-hf: what to write.")
-    flags.DEFINE_boolean("drop_shortcuts", False, "to-hf: write a llava although shortcuts are lost, another model.")
-    flags.DEFINE_boolean("merge", False, "to-hf: add a run's adapters to the linears beside which they stand.")
-    flags.DEFINE_boolean("verify", False, "to-hf: load what was written, and compare parameters and logits.")
-    cli.run(lambda: main(command), __doc__)
+    flags.DEFINE_string("workdir", "", "Workdir of a run, or from from-hf.")
+    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+    flags.DEFINE_enum("as", "auto", export.KINDS, "What to write.")
+    flags.DEFINE_boolean("drop_shortcuts", False, "Write a llava although shortcuts are lost, another model.")
+    flags.DEFINE_boolean("merge", False, "Add a run's adapters to the linears beside which they stand.")
+    flags.DEFINE_boolean("verify", False, "Load what was written, and compare parameters and logits.")
+    cli.run(lambda: main(command), __doc__, words_of=WORDS_OF)
 
 
 if __name__ == "__main__":

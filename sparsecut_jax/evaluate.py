@@ -64,8 +64,7 @@ def print_accuracy(test: str, results: dict[str, float | int]) -> dict[str, floa
 
 
 def main() -> None:
-    if not FLAGS.workdir:
-        raise UserError("--workdir is missing; for example --workdir=runs/base")
+    cli.need("--workdir=runs/base")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     print(f"{FLAGS.workdir}, step {run.step}, on {jax.device_count()} x {jax.devices()[0].device_kind}")
     with jax.set_mesh(run.mesh):

@@ -10,18 +10,15 @@ from __future__ import annotations
 from absl import flags
 
 from sparsecut_jax import cli
-from sparsecut_jax.inference.answering import answer, check_asked
+from sparsecut_jax.inference.answering import answer, check_asked, check_local
 from sparsecut_jax.inference.run import load_run
-from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    if not FLAGS.workdir:
-        raise UserError("--workdir is missing; for example --workdir=runs/base")
-    if not FLAGS.prompt:
-        raise UserError('--prompt is missing; for example --prompt="what color is the shape?"')
+    cli.need("--workdir=runs/base", "--prompt=what color is the shape?")
+    check_local(FLAGS.image)
     check_asked(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template, dashes="--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)

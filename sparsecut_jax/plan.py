@@ -27,6 +27,7 @@ FLAGS = flags.FLAGS
 
 def plan(cfg: Config) -> None:
     # ------------------------------------------------------------------ the questions
+    cli.need("--topology=v5e:8x8")
     stage = answer.default_stage(cfg, FLAGS.stage)
     topologies = [hardware.parse(text) for text in FLAGS.topology.split(",")]
     several = len(topologies) > 1

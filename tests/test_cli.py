@@ -1,12 +1,16 @@
 """How commands end. The commands themselves are run in test_train.py and test_convert.py."""
 
+import json
 import os
+import re
+from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
 
-from sparsecut_jax import cli
+import runs
+from sparsecut_jax import cli, config
 from sparsecut_jax.types import UserError
 
 
@@ -34,6 +38,96 @@ def test_only_what_resumes_says_so(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
     assert fail(KeyboardInterrupt(), monkeypatch, resumes=True) == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what one types, and what is said of it; each is (arguments, exit code, stdout's beginning or end, stderr)
+
+BASE = "--config=configs/base.py"
+HELP_OF_LAYERS = """\
+settings, with the values of configs/base.py; --help=WORD shows only what contains WORD, such as
+--help=config.llm
+
+config.vision: Vision tower: CLIP, SigLIP or DINOv2 by its fields.
+  --config.vision.layers=5  (int; default 12)
+      Number of transformer blocks.
+"""
+NEXT_STEPS = {
+    "__main__ trian": "'trian' is no command; did you mean 'train'?; python -m sparsecut_jax lists them",
+    "__main__ train": "the command is: python -m sparsecut_jax.train",
+    "train": "--config is missing; for example: python -m sparsecut_jax.train --config=configs/base.py",
+    f"train {BASE} help": "unexpected argument 'help'; settings are written --config.KEY=VALUE (--help lists them)",
+    f"train {BASE} --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are two folders; give one of them",
+    "train --help=remta": "--help=remta: no flag or setting contains it; did you mean 'remat'?; --help shows them all",
+    "evaluate": "--workdir is missing; for example: python -m sparsecut_jax.evaluate --workdir=runs/base",
+    "generate --workdir=a": "--prompt is missing; for example: python -m sparsecut_jax.generate --workdir=a "
+    "'--prompt=what color is the shape?'",
+    "generate --workdir=a --prompt=b --image=https://c.d/e.png": "image https://c.d/e.png is a URL; download it, "
+    "then name the file e.png: curl -LO https://c.d/e.png",
+    "convert": "no command given; expected from-hf (reads weights, for example: python -m sparsecut_jax.convert from-hf "
+    "--model=llava-hf/llava-1.5-7b-hf --out=runs/llava) or to-hf (writes a run, for example: python -m "
+    "sparsecut_jax.convert to-hf --workdir=runs/base --out=exported); --help explains both",
+    "convert from-hf": "no weights are named; for example: python -m sparsecut_jax.convert from-hf "
+    "--model=llava-hf/llava-1.5-7b-hf --out=runs/llava",
+    "convert to-hf --workdir=a": "--out is missing; for example: python -m sparsecut_jax.convert to-hf --workdir=a "
+    "--out=exported",
+    f"convert to-hf {BASE}": "--config is a flag of from-hf, not of to-hf; --help lists the flags of to-hf",
+    "data chekc": "unknown command 'chekc'; did you mean 'check'?; expected check, stats, preview, speed or build; "
+    "for example: python -m sparsecut_jax.data check --config=configs/own.py:source=rows.json,images=pictures",
+    "data stats": "--config is missing; for example: python -m sparsecut_jax.data stats --config=configs/base.py",
+    f"plan {BASE}": "--topology is missing; for example: python -m sparsecut_jax.plan --config=configs/base.py "
+    "--topology=v5e:8x8",
+}
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What the commands say: {line: (exit code, stdout, stderr)}; all start in one process."""
+    lines = [
+        *NEXT_STEPS, "__main__", f"train {BASE} --help=vision.layers", "data check --help", f"train {BASE} --print_config "
+        "--workdir=runs/a --config.llm.layers=3", f"convert from-hf --print_config {BASE} --llm=tests/parity/qwen3",
+    ]  # fmt: skip
+    return dict(zip(lines, runs.each(*(line.split() for line in lines)), strict=True))
+
+
+@pytest.mark.parametrize("line", NEXT_STEPS)
+def test_each_mistake_names_the_next_step(said, line):
+    assert said[line] == (2, "", f"error: {NEXT_STEPS[line]}\n")
+
+
+def test_the_commands_are_listed(said):
+    code, out, err = said["__main__"]
+    assert (code, err) == (0, "")
+    commands = {p.stem for p in Path(cli.__file__).parent.glob("*.py") if "def run() -> None" in p.read_text()}
+    listed = {
+        line.split()[2].removeprefix("sparsecut_jax.") for line in out.splitlines() if "-m sparsecut_jax." in line
+    }
+    assert listed == commands - {"__main__"} | {"data"}
+
+
+def test_help_shows_the_values_of_the_config_file(said):
+    assert said[f"train {BASE} --help=vision.layers"] == (0, HELP_OF_LAYERS, "")
+
+
+def test_help_of_a_word_shows_its_flags(said):
+    code, out, err = said["data check --help"]
+    assert (code, err) == (0, "")
+    assert "  --look=decode  (none, stat or decode)\n      Open the images" in out and "--skip_bad" not in out
+    settings = re.findall(r"^  --config\.(\S+?)=.*\n      ", out, re.MULTILINE)
+    assert len(settings) == len(set(settings)) > 150
+    assert {"seed", "llm.rope.factor", "stages.align.lr", "data.mix.NAME.path"} <= set(settings)
+
+
+def test_print_config(said):
+    (line, other) = (line for line in said if "--print_config" in line)
+    code, out, err = said[line]
+    assert (code, err) == (0, "")
+    cfg = config.check(json.loads(out))
+    assert (cfg.workdir, cfg.llm.layers, cfg.vision.layers, cfg.data.flip) == ("runs/a", 3, 5, True)
+    code, out, err = said[other]
+    assert (code, err) == (0, "sizes are those of: tests/parity/qwen3\n")
+    cfg = config.check(json.loads(out))
+    assert (cfg.init.llm, cfg.llm.family, cfg.llm.qk_norm) == ("tests/parity/qwen3", "qwen3", True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -96,11 +96,11 @@ def test_what_is_written(converted):
 
 
 BAD = [
-    (("from-hf",), "nothing to convert: give --model, or --vision and --llm"),
+    (("from-hf",), "no weights are named; for example: "),
     (("from-hf", f"--llm={FOLDER}/llama2"), "--out is missing"),
     (("from-hf", f"--llm={FOLDER}/llama2", "--fusion=no.safetensors", "--out={}/x"), "config.init.fusion='no.safetensors' is not there"),
     (("to-hf", "--workdir={}", "--out={}/x"), "holds no checkpoint"),
-    (("sideways",), "'sideways': expected from-hf or to-hf; --help shows both"),
+    (("sideways",), "unknown command 'sideways'; expected from-hf (reads weights"),
 ]  # fmt: skip
 
 

@@ -308,7 +308,7 @@ WRONG = [
 
 def test_what_is_wrong_with_the_command():
     cases = [(("data", args[0], "--config=configs/scenes.py", *args[1:], *SMALL), said) for args, said in WRONG]
-    cases.append((("data", "chekc"), "got 'chekc'; did you mean 'check'?"))
+    cases.append((("data", "chekc"), "unknown command 'chekc'; did you mean 'check'?"))
     found = runs.each(*(args for args, _ in cases))
     for (_, sentence), (code, out, err) in zip(cases, found, strict=True):
         assert (code, out, err.count("\n")) == (2, "", 1)

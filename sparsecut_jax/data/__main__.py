@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from sparsecut_jax import checks, cli
+from sparsecut_jax import checks, cli, help_text
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.parts import Part
@@ -39,10 +38,10 @@ from sparsecut_jax.weights import pretrained as weights
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
-# flag -> the commands that read it
-FLAGS_OF = {
+WORDS_OF = {
     "look": ("check",), "strict": ("check",), "stage": ("preview", "speed"), "workers": ("speed",), "seconds": ("speed",),
     "count": ("preview",), "source": ("build",), "images": ("build",), "out": ("build",), "skip_bad": ("build",),
+    "workdir": ("check", "stats", "preview", "speed"),
 }  # fmt: skip
 
 
@@ -87,9 +86,8 @@ class Rows(Sequence):
 def build_dataset() -> None:
     from sparsecut_jax.data import build
 
-    if not FLAGS.out:
-        raise UserError("--out is missing; for example --out=DATASET")
     cfg = cli.typed_config(required=False)
+    cli.need("--out=DATASET")
     source, images = FLAGS.source or cfg.data.source, FLAGS.images or cfg.data.images
     if cfg.data.mix and not FLAGS.source:
         raise UserError(f"--source is missing: the config mixes {len(cfg.data.mix)} sources, build one at a time")
@@ -109,12 +107,9 @@ def build_dataset() -> None:
 
 def main(command: str) -> None:
     if command not in COMMANDS:
-        got = f"{command!r}{checks.nearest(command, COMMANDS)}" if command else "none"
-        raise UserError(f"expected a command before all flags: {', '.join(COMMANDS)}; got {got} (--help shows them)")
-    for flag, commands in FLAGS_OF.items():
-        if FLAGS[flag].present and command not in commands:
-            instead = f"; {command} reads --config.data.{flag}" if flag in ("source", "images") else ""
-            raise UserError(f"--{flag} is a flag of {' and '.join(commands)}, not of {command}{instead}")
+        got = f"unknown command {command!r}{checks.nearest(command, COMMANDS)}" if command else "no command given"
+        example = cli.shell_line("check", "--config=configs/own.py:source=rows.json,images=pictures")
+        raise UserError(f"{got}; expected {help_text.one_of(COMMANDS)}; for example: {example}")
     if command == "build":
         build_dataset()
         return
@@ -144,22 +139,19 @@ def _counts(given: list[str]) -> list[int]:
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    sys.argv[1:] = [a.replace("-bad", "_bad", 1) if a.startswith("--skip") else a for a in sys.argv[1:]]
+    command = cli.command_word()
     cli.define_config()
-    flags.DEFINE_enum(
-        "look", "decode", ("none", "stat", "decode"), "check: open the images, look if they are there, or not."
-    )
-    flags.DEFINE_boolean("strict", False, "check: duplicates and answers beyond seq_len are errors, not warnings.")
-    flags.DEFINE_string("stage", "", "preview, speed: the stage whose batches are read; left out: the last one.")
-    flags.DEFINE_list("workers", ["0", "1", "2"], "speed: numbers of worker processes to try.")
-    flags.DEFINE_float("seconds", 10, "speed: time for each of them.", lower_bound=0.1, upper_bound=3600)
-    flags.DEFINE_integer("count", 8, "preview: sequences to draw.", lower_bound=1, upper_bound=200)
-    flags.DEFINE_string("source", "", "build: file of conversations, or any other source; left out: the config's.")
-    flags.DEFINE_string("images", "", "build: folder of the images.")
-    flags.DEFINE_string("out", "", "build: folder to write, local or gs://; must not be there yet.")
-    flags.DEFINE_boolean("skip_bad", False, "build: leave broken rows out instead of stopping at the first.")
-    cli.run(lambda: main(command), __doc__)
+    flags.DEFINE_enum("look", "decode", ("none", "stat", "decode"), "Open the images, look if they are there, or not.")
+    flags.DEFINE_boolean("strict", False, "Duplicates and answers beyond seq_len are errors, not warnings.")
+    flags.DEFINE_string("stage", "", "Stage whose batches are read; left out: the last one.")
+    flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes to try.")
+    flags.DEFINE_float("seconds", 10, "Time for each of them.", lower_bound=0.1, upper_bound=3600)
+    flags.DEFINE_integer("count", 8, "Sequences to draw.", lower_bound=1, upper_bound=200)
+    flags.DEFINE_string("source", "", "File of conversations, or any other source; left out: the config's.")
+    flags.DEFINE_string("images", "", "Folder of the images.")
+    flags.DEFINE_string("out", "", "Folder to write, local or gs://; must not be there yet.")
+    flags.DEFINE_boolean("skip_bad", False, "Leave broken rows out instead of stopping at the first.")
+    cli.run(lambda: main(command), __doc__, words_of=WORDS_OF)
 
 
 if __name__ == "__main__":

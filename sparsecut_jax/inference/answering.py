@@ -39,6 +39,7 @@ def answer(
       UserError: a file that is no image, more images than the model has slots, or a template that does not go with the
         tokenizer.
     """
+    check_local(pictures)
     cfg = run.config
     slots = cfg.data.max_images
     if len(pictures) > slots:
@@ -66,6 +67,14 @@ def answer(
             jax.random.key(seed),
         )
     return run.tokenizer.decode(until(np.asarray(ids)[0], stop)).strip()
+
+
+def check_local(pictures: Sequence[Picture]) -> None:
+    """Raises UserError for a URL among them: nothing is downloaded."""
+    for picture in pictures:
+        if isinstance(picture, str) and "://" in picture:
+            name = os.path.basename(picture) or "picture.png"
+            raise UserError(f"image {picture} is a URL; download it, then name the file {name}: curl -LO {picture}")
 
 
 def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:

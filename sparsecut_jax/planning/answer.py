@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -105,11 +104,8 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
 
 def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
     """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
-    paths = {part: getattr(cfg.init, part) for part in ("model", "vision", "llm", "fusion")}
-    kept = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
-    away = [path for part, path in paths.items() if path and not kept[part]]
+    cfg, _, away = pretrained.resolve_here(cfg)
     notes = [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
-    cfg = pretrained.resolve(cfg, pretrained.open_sources(dataclasses.replace(cfg.init, **kept)))
     if not cfg.llm.vocab_size:
         vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64
         notes.append(f"config.llm.vocab_size comes from the tokenizer; {vocabulary} is assumed")

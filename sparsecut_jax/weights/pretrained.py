@@ -96,6 +96,19 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
     return resolved
 
 
+def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str]]:
+    """`resolve` with the sources that are on this machine, and the paths of those that are and are not.
+
+    Nothing is downloaded, and of files only headers are read.
+    """
+    paths = {part: getattr(cfg.init, part) for part in ("model", *PARTS)}
+    here = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
+    init = dataclasses.replace(cfg.init, **here)
+    resolved = resolve(dataclasses.replace(cfg, init=init), open_sources(init))
+    away = [path for part, path in paths.items() if path and not here[part]]
+    return dataclasses.replace(resolved, init=cfg.init), [path for path in here.values() if path], away
+
+
 def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
     """What the config.json beside an official projector says of fusion, main feature and shortcuts; {} if nothing."""
     found: dict[str, dict[str, Any]] = {}
