@@ -246,6 +246,7 @@ class DataConfig:
         "easy_vqa", "JSON or JSONL file of conversations, folder of a TFDS dataset, tfds:NAME, easy_vqa or scenes."
     )
     images: str = setting("", "Folder that relative image paths of a JSON file start from.")
+    follow_links: bool = setting(False, "Follow links that lead out of a source's folder of images.")
     mix: dict[str, SourceConfig] = setting({}, "Several sources by name, instead of `source`.")
     scenes: ScenesConfig = ScenesConfig()
     image_fit: Literal["pad", "squash", "crop"] = setting("pad", "How an image becomes square.")

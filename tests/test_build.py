@@ -72,6 +72,14 @@ def test_every_row_comes_back_as_it_was(tmp_path):
         assert list(rows[i]) == list(row)  # the order of keys too
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_images_that_a_row_holds_itself(tmp_path, several):
+    data = [b"\x89PNG\xff", b"\0"]
+    row = {"id": 1, "conversations": turns("<image>", "x")} | ({"images": data} if several else {"image": data[0]})
+    build([row], lambda entry: entry, str(tmp_path / "out"))
+    assert opened(tmp_path / "out")[0] == row
+
+
 def test_order_is_kept_over_shards(tmp_path):
     seen = []
     built = build(numbered(107), FILES.__getitem__, str(tmp_path / "out"), 25, progress=lambda *at: seen.append(at))
@@ -117,7 +125,7 @@ def test_broken_rows_are_left_out_on_request(tmp_path):
     assert [(row.cause, str(row)) for row in built.skipped] == [
         ("missing_image", "row 1 (id 2): image b.jpg is not there"),
         ("format", "row 3: expected an object, got list"),
-        ("format", "row 4 (id 'x'): key 'image' must be a path or a list of paths, got 7"),
+        ("format", "row 4 (id 'x'): key 'image' must be a path or a list of paths, got [7]"),
     ]
     assert [row.get("id") for row in opened(tmp_path / "out")] == ["one", "text only"]
 

@@ -243,6 +243,17 @@ def test_build_keeps_every_row_and_picture(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_build_packs_no_picture_that_cannot_be_opened(folder, tmp_path):
+    config = f"--config=configs/own.py:source={folder}/rows.jsonl,images={folder}/pictures"
+    build = ("data", "build", config, "--config.data.max_pixels=100000", f"--out={tmp_path}/dataset")
+    first, second = runs.each(build, (*build, "--skip_bad"))
+    assert first[0] == 2 and "truncated.jpg cannot be read as an image" in first[2]
+    assert second[0] == 0, second[2]
+    left_out = 12 * EACH  # all but the rows that are too long for a stage
+    assert second[1].count("left out: ") == left_out and f"\n{GOOD + EACH:,} rows" in second[1]
+    assert second[1].count("cannot be read as an image") == IMAGE_FAULTS["broken_image"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # while it runs
 

@@ -1,10 +1,11 @@
 """Where an image lies: names in folders and in buckets."""
 
 import os
+import socket
 
 import pytest
 
-from sparsecut_jax.data.images import resolve
+from sparsecut_jax.data.image_names import resolve
 from sparsecut_jax.types import BadSample
 from tiny import refusal
 
@@ -51,17 +52,51 @@ def test_links(folder):
     (folder / "in.png").symlink_to(folder / "a.png")
     (folder / "out.png").symlink_to(folder.parent / "secret.png")
     (folder / "up").symlink_to(folder.parent)
-    (folder / "loop.png").symlink_to("loop.png")
     assert resolve(folder, "in.png") == folder / "a.png"
-    for name in ("out.png", "up/secret.png"):
-        assert refusal(resolve, folder, name) == f"image {name!r} leaves its folder {folder}"
+    (folder / "chain").symlink_to("up")
+    leads = {"out.png": ("out.png", "secret.png"), "up/secret.png": ("up", ""), "chain/secret.png": ("chain", "")}
+    for name, (link, target) in leads.items():
+        assert refusal(resolve, folder, name) == (
+            f"image {name!r} leaves its folder {folder}: {folder / link} is a link to {folder.parent / target}; "
+            "config.data.follow_links=True follows such links"
+        )
+        assert cause(folder, name) == "path"
         assert resolve(folder, name, stat=False) == folder / name  # by its name alone it is inside
-    assert cause(folder, "loop.png") == "missing_image"
+        assert resolve(folder, name, follow_links=True) == folder.parent / "secret.png"
+    assert cause(folder, "../secret.png", follow_links=True) == "path"  # that is no link
+    assert resolve(folder, "up/images/a.png") == folder / "a.png"  # out of it and in again
     (folder.parent / "link").symlink_to(folder)
     assert resolve(folder.parent / "link", "a.png") == folder / "a.png"
 
 
-@pytest.mark.parametrize("name", ["b.png", "deep", "", ".", "a.png/c.png", "~/a.png", "a" * 300])
+def test_links_to_nothing(folder):
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "gone").symlink_to("nowhere")
+    assert refusal(resolve, folder, "loop.png") == (
+        f"image {folder}/loop.png: {folder}/loop.png is a link to loop.png, which is not there"
+    )
+    assert refusal(resolve, folder, "gone/a.png") == (
+        f"image {folder}/gone/a.png: {folder}/gone is a link to nowhere, which is not there"
+    )
+    assert cause(folder, "gone/a.png") == cause(folder, "loop.png") == "missing_image"
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_what_is_no_file(folder, follow_links):
+    os.mkfifo(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(folder / "socket.png"))  # its whole path may be too long for a socket
+    (folder / "link").symlink_to("deep")
+    (folder / "null.png").symlink_to("/dev/null")
+    kinds = {"deep": "folder", ".": "folder", "link": "folder", "pipe.png": "named pipe", "socket.png": "socket"}
+    for name, kind in kinds.items():
+        at = folder / name.replace("link", "deep")
+        assert refusal(resolve, folder, name, True, follow_links) == f"image {at} is a {kind}, not a file"
+        assert cause(folder, name, True, follow_links) == "missing_image"
+    assert refusal(resolve, folder, "null.png", True, True) == "image /dev/null is a device, not a file"
+
+
+@pytest.mark.parametrize("name", ["b.png", "a.png/c.png", "~/a.png", "a" * 300])
 def test_not_there(folder, name):
     assert refusal(resolve, folder, name) == f"image {folder / name} is not there"
     assert cause(folder, name) == "missing_image"

@@ -11,7 +11,8 @@ from etils import epath
 from PIL import Image, ImageFile
 
 from encoded_images import chunk, encoded, png
-from sparsecut_jax.data.images import read_image, resolve
+from sparsecut_jax.data.image_names import resolve
+from sparsecut_jax.data.images import read_image
 from sparsecut_jax.types import BadSample, UserError
 from tiny import refusal
 
@@ -133,14 +134,13 @@ def test_many_frames_are_not_looked_at(monkeypatch):
     assert read(data).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "named pipe"])
-def test_what_is_no_file(tmp_path, make):
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "folder"), (os.mkfifo, "named pipe")])
+def test_what_is_no_file(tmp_path, make, kind):
     """A named pipe that nobody writes to would keep its reader waiting."""
     make(tmp_path / "image.png")
-    sentence = f"image {tmp_path / 'image.png'} cannot be read as an image: it is no regular file"
-    assert refusal(read_image, tmp_path / "image.png", LIMIT) == sentence
-    assert cause(resolve, tmp_path, "image.png") == "missing_image"
-    assert "no regular file" in refusal(read_image, "/dev/zero", LIMIT)
+    assert refusal(read_image, tmp_path / "image.png", LIMIT) == f"image {tmp_path}/image.png is a {kind}, not a file"
+    assert cause(read_image, tmp_path / "image.png", LIMIT) == "missing_image"
+    assert refusal(read_image, "/dev/zero", LIMIT) == "image /dev/zero is a device, not a file"
 
 
 def test_nothing_there(tmp_path):

@@ -491,9 +491,23 @@ def test_pictures_of_a_part(load, tmp_path):
         with pytest.raises(BadSample) as caught:
             part.look(entry, decode=True)
         assert caught.value.cause == "broken_image"
+        with pytest.raises(BadSample) as caught:  # so that `data build` packs none of them
+            part.encoded(entry)
+        assert caught.value.cause == "broken_image"
     with pytest.raises(BadSample) as caught:
         part.encoded("c.png")
     assert caught.value.cause == "missing_image"
+
+
+def test_links_are_followed_by_a_setting(load, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "far.png")
+    (tmp_path / "images" / "linked").symlink_to("../elsewhere")
+    row = image_row("linked/far.png")
+    for rows, name in (([row], ""), ({"m": [row]}, "m")):
+        assert load(rows, follow_links=True).train[name].pictures.open("linked/far.png").size == (4, 4)
+        with pytest.raises(BadSample, match="config.data.follow_links=True follows such links$"):
+            load(rows).train[name].pictures.open("linked/far.png")
 
 
 def test_picture_with_too_many_pixels(load):

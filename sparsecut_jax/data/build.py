@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.tfds_source import FORMAT
 from sparsecut_jax.types import BadSample, UserError
 
@@ -54,7 +55,7 @@ class Built:
 
 def build(
     rows: Sequence[dict[str, Any]],
-    read_bytes: Callable[[str], bytes],
+    read_bytes: Callable[[str | bytes], bytes],
     out: str,
     shard_rows: int = 10_000,
     description: str = "",
@@ -67,8 +68,9 @@ def build(
     last, without which nothing reads the folder.
 
     Args:
-      rows: rows[i] with images by name; called from several threads.
-      read_bytes: the encoded file of an image's name; called from several threads.
+      rows: rows[i] with images by name or as encoded files; called from several threads.
+      read_bytes: the encoded file of such an image; called from several threads. It raises BadSample for one that
+        cannot be opened, so that none is packed.
       progress: called with the rows done and all rows, for every row.
       skip: leave out the rows for which `rows` or `read_bytes` raise BadSample, instead of stopping.
 
@@ -116,7 +118,7 @@ def _new_folder(target: epath.Path, bucket: bool) -> str:
 
 def _write(
     rows: Sequence[dict[str, Any]],
-    read_bytes: Callable[[str], bytes],
+    read_bytes: Callable[[str | bytes], bytes],
     folder: str,
     bucket: epath.Path | None,
     shard_rows: int,
@@ -170,7 +172,7 @@ def _write(
 
 def _examples(
     rows: Sequence[dict[str, Any]],
-    read_bytes: Callable[[str], bytes],
+    read_bytes: Callable[[str | bytes], bytes],
     built: Built,
     digest: Any,
     progress: Callable[[int, int], None],
@@ -209,13 +211,16 @@ def _examples(
         progress(done, len(rows))
 
 
-def _example(row: dict[str, Any], read_bytes: Callable[[str], bytes]) -> dict[str, Any]:
+def _example(row: dict[str, Any], read_bytes: Callable[[str | bytes], bytes]) -> dict[str, Any]:
     """The record of a row. Raises BadSample."""
-    names = row.get("image", row.get("images"))
-    names = [names] if isinstance(names, str) else names or []
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise BadSample("format", f"key 'image' must be a path or a list of paths, got {names!r:.100}")
-    images = [read_bytes(name) for name in names]
+    entries = images_of(row)
+    if not all(isinstance(entry, str | bytes) for entry in entries):
+        raise BadSample("format", f"key 'image' must be a path or a list of paths, got {entries!r:.100}")
+    images = [read_bytes(entry) for entry in entries]
+    names = [entry if isinstance(entry, str) else hashlib.sha256(entry).hexdigest()[:16] for entry in entries]
+    if names != entries:  # of what the row holds itself the record keeps the files, and its row their hashes
+        key = "image" if "image" in row else "images"
+        row = {**row, key: names if isinstance(row[key], list) else names[0]}
     # JSON escapes what is not ASCII, so that half a surrogate pair in somebody's text survives as well.
     text = {"id": str(row.get("id", "")), "row": json.dumps(row)}
     encoded = {key: value.encode("utf-8", "replace") for key, value in text.items()}

@@ -10,16 +10,14 @@ import contextlib
 import io
 import math
 import os
-import posixpath
-import stat as stat_lib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
+from sparsecut_jax.data.image_names import what_else
 from sparsecut_jax.types import BadSample, UserError
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -40,46 +38,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Names and files
-
-
-def resolve(folder: str | os.PathLike, name: str, stat: bool = True) -> Path:
-    """Path of image `name` in `folder`, which is on a disk or gs://... (there names are all that is looked at).
-
-    stat: whether links are followed and the file must be there; else the disk is not asked.
-
-    Raises:
-      BadSample: it leaves the folder, is not there, or is no name that a file can have.
-    """
-    place = os.fspath(folder)
-    try:
-        os.fsencode(name)
-        possible = "\0" not in name
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise BadSample("path", f"image {name!r} in {place!r} has a name that no file can have")
-    if "://" in place:
-        inner = posixpath.normpath(name)
-        if inner == ".." or inner.startswith(("/", "../")) or "://" in name:
-            raise BadSample("path", f"image {name!r} leaves its folder {place}")
-        return epath.Path(place) / inner
-    root = os.path.abspath(place)
-    path = _within(root, os.path.normpath(os.path.join(root, name)), name)
-    if stat:
-        path = _within(os.path.realpath(root), os.path.realpath(path), name)
-        if not os.path.isfile(path):
-            raise BadSample("missing_image", f"image {path} is not there")
-    return Path(path)
-
-
-def _within(root: str, path: str, name: str) -> str:
-    if path != root and not path.startswith(os.path.join(root, "")):
-        raise BadSample("path", f"image {name!r} leaves its folder {root}")
-    return path
 
 
 def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int, name: str = "") -> Image.Image:
@@ -127,8 +85,8 @@ def _open(source: str | os.PathLike | bytes) -> IO[bytes]:
         return io.BytesIO(source)
     if "://" in os.fspath(source):
         return io.BytesIO(epath.Path(source).read_bytes())
-    if not stat_lib.S_ISREG(os.stat(source).st_mode):  # opening a named pipe would wait for ever
-        raise OSError("it is no regular file")
+    if kind := what_else(source):  # opening a named pipe would wait for ever
+        raise BadSample("missing_image", f"image {os.fspath(source)} is {kind}, not a file")
     return open(source, "rb")
 
 

@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from sparsecut_jax.data import images
 from sparsecut_jax.data.canonical import canonical
 from sparsecut_jax.data.conversation import images_of
+from sparsecut_jax.data.image_names import resolve
 from sparsecut_jax.data.rows import Row, Subset
 from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.types import BadSample
@@ -26,31 +28,34 @@ PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Pictures in files. `setting` is the one that names the folder."""
+    """Pictures in files. `setting` is the one that names the folder; links in it may lead out of it on request."""
 
     path: str
     max_pixels: int
     setting: str = ""
+    follow_links: bool = False
 
     def inside(self, name: str) -> None:
         if not self.path:
             raise BadSample("missing_image", f"it has an image, but {self.setting}, the folder of the images, is empty")
         if not PLAIN_NAME.fullmatch(name):  # plain ones are most, and need no closer look
-            images.resolve(self.path, name, stat=False)
+            resolve(self.path, name, stat=False)
 
-    def there(self, name: str) -> None:
-        images.resolve(self.path, name)
+    def there(self, name: str) -> Path:
+        return resolve(self.path, name, follow_links=self.follow_links)
 
     def open(self, name: str | bytes) -> Image.Image:
-        source = name if isinstance(name, bytes) else images.resolve(self.path, name)
-        return images.read_image(source, self.max_pixels)
+        return images.read_image(name if isinstance(name, bytes) else self.there(name), self.max_pixels)
 
     def read(self, name: str) -> bytes:
-        path = images.resolve(self.path, name)
+        """The file as it is. Raises BadSample for one that cannot be opened."""
+        path = self.there(name)
         try:
-            return path.read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
             raise BadSample("missing_image", f"image {path} is not there") from None
+        images.read_image(data, self.max_pixels, str(path))
+        return data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,8 +114,9 @@ class Part:
             self.pictures.there(entry)
 
     def encoded(self, entry: str | bytes) -> bytes:
-        """The image file as it is; of a drawn picture a PNG."""
+        """The image file as it is; of a drawn picture a PNG. Raises BadSample for one that cannot be opened."""
         if isinstance(entry, bytes):
+            self.pictures.open(entry)
             return entry
         if isinstance(self.pictures, Folder):
             return self.pictures.read(entry)

@@ -122,7 +122,7 @@ def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | No
         return _weighted(part, source), None, rows.fingerprint()
     rows = JsonRows(source.path)
     where = f"config.data.mix.{name}.images" if name else "config.data.images"
-    folder = Folder(source.images, data.max_pixels, where)
+    folder = Folder(source.images, data.max_pixels, where, data.follow_links)
     part = Part(source.path, rows, folder, data.max_images)
     return _weighted(part, source), None, rows.fingerprint()
 
