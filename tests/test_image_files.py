@@ -1,6 +1,7 @@
 """What an image file looks like once it is read, whatever its format and mode."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -161,3 +162,17 @@ def test_the_first_frame_of_an_animation(kind):
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
     assert Image.open(io.BytesIO(data)).n_frames == 3
     np.testing.assert_allclose(read(data), np.broadcast_to(RED, (4, 6, 3)), atol=2)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"tEXt", b"iTXt", b"iCCP"])
+def test_a_png_with_a_large_text_or_profile(kind):
+    """Of 3 MiB, above Pillow's own limit; the profile is none, and ignored."""
+    large = bytes(3 << 20) if kind == b"iCCP" else b"x" * (3 << 20)
+    data = {
+        b"zTXt": b"note\0\0" + zlib.compress(large),
+        b"tEXt": b"note\0" + large,
+        b"iTXt": b"note\0\1\0\0\0" + zlib.compress(large),
+        b"iCCP": b"profile\0\0" + zlib.compress(large),
+    }[kind]
+    pixels = b"".join(b"\0" + row.tobytes() for row in NOISE)
+    np.testing.assert_array_equal(read(png(30, 40, pixels, extra=chunk(kind, data))), NOISE)

@@ -15,8 +15,9 @@ from typing import IO
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from sparsecut_jax.data.colours import to_srgb
 from sparsecut_jax.data.image_names import what_else
 from sparsecut_jax.types import BadSample, UserError
 
@@ -24,6 +25,8 @@ BICUBIC = Image.Resampling.BICUBIC
 MOST_PIXELS = 2**26  # of what lies between an image and its views: four bytes each
 LONGEST_SIDE = 65_535  # pixels, JPEG's own limit: work grows with the side, not only with the number of pixels
 Image.MAX_IMAGE_PIXELS = None  # `read_image` has a limit of its own, which the config sets
+# Of a PNG, bytes of texts or of an ICC profile once they are unpacked: Pillow would refuse a sound picture above one MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 Image.init()
 # Each of these knows all of its size before decoding. Others run programs (EPS), hide a second image of any size (ICO)
 # or take what is no image at all (TGA).
@@ -43,8 +46,8 @@ UPRIGHT = {
 def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int, name: str = "") -> Image.Image:
     """RGB image of a file, of a file's bytes or of any Pillow image; `name` is what errors call it.
 
-    It stands upright (EXIF), of an animation it is the first frame, transparent parts are white, and 16 bits a channel
-    become 8.
+    It stands upright (EXIF), of an animation it is the first frame, transparent parts are white, 16 bits a channel
+    become 8, and colours of another ICC profile become sRGB.
 
     Raises:
       BadSample: what is no image or a damaged one, is not there, or has more than `max_pixels`.
@@ -101,12 +104,14 @@ def _identify(file: IO[bytes]) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
-    elif image.has_transparency_data:
-        colour = image.info.get("transparency")
-        if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG with 16 bits a channel
-            image.info["transparency"] = tuple(value >> 8 for value in colour)
+    colour = image.info.get("transparency")
+    if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG with 16 bits a channel
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    image = to_srgb(image, profile)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,55 @@
+"""Embedded ICC profiles: the numbers of a picture become those that sRGB has for the same colours.
+
+Vision towers were trained on sRGB. Photos of phones are in Display P3, scans and prints in Adobe RGB, CMYK or a grey of
+their own; read as sRGB, their colours are wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the pixels it is for
+# Profiles of sRGB differ in the rounding of their tables; what is meant as another space is further away.
+SAME = 2  # levels of 255
+LARGEST = 2**23  # bytes of a profile
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in sRGB, as RGB or RGBA; the very same object where the profile changes nothing.
+
+    So it is without a profile, with one of sRGB, and with one that is damaged or not for such pixels, which is ignored.
+    """
+    mode = {"RGB": "RGB", "P": "RGB", "L": "L", "1": "L", "CMYK": "CMYK"}.get(image.mode.rstrip("AXa"))
+    transform = _transform(profile, mode) if profile and mode and len(profile) <= LARGEST else None
+    if transform is None:
+        return image
+    found = ImageCms.applyTransform(image.convert(mode), transform)
+    if image.has_transparency_data:
+        found.putalpha(image.convert("RGBA").getchannel("A"))
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pixels of a profile to sRGB; None where there is nothing to do, or nothing can be done."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if SPACES.get(source.profile.xcolor_space) != mode:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # Little CMS fails in several ways
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(256, dtype=np.uint8)
+    if mode == "RGB":
+        steps = np.linspace(0, 255, 16).astype(np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+        levels = np.concatenate([grid, np.repeat(levels[:, None], 3, 1)])
+    given = Image.fromarray(levels[None])
+    found = np.asarray(ImageCms.applyTransform(given, transform), np.int16)
+    return transform if np.abs(found - np.asarray(given.convert("RGB"), np.int16)).max() > SAME else None
