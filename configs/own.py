@@ -4,6 +4,9 @@
     python -m sparsecut_jax.train --config=configs/own.py:source=rows.json,images=pictures
     python -m sparsecut_jax.train --config=configs/own.py:source=rows.json,images=pictures,captions=blip.json,caption_images=DIR
 
+One row in twenty is held out, and the run ends with a test on these rows; --config.data.test=test.json names other test
+rows, with their pictures in --config.data.test_images where these are in another folder.
+
 It trains the small model of configs/base.py from nothing, as a first look at data that works on a laptop; with
 --config.init.vision and --config.init.llm it trains pretrained parts. The template is this project's shortest one;
 for a pretrained LLM take its own: --config.stages.instruct.template=tokenizer.
@@ -26,7 +29,8 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.workdir = "runs/own"
     # Questions may speak of left and right, and pictures differ enough.
-    config.data.update(source=args.source, images=args.images, flip=False, shift=0, holdout=0)
+    config.data.update(source=args.source, images=args.images, flip=False, shift=0, holdout=-1)
+    config.eval.max_new_tokens = 0  # by the answers of the test rows
     config.tokenizer.vocab_size = 4096
 
     config.stages.instruct.update(seq_len=512, batching="packed", batch_size=8, epochs=1.0, lr=1e-3)

@@ -86,7 +86,7 @@ def check_values(cfg: Config) -> None:
         "llm": ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim"),
         "data": ("max_pixels", "max_images", "threads"),
         "data.scenes": ("train", "test"),
-        "eval": ("batch_size", "max_new_tokens"),
+        "eval": ("batch_size",),
         "checkpoint": ("keep",),
     }
     for group, names in sizes.items():
@@ -104,16 +104,21 @@ def check_values(cfg: Config) -> None:
         "llm.vocab_size": m.vocab_size,
         "llm.sliding_window": m.sliding_window,
         "llm.sliding_from": m.sliding_from,
-        "data.holdout": cfg.data.holdout,
         "data.shift": cfg.data.shift,
         "data.workers": cfg.data.workers,
         "data.scenes.size": cfg.data.scenes.size,
         "data.scenes.seed": cfg.data.scenes.seed,
         "checkpoint.every": cfg.checkpoint.every,
         "eval.every": cfg.eval.every,
+        "eval.max_new_tokens": cfg.eval.max_new_tokens,
         "seed": cfg.seed,
     }.items():
         need(value >= 0, f"config.{key}={value}: expected 0 or more")
+    need(cfg.data.holdout >= -1, f"config.data.holdout={cfg.data.holdout}: expected a number of rows, or -1")
+    need(
+        bool(cfg.data.test) or not cfg.data.test_images,
+        f"config.data.test_images={cfg.data.test_images!r} has no effect without config.data.test, the rows to test on",
+    )
     need(cfg.seed < 2**32, f"config.seed={cfg.seed}: expected a number below 2^32")
     for key, value in {"log_every": cfg.log_every, "loss_chunk": cfg.loss_chunk}.items():
         need(value >= 1, f"config.{key}={value}: expected at least 1")

@@ -1,74 +1,114 @@
-"""Repeats the test figure of a run from its checkpoint.
+"""Answers the test rows of a run, or of any file, and scores the answers.
 
-python -m sparsecut_jax.evaluate --workdir=runs/base
-python -m sparsecut_jax.evaluate --workdir=runs/base --checkpoint=best
+    python -m sparsecut_jax.evaluate --workdir=runs/base
+    python -m sparsecut_jax.evaluate --workdir=runs/base --checkpoint=best
+    python -m sparsecut_jax.evaluate --workdir=runs/base --data=rows.json --images=DIR
+
+--data takes whatever config.data.source takes, for runs and converted weights alike. answers.jsonl and results.json go to
+the workdir, for another checkpoint than the latest to workdir/step_N. A row may list other correct answers under `answers`.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 
 import jax
 from absl import flags
 
 from sparsecut_jax import cli, hosts
-from sparsecut_jax.data.sources import Source
-from sparsecut_jax.evaluation import vqa
+from sparsecut_jax.data import sources
+from sparsecut_jax.data.parts import Part
+from sparsecut_jax.evaluation import scores, vqa
+from sparsecut_jax.evaluation.answered import Answered, write_answers
 from sparsecut_jax.inference.run import Run, load_run
 from sparsecut_jax.training.report import Progress, table
+from sparsecut_jax.training.workdir import make_folder, read_results, write_json
 from sparsecut_jax.types import UserError
 
 SAMPLES = 12
 
 
-def report_accuracy(run: Run, source: Source) -> dict[str, float | int]:
-    """Answers all test rows, prints accuracy by kind and samples, writes every answer to answers.jsonl."""
-    answered: list[vqa.Answered] = []
-    results: dict[str, float | int] = {}
-    for test, part in source.tests.items():
+def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, float | int | list[float]]:
+    """Answers all test rows, prints scores by kind and samples, writes every answer to answers.jsonl in `folder`.
+
+    Returns what results.json holds.
+    """
+    answered: list[Answered] = []
+    results: dict[str, float | int | list[float]] = {}
+    for test, part in tests.items():
+        limit = vqa.answer_limit(run, part)
         progress, found, broken = Progress(len(part), 0, f"rows of {test}"), [], []
-        for some in vqa.answer_part(run, part):
+        for some in vqa.answer_part(run, part, test, limit):
             found += some.answered
             broken += some.broken
             progress.update(some.rows)
         progress.close()
         if not found:
             raise UserError(f"none of the {len(part)} rows of {test} can be read: {broken[0]}")
-        results |= print_accuracy(test, vqa.summarize(found, test))
+        results |= report(test, found, limit)
         if broken:
             print(f"left out   {len(broken):,} of {len(part):,} broken rows of {test}; the first: {broken[0]}")
             results[f"{test}/broken_rows"] = len(broken)
         answered += found
     print()
     shown = vqa.samples(answered, SAMPLES)
-    rows = [[a.question, a.expected, a.answer, "" if a.correct else "wrong"] for a in shown]
+    rows = [[a.question, a.expected, a.answer, _verdict(a)] for a in shown]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
     if hosts.first():
-        path = os.path.join(run.workdir, "answers.jsonl")
-        with open(path + ".tmp", "w") as file:
-            file.writelines(json.dumps(vars(item)) + "\n" for item in answered)
-        os.replace(path + ".tmp", path)
+        write_answers(folder, answered)
     return results
 
 
-def print_accuracy(test: str, results: dict[str, float | int]) -> dict[str, float | int]:
-    print(f"\n{test}: every question asked alone, answered by generation, exact match")
-    rows = []
-    for key in (key for key in results if key.endswith("/accuracy")):
-        group = key.removesuffix("/accuracy")
-        name = group.removeprefix(test).strip("/") or "all"
-        rows.append([name, f"{results[group + '/count']:,}", f"{results[key]:.2%}"])
-    print(table(["kind", "questions", "accuracy"], rows))
-    return results
+def report(test: str, answered: list[Answered], limit: int) -> dict[str, float | int | list[float]]:
+    """Prints the scores of a test as a table by kind; returns them as results.json holds them."""
+    groups = scores.summarize(answered)
+    names = [name for name in scores.SCORES if name in groups[""]]
+    rows = [
+        [group or "all", f"{found['accuracy'].count:,}", *(str(found.get(name, "")) for name in names)]
+        for group, found in groups.items()
+    ]
+    print(
+        f"\n{test}: every question asked alone, answered by generation; accuracy is exact match, 95 % intervals in ()"
+    )
+    print(table(["kind", "questions", *(scores.SCORES[name] for name in names)], rows))
+    cut = sum(item.cut for item in answered)
+    if cut:
+        print(
+            f"cut        {cut:,} of {len(answered):,} answers were cut at {limit} tokens (config.eval.max_new_tokens)"
+        )
+    return {**scores.results(test, groups), f"{test}/cut": cut}
+
+
+def _verdict(item: Answered) -> str:
+    return ", ".join([*["wrong"] * (not item.correct), *["cut"] * item.cut])
 
 
 def main() -> None:
     cli.need("--workdir=runs/base")
+    if FLAGS.images and not FLAGS.data:
+        raise UserError(f"--images={FLAGS.images} is the folder of the images of --data, which is missing")
+    if FLAGS.max_new_tokens is not None and not 0 <= FLAGS.max_new_tokens <= 100_000:
+        raise UserError(f"--max_new_tokens={FLAGS.max_new_tokens}: expected 0 to 100,000")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
+    cfg = run.config
+    if FLAGS.max_new_tokens is not None:
+        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, max_new_tokens=FLAGS.max_new_tokens))
+    if FLAGS.data:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=FLAGS.data, test_images=FLAGS.images))
+    run = dataclasses.replace(run, config=cfg)
+    tests = sources.open_tests(cfg)
+    if not tests:
+        raise UserError(f"{FLAGS.workdir}: {sources.NO_TESTS}; --data=rows.json --images=DIR evaluates it on a file")
+    folder = FLAGS.workdir if FLAGS.checkpoint == "latest" else os.path.join(FLAGS.workdir, f"step_{run.step}")
+    make_folder("--workdir", folder)
     print(f"{FLAGS.workdir}, step {run.step}, on {jax.device_count()} x {jax.devices()[0].device_kind}")
     with jax.set_mesh(run.mesh):
-        report_accuracy(run, run.source())
+        results = report_accuracy(run, tests, folder)
+    if hosts.first():
+        path = os.path.join(folder, "results.json")
+        write_json(path, {**read_results(path, run.step), "step": run.step, **results})
+        print(f"\nwritten to {folder}: answers.jsonl, results.json")
 
 
 FLAGS = flags.FLAGS
@@ -76,8 +116,13 @@ FLAGS = flags.FLAGS
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    flags.DEFINE_string("workdir", "", "Workdir of a run.")
+    flags.DEFINE_string("workdir", "", "Workdir of a run, or of `convert from-hf`.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+    flags.DEFINE_string("data", "", "Test rows: a file or any other source; left out: those of the run.")
+    flags.DEFINE_string("images", "", "Folder of the images of --data; left out: config.data.images of the run.")
+    flags.DEFINE_integer(
+        "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it."
+    )
     hosts.define_flags()
     cli.run(main, __doc__)
 

@@ -255,7 +255,11 @@ class DataConfig:
     max_bad_fraction: float = setting(0.001, "Share of broken rows, 0 to 1, above which the run stops.")
     flip: bool = setting(False, "Mirror half of the training images; wrong where questions mention left or right.")
     shift: int = setting(0, "Move training images by up to this many low-res pixels.")
-    holdout: int = setting(200, "Training rows kept out for the periodic evaluation.")
+    holdout: int = setting(
+        200, "Training rows kept out for evaluation; -1: one in 20, 10 to 500 of them, but at most one in 5."
+    )
+    test: str = setting("", "Rows to test on at the end, as source; empty: the official test split or the held-out rows.")
+    test_images: str = setting("", "Folder that image paths in `test` start from; empty: `images`.")
     threads: int = setting(2, "Reading threads per worker process; they do not change the order of rows.")
     workers: int = setting(0, "Extra processes that read data; they do not change the order of rows.")
 
@@ -322,7 +326,7 @@ class EvalConfig:
 
     every: int = setting(500, "Optimizer steps between evaluations on held-out training rows; 0: never.")
     batch_size: int = setting(256, "Prompts per batch of generation.")
-    max_new_tokens: int = setting(8, "Longest answer in tokens.")
+    max_new_tokens: int = setting(0, "Longest answer in tokens; 0: the longest test answer and a margin.")
     test: bool = setting(True, "Answer the test split at the end of training.")
 
 

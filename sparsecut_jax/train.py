@@ -183,7 +183,9 @@ def run_stages(cfg: Config) -> dict[str, float]:
         results["cut_answers"] = {name: cut for name, (cut, _) in bad_samples.cut.items() if cut}
         if cfg.eval.test and source.tests:
             run = Run(cfg.workdir, step, cfg, mesh, build_model(here, dtype), params, tokenizer, pictures)
-            results |= report_accuracy(run, source)
+            results |= report_accuracy(run, source.tests, cfg.workdir)
+        elif cfg.eval.test:
+            print(f"not tested: {sources.NO_TESTS}", flush=True)
     results["seconds"] = clock()
     path = os.path.join(cfg.workdir, "results.json")
     if hosts.first():

@@ -152,7 +152,7 @@ def test_literal_choice(key, value, expected):
     [
         "vision.image_size", "vision.patch_size", "vision.width", "vision.layers", "vision.heads", "vision.mlp_dim",
         "llm.width", "llm.layers", "llm.heads", "llm.kv_heads", "llm.head_dim", "llm.mlp_dim",
-        "data.max_pixels", "data.max_images", "data.threads", "eval.batch_size", "eval.max_new_tokens",
+        "data.max_pixels", "data.max_images", "data.threads", "eval.batch_size",
         "checkpoint.keep", "log_every", "stages.align.seq_len", "stages.align.batch_size", "stages.align.accumulate",
     ],
 )  # fmt: skip
@@ -161,7 +161,7 @@ def test_at_least_one(key):
 
 
 @pytest.mark.parametrize(
-    "key", ["llm.vocab_size", "data.holdout", "data.shift", "checkpoint.every", "eval.every", "seed"]
+    "key", ["llm.vocab_size", "data.shift", "checkpoint.every", "eval.every", "eval.max_new_tokens", "seed"]
 )
 def test_zero_or_more(key):
     assert check(changed((key, 0))) is not None

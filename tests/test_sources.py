@@ -292,6 +292,30 @@ def test_holdout_of_every_source_its_share(load, sizes, holdout, expected):
     assert [row_of(split, i)["id"] for i in range(len(split))] == sum(map(ids, source.holdout.values()), [])
 
 
+@pytest.mark.parametrize(
+    ("rows", "held"), [(1, 0), (2, 1), (9, 1), (12, 2), (50, 10), (200, 10), (400, 20), (20_000, 500)]
+)
+def test_holdout_follows_the_number_of_rows(rows, held):
+    part = Part("mine", [text_row(0)] * rows, Folder("", 1), 1)
+    kept, out = sources._hold_out({"": part}, DataConfig(holdout=-1))
+    assert (len(kept[""]), len(out[""])) == (rows - held, held)
+
+
+def test_a_file_of_test_rows(load, tmp_path):
+    """It is what is tested on, whatever else there would be; its images may be in another folder."""
+    (tmp_path / "hard.json").write_text(json.dumps([image_row("b.png", 7)]))
+    source = load([text_row(i) for i in range(9)], holdout=2, test=str(tmp_path / "hard.json"))
+    assert list(source.tests) == ["hard/test"] and ids(source.tests["hard/test"]) == [7]
+    assert source.tests["hard/test"].pictures.path == str(tmp_path / "images")
+    source = load([text_row(0)], test=str(tmp_path / "hard.json"), test_images=str(tmp_path))
+    assert source.tests["hard/test"].pictures.path == str(tmp_path)
+    source = load({"a": [text_row(0)], "b": [text_row(1)]}, test="easy_vqa")
+    assert [(name, len(part)) for name, part in source.tests.items()] == [("easy_vqa/test", 1000)]
+    no_folder = load([text_row(0)], images="", test=str(tmp_path / "hard.json"))
+    with pytest.raises(BadSample, match=r"config\.data\.test_images \(--images of evaluate\), the folder of the images, is empty"):
+        no_folder.tests["hard/test"].row(0)
+
+
 def test_holdout_leaves_a_row_to_train_on(load, tmp_path):
     with pytest.raises(UserError) as caught:
         load([text_row(0), text_row(1)], holdout=2)

@@ -17,6 +17,7 @@ import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.convert import to_hf
+from sparsecut_jax.data.sources import open_tests
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.train import locked, train
@@ -210,12 +211,52 @@ def test_a_second_start_compiles_nothing(pictures, tmp_path, monkeypatch):
 def test_evaluate_repeats_the_figure(unbroken, capsys):
     run = load_run(str(unbroken))
     with jax.set_mesh(run.mesh):
-        again = report_accuracy(run, run.source())
+        again = report_accuracy(run, open_tests(run.config), str(unbroken))
     results = json.loads((unbroken / "results.json").read_text())
     assert again == {key: results[key] for key in again}
     answers = [json.loads(line) for line in (unbroken / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 16
     assert again["rows/holdout/accuracy"] == sum(a["expected"] == a["answer"] for a in answers) / 16
+    assert again["rows/holdout/cut"] == sum(a["cut"] for a in answers)
+    for answer in answers:
+        (image,) = answer["images"]
+        assert Path(image).is_file() and Path(image).stem == answer["row"]
+
+
+def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
+    """Whatever the run was trained on; a length that cuts answers is honoured, and what it cuts is counted."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    asked = {"id": "x", "image": "0.png", "answers": ["Red", "crimson"]}
+    asked["conversations"] = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "mine.json").write_text(json.dumps([asked]))
+    (tmp_path / "0.png").write_bytes((pictures / "0.png").read_bytes())
+    flags = [f"--workdir={tmp_path}/run", f"--data={tmp_path}/mine.json"]
+    found = runs.each(
+        ["evaluate", *flags, "--max_new_tokens=1"],
+        ["evaluate", *flags, f"--images={tmp_path}", "--max_new_tokens=0"],
+        ["evaluate", f"--workdir={tmp_path}/run", f"--images={tmp_path}"],
+        ["evaluate", *flags, "--images=nowhere"],
+    )
+    assert [code for code, _, _ in found] == [0, 0, 2, 2]
+    assert "1 of 1 answers were cut at 1 tokens (config.eval.max_new_tokens)" in found[0][1]
+    assert "mine/test: every question asked alone" in found[1][1]
+    assert "error: --images=" in found[2][2] and "the folder of the images of --data, which is missing" in found[2][2]
+    assert "none of the 1 rows of mine/test can be read" in found[3][2]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["mine/test/count"] == 1 and results["rows/holdout/count"] == 16  # of the same step
+    last = json.loads((tmp_path / "run" / "answers.jsonl").read_text().splitlines()[-1])
+    assert (last["references"], last["images"]) == (["Red", "crimson"], [f"{tmp_path}/0.png"])
+
+
+def test_a_run_without_test_rows(pictures, tmp_path, one_device, capsys):
+    """Training says so, in its last lines, and `evaluate` is a sentence and exit code 2."""
+    changes = {"data.holdout": 0, "run_stages": ("instruct",), "stages.instruct.max_steps": 1}
+    config = runs.small(pictures, tmp_path / "run", set=changes)
+    train(config_lib.check(config))
+    assert "not tested: there are no test rows: none are held out" in capsys.readouterr().out
+    ((code, out, err),) = runs.each(["evaluate", f"--workdir={tmp_path}/run"])
+    assert (code, out) == (2, "")
+    assert "there are no test rows" in err and "--data=rows.json" in err and err.count("\n") == 1
 
 
 def test_evaluate_and_generate_commands(unbroken, pictures):

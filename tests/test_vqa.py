@@ -1,4 +1,4 @@
-"""Accuracy by generation: grouping, counting, and one encoding for all questions of an image."""
+"""Which questions are asked and how, which answers count, and how long an answer may be."""
 
 from types import SimpleNamespace
 
@@ -6,24 +6,10 @@ import pytest
 
 from small_tokenizers import byte_level
 from sparsecut_jax.data.conversation import encode_row
+from sparsecut_jax.data.parts import Folder, Part
 from sparsecut_jax.data.templates import TEMPLATES
-from sparsecut_jax.evaluation.vqa import Answered, asked_turns, questions, samples, summarize
-
-
-def answered(kind: str, expected: str, answer: str) -> Answered:
-    return Answered("row", kind, "what?", expected, answer)
-
-
-def test_summarize():
-    found = [
-        answered("color", "red", "red"), answered("color", "red", "blue"),
-        answered("yes/no", "no", "no"), answered("", "x", "y"),
-    ]  # fmt: skip
-    assert summarize(found, "set/test") == {
-        "set/test/accuracy": 0.5, "set/test/count": 4,
-        "set/test/color/accuracy": 0.5, "set/test/color/count": 2,
-        "set/test/yes_no/accuracy": 1.0, "set/test/yes_no/count": 1,
-    }  # fmt: skip
+from sparsecut_jax.evaluation.vqa import answer_limit, asked_turns, questions, references, samples
+from sparsecut_jax.types import BadSample
 
 
 def test_independent_turns_are_all_asked_and_of_a_conversation_the_first():
@@ -34,9 +20,8 @@ def test_independent_turns_are_all_asked_and_of_a_conversation_the_first():
 
 
 def test_samples_are_spread():
-    found = [answered("", str(i), "") for i in range(100)]
-    assert [a.expected for a in samples(found, 4)] == ["0", "33", "66", "99"]
-    assert len(samples(found[:2], 12)) == 2
+    assert samples(list(range(100)), 4) == [0, 33, 66, 99]
+    assert samples([5, 6], 12) == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +42,35 @@ def test_a_question_is_asked_as_it_is_trained_on(row):
         prompt = question.prompt.tokens.tolist()
         assert prompt == seen[: len(prompt)]
         assert question.prompt.image_start == trained.image_start[: len(question.prompt.image_start)]
+
+
+def turns(*said: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+
+
+def test_references_of_a_row_and_of_a_turn():
+    gpt = {"from": "gpt", "value": "sofa"}
+    row = {"conversations": turns("what?", "sofa")}
+    assert references(row, gpt) == ()
+    assert references(row | {"answers": [" couch ", {"answer": "settee", "answer_id": 1}]}, gpt) == ("couch", "settee")
+    assert references(row, gpt | {"answers": ["couch"]}) == ("couch",)
+    for wrong in ("couch", [], [""], [1], [{"text": "couch"}]):
+        with pytest.raises(BadSample, match="key 'answers' must be a list of texts"):
+            references(row | {"answers": wrong}, gpt)
+    two = {"conversations": turns("what?", "sofa", "who?", "me"), "independent": True, "answers": ["couch"]}
+    with pytest.raises(BadSample, match="'answers' belongs to one of 2 questions; move it into its answer"):
+        references(two, gpt)
+
+
+def test_the_longest_answer_follows_the_data():
+    """A token a letter and one for the space: 13 letters are 14 tokens, a quarter more and the end make 19."""
+    rows = [{"conversations": turns("what?", "red")}, {"conversations": []}]
+    part = lambda *more: Part("mine", [*rows, *more], Folder("", 1), 1)
+    run = lambda limit: SimpleNamespace(
+        tokenizer=byte_level(), template="qa", config=SimpleNamespace(eval=SimpleNamespace(max_new_tokens=limit))
+    )
+    assert answer_limit(run(0), part()) == 8
+    assert answer_limit(run(0), part({"conversations": turns("what?", "x" * 13)})) == 24
+    assert answer_limit(run(0), part({"conversations": turns("what?", "red"), "answers": ["y" * 13]})) == 24
+    assert answer_limit(run(0), part({"conversations": turns("what?", "x" * 5000)})) == 512
+    assert answer_limit(run(3), part()) == 3

@@ -16,6 +16,10 @@ from sparsecut_jax.data.rows import JsonRows, Row, is_folder
 from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
+AUTO = -1  # config.data.holdout: a share of the rows
+AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 20, 10, 500  # one row in so many, but at least and at most so many rows,
+AUTO_FEW = 5  # and never more than one row in so many, or a single one
+NO_TESTS = "there are no test rows: none are held out of training (config.data.holdout) or named (config.data.test)"
 TOKENIZER_TEXT = 5_000_000  # characters that a tokenizer is trained on, at most
 
 
@@ -25,7 +29,8 @@ class Source:
 
     Attributes:
       train, holdout: by name of the source.
-      tests: by the name that results give it: the official test split, or the held-out rows where there is none.
+      tests: by the name that results give it: the rows of config.data.test, else the official test split, or the
+        held-out rows where there is none.
     """
 
     name: str
@@ -77,15 +82,43 @@ def load_source(cfg: Config) -> Source:
     fingerprint = "; ".join(filter(None, (found[2] for found in opened.values())))
     kept, held = _hold_out(train, cfg.data)
     title = "+".join(map(_title, train.values()))
+    tests = open_test(cfg) if cfg.data.test else _own_tests(cfg, opened, held)
+    return Source(title, kept, held, tests, fingerprint)
+
+
+def _own_tests(cfg: Config, opened: dict[str, tuple[Part, Part | None, str]], held: dict[str, Part]) -> dict[str, Part]:
+    """Official test rows, or held-out ones, of the sources that the run ends with."""
     tests = {}
-    last = cfg.stages[cfg.run_stages[-1]].sources or tuple(mix)  # what the run ends with is what it is tested on
-    for name, (_, test, _) in ((name, opened[name]) for name in last):
-        label = name or _title(train[name])
+    for name in cfg.stages[cfg.run_stages[-1]].sources or tuple(opened):
+        train, test, _ = opened[name]
+        label = name or _title(train)
         if test is not None:
             tests[f"{label}/test"] = test
         elif len(held[name]):
             tests[f"{label}/holdout"] = held[name]
-    return Source(title, kept, held, tests, fingerprint)
+    return tests
+
+
+def open_tests(cfg: Config) -> dict[str, Part]:
+    """The test rows of a run by the name that results give them; training rows need not be there for config.data.test."""
+    return open_test(cfg) if cfg.data.test else load_source(cfg).tests
+
+
+def open_test(cfg: Config) -> dict[str, Part]:
+    """The rows of config.data.test by the name that results give them.
+
+    Where the run has a mixture, they are read with the settings of the first source of its last stage.
+    """
+    data = cfg.data
+    like = SourceConfig(images=data.images)
+    if data.mix:
+        like = data.mix[(cfg.stages[cfg.run_stages[-1]].sources or tuple(data.mix))[0]]
+    train, test, _ = _open(dataclasses.replace(like, path=data.test, images=data.test_images or like.images), cfg, "")
+    part = train if test is None else test
+    if isinstance(part.pictures, Folder):
+        pictures = dataclasses.replace(part.pictures, setting="config.data.test_images (--images of evaluate)")
+        part = dataclasses.replace(part, pictures=pictures)
+    return {f"{_title(part)}/test": part}
 
 
 def _title(part: Part) -> str:
@@ -139,7 +172,11 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def _hold_out(train: dict[str, Part], cfg: DataConfig) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Training rows and `cfg.holdout` others, of each source its share; the same for every seed of a run."""
+    """Training rows and `cfg.holdout` others, of each source its share; the same for every seed of a run.
+
+    AUTO holds out one row in AUTO_SHARE of each source, at least AUTO_LEAST and at most AUTO_MOST, but of few rows no
+    more than one in AUTO_FEW, or a single one; of one row nothing.
+    """
     total = sum(len(part) for part in train.values())
     if cfg.holdout >= total:
         of = repr(cfg.source) if not cfg.mix else "config.data.mix"
@@ -151,6 +188,9 @@ def _hold_out(train: dict[str, Part], cfg: DataConfig) -> tuple[dict[str, Part],
     for name, part in train.items():
         seen += len(part)
         count = min(cfg.holdout * seen // total - given, len(part) - 1)  # of all parts together as many as asked for
+        if cfg.holdout == AUTO:
+            wanted = min(max(len(part) // AUTO_SHARE, AUTO_LEAST), AUTO_MOST)
+            count = min(wanted, max(1, len(part) // AUTO_FEW), len(part) - 1)
         given += count
         order = np.random.default_rng(0).permutation(len(part))
         chosen = np.sort(order[:count])

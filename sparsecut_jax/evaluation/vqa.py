@@ -1,9 +1,10 @@
-"""Exact-match accuracy by generation: every question asked alone, every image encoded once."""
+"""Answers by generation to all questions of a part: every question asked alone, every image encoded once."""
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,42 +12,29 @@ import numpy as np
 
 from sparsecut_jax import placing, sharding
 from sparsecut_jax.data.conversation import IMAGE, Example, encode_prompt, images_of
-from sparsecut_jax.data.parts import Part
+from sparsecut_jax.data.parts import Folder, Part
 from sparsecut_jax.data.templates import get_template, stop_ids
 from sparsecut_jax.data.walk import as_bad
+from sparsecut_jax.evaluation.answered import Answered
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.types import BadSample
 
 IMAGES_AT_ONCE = 64
+MOST_TOKENS = 512  # of an answer, where no setting says so: the cache of keys and values grows with it
 REASON = 1024  # bytes of a sentence about a broken row that other processes get
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of a row: `image` is the row's place among the rows encoded together."""
+    """A question of a row, which stands at `place` among the rows encoded together."""
 
-    row: str
-    image: int
+    place: int
     text: str
-    answer: str
+    expected: str
+    references: tuple[str, ...]
     kind: str
     prompt: Example
-
-
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """A question, its reference answer and the model's."""
-
-    row: str
-    kind: str
-    question: str
-    expected: str
-    answer: str
-
-    @property
-    def correct(self) -> bool:
-        return self.expected == self.answer
 
 
 def asked_turns(row: dict[str, Any]) -> list[tuple[dict, dict]]:
@@ -56,18 +44,61 @@ def asked_turns(row: dict[str, Any]) -> list[tuple[dict, dict]]:
     return [pair for pair in (pairs if row.get("independent") else pairs[:1]) if pair[1].get("loss", True)]
 
 
+def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
+    """Other answers that count beside that of the turn `gpt`: `answers` of the turn, or of a row with one question.
+
+    Each is a text, or an object with a text "answer" as in the annotations of VQA v2. Raises BadSample.
+    """
+    asked = asked_turns(row)
+    given = gpt.get("answers")
+    if given is None:
+        given = row.get("answers")
+        if given is not None and len(asked) > 1:
+            raise BadSample(
+                "format", f"key 'answers' belongs to one of {len(asked)} questions; move it into its answer"
+            )
+    if given is None:
+        return ()
+    texts = (
+        [item.get("answer") if isinstance(item, dict) else item for item in given] if isinstance(given, list) else []
+    )
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadSample("format", f"key 'answers' must be a list of texts, got {given!r:.100}")
+    return tuple(text.strip() for text in texts)
+
+
 def questions(rows: dict[int, dict[str, Any]], run: Run) -> list[Question]:
     """The prompts of all questions of some rows, each on its own. `rows`: by their places among those encoded together."""
     found, template = [], get_template(run.template, run.tokenizer)
-    for i, row in rows.items():
+    for place, row in rows.items():
         for human, gpt in asked_turns(row):
             text = human["value"].replace(IMAGE, "").strip()
             shared = row.get("independent")  # images stand before all questions, else where this one has them
             asked, images = (text, len(images_of(row))) if shared else (human["value"], human["value"].count(IMAGE))
             how = (run.tokenizer, template, run.config.tokens_per_image, row.get("system", ""))
             prompt = encode_prompt(asked, images, *how)
-            found.append(Question(str(row.get("id", i)), i, text, gpt["value"].strip(), gpt.get("kind", ""), prompt))
+            others = references(row, gpt)
+            found.append(Question(place, text, gpt["value"].strip(), others, gpt.get("kind", ""), prompt))
     return found
+
+
+def answer_limit(run: Run, part: Part) -> int:
+    """Longest answer in tokens: config.eval.max_new_tokens, or for 0 what the references of the part need.
+
+    That is the longest of them, a quarter more for answers worded otherwise, and the token that ends it, rounded up to
+    a multiple of 8 so that few programs are compiled; at most MOST_TOKENS.
+    """
+    if run.config.eval.max_new_tokens:
+        return run.config.eval.max_new_tokens
+    texts = set()
+    for i in range(len(part)):
+        with contextlib.suppress(BadSample):
+            row = part.row(i)
+            for _, gpt in asked_turns(row):
+                texts |= {gpt["value"].strip(), *references(row, gpt)}
+    template = get_template(run.template, run.tokenizer)
+    longest = max((len(run.tokenizer.encode(template.space + text)) for text in texts), default=0)
+    return min(MOST_TOKENS, -(-(longest * 5 // 4 + 2) // 8) * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +110,8 @@ class Progressed:
     broken: list[str]
 
 
-def answer_part(run: Run, part: Part) -> Iterator[Progressed]:
-    """Answers all questions of the rows of a part, greedily, some rows at a time.
+def answer_part(run: Run, part: Part, test: str, limit: int) -> Iterator[Progressed]:
+    """Answers all questions of the rows of a part, greedily and with up to `limit` tokens, some rows at a time.
 
     The last short batch is filled up with empty prompts, whose answers are thrown away. Each process opens the pictures
     that its devices encode, and all get all answers.
@@ -99,6 +130,8 @@ def answer_part(run: Run, part: Part) -> Iterator[Progressed]:
             row = {}
             try:
                 row = rows[at] = part.row(number)
+                for _, gpt in asked_turns(row):
+                    references(row, gpt)
                 if at in places:
                     for m, entry in enumerate(images_of(row)):
                         views[places[at], m] = run.pictures.read(part, entry)
@@ -112,31 +145,34 @@ def answer_part(run: Run, part: Part) -> Iterator[Progressed]:
         for first in range(0, len(asked), size):
             batch = asked[first : first + size]
             image = np.zeros(size, np.int32)
-            image[: len(batch)] = [q.image for q in batch]
+            image[: len(batch)] = [q.place for q in batch]
             arrays = pad_prompts([q.prompt for q in batch], size, cfg.data.max_images)
             *arrays, image = placing.place(tuple(x[asking] for x in (*arrays, image)), placed, asking, size)
-            ids, _ = generate(
-                run.model, run.params, *arrays, encoded.rows(image), cfg.eval.max_new_tokens, np.array(stop)
-            )
-            answered += [
-                Answered(q.row, q.kind, q.text, q.answer, run.tokenizer.decode(until(row, stop)).strip())
-                for q, row in zip(batch, placing.fetch(ids), strict=False)
-            ]
+            ids, _ = generate(run.model, run.params, *arrays, encoded.rows(image), limit, np.array(stop))
+            for q, said in zip(batch, placing.fetch(ids), strict=False):
+                row, said = rows[q.place], until(said, stop)
+                answered.append(
+                    Answered(
+                        test=test,
+                        row=str(row.get("id", part.number(numbers[q.place]))),
+                        kind=q.kind,
+                        question=q.text,
+                        images=tuple(image_path(part, entry) for entry in images_of(row)),
+                        expected=q.expected,
+                        references=q.references,
+                        answer=run.tokenizer.decode(said).strip(),
+                        cut=len(said) == limit,
+                        step=run.step,
+                    )
+                )
         yield Progressed(len(numbers), answered, list(broken.values()))
 
 
-def summarize(answered: list[Answered], name: str) -> dict[str, float | int]:
-    """{name/accuracy: share, name/count: n} overall, and with /kind/ for every kind."""
-    groups = collections.defaultdict(list)
-    for item in answered:
-        groups[""].append(item.correct)
-        if item.kind:
-            groups[f"/{item.kind.replace('/', '_')}"].append(item.correct)
-    results: dict[str, float | int] = {}
-    for group, correct in sorted(groups.items()):
-        results[f"{name}{group}/accuracy"] = sum(correct) / len(correct)
-        results[f"{name}{group}/count"] = len(correct)
-    return results
+def image_path(part: Part, entry: str | bytes) -> str | None:
+    """Where the image of an entry of a row is; None for one that is not a file."""
+    if isinstance(entry, bytes) or not isinstance(part.pictures, Folder):
+        return None
+    return os.path.join(part.pictures.path, entry)
 
 
 def samples(answered: list[Answered], count: int) -> list[Answered]:

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from sparsecut_jax import backends, sharding
 from sparsecut_jax.data.pipeline import Images
-from sparsecut_jax.data.sources import Source, load_source
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
@@ -38,9 +37,6 @@ class Run:
     @property
     def template(self) -> str:
         return self.config.stages[self.config.run_stages[-1]].template
-
-    def source(self) -> Source:
-        return load_source(self.config)
 
 
 def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:

@@ -35,7 +35,7 @@ META_SINCE = {"supervised_tokens": 0}  # what checkpoints of earlier versions la
 FREE_ON_RESUME = (
     "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
     "workdir", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
-    "data.follow_links", "data.max_bad_fraction",
+    "data.follow_links", "data.test", "data.test_images", "data.max_bad_fraction",
 )  # fmt: skip
 
 
