@@ -64,7 +64,9 @@ def _canonical(row: Any, max_images: int) -> Row:
         turn, inside = _turn(turn, i)
         turns.append(turn)
         if inside and beside:
-            raise BadSample("image_count", f"turn {i} has its own image, but the row has key 'image' or 'images' as well")
+            raise BadSample(
+                "image_count", f"turn {i} has its own image, but the row has key 'image' or 'images' as well"
+            )
         images += inside
 
     first, system = 0, row.get("system") or ""

@@ -19,7 +19,7 @@ from sparsecut_jax.data import images
 from sparsecut_jax.data.canonical import canonical
 from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.image_names import resolve
-from sparsecut_jax.data.rows import Row, Subset
+from sparsecut_jax.data.rows import Row, Subset, place
 from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.types import BadSample
 
@@ -104,7 +104,8 @@ class Part:
     def label(self, i: int, row: Any) -> str:
         """What errors call row `i`."""
         name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and row.get("id") is not None else ""
-        return f"{self.name} row {self.number(i)}{name}"
+        where = place(self.rows, i)
+        return f"{self.name} row {self.number(i)}{where and f', {where}'}{name}"
 
     def look(self, entry: str | bytes, decode: bool) -> None:
         """Raises BadSample for a picture that is not there, or cannot be decoded."""

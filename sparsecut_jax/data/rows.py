@@ -23,7 +23,7 @@ from etils import epath
 from sparsecut_jax.data.broken_json import LONGEST, fault_of
 from sparsecut_jax.data.kinds import BOM
 from sparsecut_jax.data.scratch import MappedArray
-from sparsecut_jax.data.unpacked import unpacked
+from sparsecut_jax.data.unpacked import changed, state_of, unpacked
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]
@@ -46,6 +46,14 @@ class Subset(Sequence):
     def __getitem__(self, i: int) -> Row:
         return self.rows[int(self.numbers.values[i])]
 
+    def place(self, i: int) -> str:
+        return place(self.rows, int(self.numbers.values[i]))
+
+
+def place(rows: Sequence, i: int) -> str:
+    """The file of row `i` among several and its number there, "" where the number in all says it."""
+    return rows.place(i) if hasattr(rows, "place") else ""
+
 
 class JsonRows(Sequence):
     """Rows of a JSON list of objects, or of a JSONL file with one object a line; local or gs://.
@@ -53,14 +61,15 @@ class JsonRows(Sequence):
     `rows[i]` is the parsed object. Raises BadSample for a row that is no JSON or no UTF-8.
     """
 
-    def __init__(self, path: str):
-        """Finds where each row stands. Raises UserError for a file that cannot be read or holds no list."""
+    def __init__(self, path: str, local: str = ""):
+        """Finds where each row stands. Raises UserError for a file that cannot be read or holds no list.
+
+        local: where `unpacked` has its content; "": not asked yet.
+        """
         self.path = path
         try:
-            self.local, kind = unpacked(path)
-            if kind != "json":
-                raise UserError(f"data source {path!r} is of the kind {kind!r}; expected JSON or JSONL")
-            self.state = _state(os.stat(self.local))
+            self.local = local or unpacked(path)[0]
+            self.state = state_of(os.stat(self.local))
             self.places = MappedArray(_places(self._bytes, path))
         except OSError as error:
             raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
@@ -70,8 +79,8 @@ class JsonRows(Sequence):
     @functools.cached_property
     def _bytes(self) -> mmap.mmap | bytes:
         with open(self.local, "rb") as file:
-            if _state(os.fstat(file.fileno())) != self.state:  # its rows are no longer where they were
-                raise UserError(f"data source {self.path!r} has changed since this run opened it; start again")
+            if state_of(os.fstat(file.fileno())) != self.state:  # its rows are no longer where they were
+                raise changed(self.path)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(self.local) else b""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,10 +119,6 @@ def is_folder(path: str) -> bool:
         raise UserError(f"data source {path!r} cannot be read: {error}") from error
     except KeyError:
         raise UserError(f"data source {path!r} cannot be read: expected a file on a disk, or gs://...") from None
-
-
-def _state(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
 
 
 def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sparsecut_jax.data import easy_vqa
+from sparsecut_jax.data.opening import is_shards, open_rows
 from sparsecut_jax.data.parts import Folder, Part, Split
-from sparsecut_jax.data.rows import JsonRows, Row, is_folder
+from sparsecut_jax.data.rows import Row, is_folder
 from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
@@ -146,17 +147,17 @@ def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | No
             drawn = scenes.rows(data.scenes, split, size, low)
             parts.append(Part("scenes", drawn, drawn, data.max_images, captions=scenes.captions))
         return _weighted(parts[0], source), parts[1], f"{len(parts[0])} rows of {data.scenes}, {size} and {low} pixels"
-    if source.path.startswith("tfds:") or is_folder(source.path):
+    named = source.path if source.split == "train" else f"{source.path} {source.split}"
+    if source.path.startswith("tfds:") or is_folder(source.path) and not is_shards(source.path):
         from sparsecut_jax.data import tfds_source
 
         rows = tfds_source.open_tfds(source, data.max_pixels)
-        named = source.path if source.split == "train" else f"{source.path} {source.split}"
         part = Part(named, rows, rows, data.max_images)
         return _weighted(part, source), None, rows.fingerprint()
-    rows = JsonRows(source.path)
+    rows = open_rows(source)
     where = f"config.data.mix.{name}.images" if name else "config.data.images"
     folder = Folder(source.images, data.max_pixels, where, data.follow_links)
-    part = Part(source.path, rows, folder, data.max_images)
+    part = Part(named, rows, folder, data.max_images)
     return _weighted(part, source), None, rows.fingerprint()
 
 

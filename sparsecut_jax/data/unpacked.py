@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -17,7 +19,54 @@ from sparsecut_jax.data.scratch import scratch
 from sparsecut_jax.types import UserError
 
 BLOCK = 1 << 20
+SAMPLES = 32
 LAYERS = 4  # a tar in a gzip, and some more
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """A file to read from.
+
+    Attributes:
+      path: what the user calls it.
+      local: where its content is, as `kind` says.
+      original: what `sampled` tells apart; `local` may be written from it.
+      state: of `local`, when it was opened first.
+    """
+
+    path: str
+    local: str
+    kind: str
+    original: str
+    state: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: str, local: str, kind: str, original: str = "") -> DataFile:
+        return cls(path, local, kind, original or local, state_of(os.stat(local)))
+
+    def check(self) -> None:
+        """Raises UserError if the file is another one by now."""
+        if state_of(os.stat(self.local)) != self.state:
+            raise changed(self.path)
+
+
+def state_of(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+def changed(path: str) -> UserError:
+    return UserError(f"data source {path!r} has changed since this run opened it; start again")
+
+
+def sampled(local: str) -> str:
+    """Size of a file and a hash of SAMPLES blocks spread evenly over it, its first and last bytes among them."""
+    size, block = os.path.getsize(local), 1 << 16
+    digest = hashlib.sha256()
+    with open(local, "rb") as file:
+        for k in range(SAMPLES):
+            file.seek(max(0, size - block) * k // (SAMPLES - 1))
+            digest.update(file.read(block))
+    return f"{size} {digest.hexdigest()}"
 
 
 def unpacked(path: str) -> tuple[str, str]:
@@ -62,19 +111,17 @@ def _written(blocks: Iterator[bytes], path: str) -> str:
     except BaseException as error:
         os.remove(target)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise no_room(path, 0) from error
+            raise no_room(path) from error
         raise
     return target
 
 
-def no_room(path: str, needed: int) -> UserError:
+def no_room(path: str) -> UserError:
     """What is said where the scratch folder is too small."""
     free = shutil.disk_usage(scratch()).free
-    much = f" {needed / 2**30:.1f} GiB" if needed else ""
     return UserError(
-        f"data source {path!r} is written out once to be read by row, but its{much} do not fit into "
-        f"{tempfile.gettempdir()}, which has {free / 2**30:.1f} GiB left; set TMPDIR to a folder with more room, or "
-        "unpack it or run `python -m sparsecut_jax.data build` elsewhere"
+        f"data source {path!r} is written out once so that single rows can be read, but does not fit into "
+        f"{tempfile.gettempdir()}, which has {free / 2**30:.1f} GiB left; set TMPDIR to a folder with more room"
     )
 
 
