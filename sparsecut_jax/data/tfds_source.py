@@ -127,7 +127,7 @@ class BuiltRows(TfdsRows):
         except (ValueError, TypeError, RecursionError) as error:
             raise BadSample("text", f"the record's row is not valid JSON: {error}") from None
         if images and isinstance(row, dict):
-            key = "images" if row.get("image") is None else "image"
+            key = "image" if "image" in row else "images"
             row[key] = images if isinstance(row[key], list) else images[0]
         return row
 
