@@ -1,4 +1,4 @@
-"""What "auto" means on each platform, and what a platform lacks: dtype, attention, rematerialisation."""
+"""Resolves "auto" settings (dtype, attention, remat) for a platform, and refuses what the platform does not support."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import jax.numpy as jnp
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
-ATTENTION = {"cpu": ("tiled", "xla"), "gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}  # the first is what auto takes
+ATTENTION = {"cpu": ("tiled", "xla"), "gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}  # auto takes the first
 
 PARTS = ("vision", "fusion", "llm")
 
 
 def resolve(cfg: Config, platform: str | None = None, branched: bool = False) -> Config:
-    """The config with every "auto" of attention, remat and dtypes replaced by what `platform` takes.
+    """The config with every "auto" of attention, remat and dtype replaced by the choice for `platform`.
 
-    platform: "cpu", "gpu" or "tpu"; None: that of the default devices.
-    branched: whether rows have independent questions, which the fused kernels cannot keep apart.
+    Args:
+      cfg: the config.
+      platform: "cpu", "gpu" or "tpu"; None: that of the default devices.
+      branched: whether rows have independent questions, which the fused kernels cannot mask from each other.
 
     Raises:
-      UserError: an attention backend or remat policy that the platform lacks.
+      UserError: the platform does not support the attention backend or a remat policy.
     """
     platform = platform or jax.default_backend()
     dtype = ("float32" if platform == "cpu" else "bfloat16") if cfg.dtype == "auto" else cfg.dtype
@@ -41,7 +43,7 @@ def resolve(cfg: Config, platform: str | None = None, branched: bool = False) ->
         settings = getattr(cfg, part)
         if settings.remat == "offload" and platform == "cpu":
             raise UserError(
-                f"config.{part}.remat='offload' moves activations to the host's memory, and a CPU has no other; "
+                f"config.{part}.remat='offload' moves activations to host memory, where a CPU already has them; "
                 "expected none, dots, full or auto"
             )
         parts[part] = dataclasses.replace(settings, remat=remat if settings.remat == "auto" else settings.remat)
@@ -49,10 +51,10 @@ def resolve(cfg: Config, platform: str | None = None, branched: bool = False) ->
 
 
 def _limits(cfg: Config, dtype: str, branched: bool) -> dict[str, list[tuple[bool, str]]]:
-    """What the fused kernels cannot do: pairs of whether the config asks for it, and how to say that."""
-    together = (branched, 'cannot keep independent questions of one image apart (rows with "independent": true)')
+    """Limits of the fused kernels: {backend: [(whether the config hits the limit, its description)]}."""
+    together = (branched, 'cannot mask independent questions of one image (rows with "independent": true)')
     some_windows = bool(cfg.llm.sliding_window and cfg.llm.sliding_from)
-    mixed = (some_windows, f"has one window for all layers, but config.llm.sliding_from={cfg.llm.sliding_from}")
+    mixed = (some_windows, f"needs one window for all layers, but config.llm.sliding_from={cfg.llm.sliding_from}")
     return {
         "splash": [together, mixed],
         "cudnn": [together, mixed, (dtype == "float32", "computes in bfloat16, but config.dtype is float32")],
@@ -60,11 +62,11 @@ def _limits(cfg: Config, dtype: str, branched: bool) -> dict[str, list[tuple[boo
 
 
 def resolve_for_inference(cfg: Config, platform: str | None = None) -> Config:
-    """As `resolve`, for a run that may have been trained on another platform."""
+    """As `resolve`, with attention chosen for this platform and no remat: the run may have trained on another one."""
     parts = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in PARTS}
     return resolve(dataclasses.replace(cfg, attention="auto", **parts), platform)
 
 
 def compute_dtype(cfg: Config) -> jnp.dtype:
-    """Of the computation; `cfg` is resolved."""
+    """The compute dtype. `cfg` is resolved, its dtype is not "auto"."""
     return jnp.dtype(cfg.dtype)

@@ -1,6 +1,7 @@
-"""Several processes as one run: how they meet, talk without devices, and end together.
+"""Multi-process runs: how the processes connect, exchange text without devices, and end together.
 
-A process that is one of several is two: a child does the work, and what the user has started waits for it (watch.py).
+Each of them consists of two system processes: a child does the work, and the one that the user started waits for it
+(watch.py).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from jax.experimental import multihost_utils
 from sparsecut_jax import watch
 from sparsecut_jax.types import UserError
 
-CLUSTERS = ("gcetpu", "gketpu", "slurm", "ompi")  # where JAX finds the other processes by itself
+CLUSTERS = ("gcetpu", "gketpu", "slurm", "ompi")  # where JAX finds the other processes itself
 STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN|FAILED_PRECONDITION): ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One of several: `coordinator` is HOST:PORT of the first one, None where JAX finds it; times are in seconds."""
+    """One process of the run. coordinator: HOST:PORT of process 0, None if JAX finds it; timeouts are in seconds."""
 
     index: int
     count: int
@@ -41,31 +42,31 @@ class Process:
     name: str = ""
 
 
-_me: Process | None = None  # None: this process is the only one
-_notes: IO[str] | None = None  # for the one who waits
+_me: Process | None = None  # None: a single-process run
+_notes: IO[str] | None = None  # messages to the waiting parent
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several; any port that is free there.")
-    flags.DEFINE_integer("processes", None, "How many processes make up the run; 1: do not look for others.")
-    flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-    flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes must have come.", lower_bound=1)
-    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process is gone.", lower_bound=5)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 in a multi-process run; any free port there.")
+    flags.DEFINE_integer("processes", None, "Number of processes of the run; 1: do not look for others.")
+    flags.DEFINE_integer("process", None, "Index of this process, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds within which all processes must connect.", lower_bound=1)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead.", lower_bound=5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# meeting
+# connecting
 
 
 def start(resumes: bool, debug: bool) -> None:
-    """Joins the other processes, before any device is touched; does nothing in the only process of a run.
+    """Connects to the other processes before any device is used; does nothing in a single-process run.
 
     Args:
-      resumes: the same command, given again, goes on where it was interrupted.
-      debug: what libraries write to stderr is shown.
+      resumes: whether running the same command again resumes the work.
+      debug: show what libraries write to stderr.
 
     Raises:
-      UserError: flags that do not go together, or a coordinator that does not answer.
+      UserError: inconsistent flags, or the coordinator does not answer.
     """
     global _me, _notes
     found = _asked() or _found()
@@ -73,15 +74,15 @@ def start(resumes: bool, debug: bool) -> None:
         return
     name = f"process {found.index} of {found.count} (host {socket.gethostname()}, pid {os.getpid()})"
     me = dataclasses.replace(found, name=name)
-    noise, notes = tempfile.TemporaryFile(), tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as we are
-    ended, held = os.pipe()  # its end tells the child that nobody waits any more
+    noise, notes = tempfile.TemporaryFile(), tempfile.TemporaryFile("w+")  # noqa: SIM115 - open for the whole run
+    ended, held = os.pipe()  # closing it tells the child that its parent died
     sys.stdout.flush()
     child = os.fork()
     if child:
         os.close(ended)
         watch.wait(child, me, noise, notes, resumes)
     os.close(held)
-    os.setpgid(0, 0)  # ^C reaches the one who waits, who passes it on
+    os.setpgid(0, 0)  # ^C reaches the waiting parent, which passes it on
     threading.Thread(target=lambda: os.read(ended, 1) or os._exit(1), daemon=True).start()
     _me, _notes, sys.excepthook = me, notes, _uncaught
     _redirect(None if debug else noise)
@@ -94,12 +95,12 @@ def start(resumes: bool, debug: bool) -> None:
     )
     tell(f"name {me.index}", me.name)
     _note(names=[hear(f"name {i}") for i in range(me.count)], coordinator=_state().coordinator_address)
-    # Gloo gives processes half a minute to meet: here nobody keeps the others waiting by compiling or reading.
+    # Gloo gives processes half a minute to connect; do it here, where none is delayed by compiling or reading.
     multihost_utils.sync_global_devices("start")
 
 
 def _asked() -> Process | None:
-    """What flags or JAX's environment variables say; None if they say nothing."""
+    """The process according to flags or JAX's environment variables; None if neither is set."""
     names = {"coordinator": "COORDINATOR_ADDRESS", "processes": "NUM_PROCESSES", "process": "PROCESS_ID"}
     given = {flag: os.environ.get(f"JAX_{variable}") for flag, variable in names.items()}
     given |= {flag: flags.FLAGS[flag].value for flag in names if flags.FLAGS[flag].value is not None}
@@ -115,7 +116,7 @@ def _asked() -> Process | None:
         return Process(0, 1, None, *times)
     if missing := [name for name in names if name not in given]:
         raise UserError(
-            f"--{missing[0]} is missing beside --{next(iter(given))}; a run of several processes is started with "
+            f"--{next(iter(given))} needs --{missing[0]} too; a multi-process run is started with "
             "--coordinator=HOST:PORT --processes=N --process=I, where I is 0 to N-1"
         )
     if count < 1:
@@ -129,7 +130,7 @@ def _asked() -> Process | None:
 
 
 def _found() -> Process | None:
-    """What a TPU slice, SLURM or Open MPI say; None elsewhere."""
+    """The process according to the TPU slice, SLURM or Open MPI; None elsewhere."""
     from jax._src.clusters import ClusterEnv
 
     try:
@@ -139,20 +140,20 @@ def _found() -> Process | None:
                 return Process(kind.get_process_id(), kind.get_process_count(), None, *times)
     except Exception as error:  # a cluster's own services may fail in any way
         raise UserError(
-            f"the other processes cannot be found ({type(error).__name__}: {error}); give --processes=1, or "
+            f"the other processes cannot be found ({type(error).__name__}: {error}); set --processes=1, or "
             "--coordinator=HOST:PORT --processes=N --process=I"
         ) from error
     return None
 
 
 def _check_coordinator(me: Process, host: str, port: int) -> None:
-    """Raises UserError if it does not answer in time, or in the first process if its port is taken."""
+    """Raises UserError if the coordinator does not answer in time or, in process 0, if its port is taken."""
     if me.index == 0:
         try:
             watch.listen(port).close()
         except OSError as error:
             raise UserError(
-                f"port {port} of --coordinator={me.coordinator} cannot be used ({os.strerror(error.errno)}); give another one"
+                f"port {port} of --coordinator={me.coordinator} cannot be used ({os.strerror(error.errno)}); choose another one"
             ) from error
     reach = (
         socket.getaddrinfo if me.index == 0 else lambda host, port: socket.create_connection((host, port), 5).close()
@@ -165,53 +166,55 @@ def _check_coordinator(me: Process, host: str, port: int) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise UserError(
-                    f"--coordinator={me.coordinator} has not answered within {me.join_timeout} s "
+                    f"--coordinator={me.coordinator} did not answer within {me.join_timeout} s "
                     f"({error.strerror or error}); start process 0 on that host, with the same address"
                 ) from error
         time.sleep(0.2)
 
 
 def _redirect(noise: IO[bytes] | None) -> None:
-    """Only the first process prints, and what libraries write beside Python goes to `noise`."""
+    """Only the first process prints; what C++ libraries write to stderr goes to `noise`."""
     out, err, null = os.dup(1), os.dup(2), os.open(os.devnull, os.O_WRONLY)
     how = dict(mode="w", buffering=1, errors="backslashreplace")
-    sys.stdout = open(out if first() else null, **how)  # noqa: SIM115 - open as long as we are
+    sys.stdout = open(out if first() else null, **how)  # noqa: SIM115 - open for the whole run
     os.dup2(null, 1)
     if noise is not None:
-        sys.stderr = open(err, **how)  # noqa: SIM115 - open as long as we are
+        sys.stderr = open(err, **how)  # noqa: SIM115 - open for the whole run
         os.dup2(noise.fileno(), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# being one of several
+# during the run
 
 
 def several() -> bool:
+    """Whether this is a multi-process run."""
     return _me is not None
 
 
 def index() -> int:
+    """Index of this process; 0 in a single-process run."""
     return _me.index if _me else 0
 
 
 def first() -> bool:
-    """Whether this process prints, and writes what all know."""
+    """Whether this is process 0, which prints and writes the shared files."""
     return index() == 0
 
 
 def name() -> str:
-    """For instance "process 1 of 2 (host build-7, pid 4242)"; empty for the only one."""
+    """For example "process 1 of 2 (host build-7, pid 4242)"; empty in a single-process run."""
     return _me.name if _me else ""
 
 
 def tell(key: str, text: str) -> None:
-    """Lets the others `hear` a text."""
+    """Publishes a text under `key` for the other processes to `hear`."""
     if _me:
         _state().client.key_value_set(f"sparsecut_jax/{key}", text)
 
 
 def hear(key: str) -> str:
-    """What another process tells. Waits for it as long as it takes; devices have no part in this."""
+    """The text that another process published under `key`. Waits for it without limit; no device is involved."""
     while True:
         try:
             return _state().client.blocking_key_value_get(f"sparsecut_jax/{key}", 5000)
@@ -222,7 +225,7 @@ def hear(key: str) -> str:
 
 @contextlib.contextmanager
 def in_turn(key: str) -> Iterator[None]:
-    """The first process runs the block; then the others do, and find what it has written."""
+    """Process 0 runs the block first; then the others do, and find what it wrote."""
     if not first():
         hear(key)
     yield
@@ -231,7 +234,7 @@ def in_turn(key: str) -> Iterator[None]:
 
 
 def _state() -> Any:
-    from jax._src import distributed  # the store of keys and values has no public name
+    from jax._src import distributed  # the key-value store has no public API
 
     return distributed.global_state
 
@@ -242,9 +245,9 @@ def _state() -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """An error in the block that another process's end may have caused waits until that is known.
+    """Delays an error in the block that another process's death may have caused until the cause is known.
 
-    Either that process has told why it ended, or XLA notices its silence, and aborts this one.
+    Either that process has published why it ended, or XLA notices its silence and aborts this one.
     """
     try:
         yield
@@ -267,18 +270,18 @@ def _await_verdict(until: float) -> None:
 
 
 def leave(code: int, sentence: str) -> None:
-    """Ends one of several after an error that the others may not have; the only one ends by itself."""
+    """Exits a process of a multi-process run after an error that the others may not have; returns in a single one."""
     if _me is None or code in watch.ALIKE:
         return
     _note(last=sentence)
     sys.stdout.flush()
     sys.stderr.flush()
     if code != watch.GONE:
-        with contextlib.suppress(Exception):  # there may be no store yet, or no longer
-            tell(f"ended/{_me.index}", f"{_me.name} has ended: {sentence}")
+        with contextlib.suppress(Exception):  # the key-value store may not exist yet, or no longer
+            tell(f"ended/{_me.index}", f"{_me.name} ended: {sentence}")
     if first():
-        time.sleep(watch.LINGER)  # those who fail for the same reason say so while there still is a coordinator
-    os._exit(code)  # at a usual end JAX would wait for the others
+        time.sleep(watch.LINGER)  # others failing for the same reason can report it while the coordinator still runs
+    os._exit(code)  # a normal exit would make JAX wait for the others
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -1,4 +1,4 @@
-"""Global arrays from what each process holds of them, and back; in one process that is all of it."""
+"""Converts between the rows that each process holds and global arrays; a single process holds all rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jax.sharding import Sharding
 
 
 def rows_here(placed: Sharding, count: int) -> np.ndarray:
-    """int64[n], sorted: which of `count` rows, split as `placed` says, are on the devices of this process."""
+    """int64[n], sorted: which of `count` rows, sharded as in `placed`, are on the devices of this process."""
     blocks = placed.addressable_devices_indices_map((count,)).values()
     return np.unique(np.concatenate([np.arange(count)[block] for block in blocks]))
 
 
 def place(tree: Any, placed: Sharding, rows: np.ndarray, count: int) -> Any:
-    """Arrays [n, ...] of the rows `rows_here` -> global arrays [count, ...], split over the devices as `placed` says."""
+    """Global arrays [count, ...] sharded as in `placed`, from arrays [n, ...] of this process's rows (`rows_here`)."""
 
     def leaf(x: np.ndarray) -> jax.Array:
         def block(where: tuple[slice, ...]) -> np.ndarray:
@@ -31,10 +31,10 @@ def place(tree: Any, placed: Sharding, rows: np.ndarray, count: int) -> Any:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """All of a global array, on every process; all must ask."""
+    """A whole global array as numpy, on every process. All processes must call it."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def gather(x: np.ndarray) -> np.ndarray:
-    """[...] of every process -> [processes, ...]; all must ask."""
+    """Stacks [...] of every process into [processes, ...]. All processes must call it."""
     return multihost_utils.process_allgather(x) if jax.process_count() > 1 else x[None]

@@ -1,4 +1,4 @@
-"""One sentence where the devices are not those that were asked for, rather than a run on something else."""
+"""Refuses a run whose devices are not of the requested platform, with one sentence on what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMEDY = {
 
 
 def require(platform: str | None) -> None:
-    """Raises UserError if JAX's devices are not of `platform`: tpu, gpu or cpu; None: any will do."""
+    """Raises UserError if JAX's devices are not of `platform` ("tpu", "gpu" or "cpu"; None accepts any)."""
     if platform is None:
         return
     try:
@@ -31,13 +31,13 @@ def require(platform: str | None) -> None:
 
 
 def missing(error: BaseException) -> str | None:
-    """What it means if JAX could not find the devices that JAX_PLATFORMS asks for; None for any other error."""
+    """A sentence if the error means that JAX cannot use the devices in JAX_PLATFORMS; None for any other error."""
     asked = jax.config.jax_platforms
     text = str(error)
     if "Unable to initialize backend" in text:
         reason = text.splitlines()[0].partition(": ")[2].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
     elif isinstance(error, AssertionError) and _raised_in(error, "xla_bridge.py"):
-        reason = "none is here"  # no word from JAX where it sees no GPU
+        reason = "none found"  # JAX gives no message if it sees no GPU
     else:
         return None
     kind = {"cuda": "gpu", "rocm": "gpu"}.get(asked, asked)

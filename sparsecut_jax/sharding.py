@@ -1,7 +1,7 @@
-"""The only file that knows mesh axes: logical axis names on one side, the mesh on the other.
+"""Maps logical axis names to mesh axes; no other file knows the mesh axes.
 
-Weights and activations name their axes in words (`"embed"`, `"batch"`); `RULES` says which mesh axes
-split each of them. A word that is not in the table and two words that claim the same mesh axis raise.
+Weights and activations have named axes (`"embed"`, `"batch"`). `RULES` says which mesh axes shard each of them. An unknown
+name, or two names of one array that use the same mesh axis, raise.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
-MESH_AXES = ("replica", "data", "fsdp", "tensor")  # those that say most to one another come last: fast links
+MESH_AXES = (
+    "replica",
+    "data",
+    "fsdp",
+    "tensor",
+)  # the axes that communicate most come last, on the fastest interconnect
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("replica", "data", "fsdp"),
-    "batch_of_copies": ("replica", "data"),  # where the embed axis is split as well
+    "batch_of_copies": ("replica", "data"),  # where the embed axis is sharded as well
     "length": (),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -32,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
     "bank": (),
-    # weights; none over replica or data, whose devices hold the same ones
+    # weights; replicated over replica and data
     "layers": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -42,39 +47,39 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "patch": (),
     "norm": (),
-    "rank": ("tensor",),  # of an adapter's matrix that has embed
-    "rank_alone": ("fsdp",),  # of one that has not
+    "rank": ("tensor",),  # of a LoRA matrix with an embed axis
+    "rank_alone": ("fsdp",),  # of one without
 }
-OR_WHOLE = ("kv_heads", "act_kv_heads")  # not split where the devices do not divide them (llm.replicate_kv)
-SMALL = 2**24  # bytes; a parameter up to this size may be whole where no device count divides its axis
+OR_WHOLE = ("kv_heads", "act_kv_heads")  # replicated if the devices do not divide them (llm.replicate_kv)
+SMALL = 2**24  # bytes; a parameter up to this size may be replicated if the devices divide none of its axes
 
 
 # --- meshes ---
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh over `devices` (default: all; those of `jax.experimental.topologies` need not be here).
+    """Mesh over `devices` (default: all; devices of `jax.experimental.topologies` work too).
 
-    An axis that `sizes` leaves out has one device, and one size may be -1: what is left over. Where the devices are
-    several slices, which slow links join, the replica axis runs over them.
+    An axis missing from `sizes` has size 1. One size may be -1: all remaining devices. If the devices form several
+    slices, the replica axis spans them, because the network between slices is slow.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or replica does not go with the slices.
+      UserError: the product of the sizes is not the number of devices, or replica is not a multiple of the slices.
     """
     try:
         devices = jax.devices() if devices is None else devices
-    except RuntimeError as error:  # JAX_PLATFORMS names something that is not here
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform without devices
         raise UserError(f"no devices: {str(error).splitlines()[0]}") from error
     shape = list(mesh_sizes(sizes, len(devices), devices[0].platform).values())
     return Mesh(device_grid(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_sizes(sizes: Mapping[str, int], count: int, platform: str) -> dict[str, int]:
-    """The size of every mesh axis on `count` devices, which need not exist; see `make_mesh`. Raises UserError."""
+    """{mesh axis: size} on `count` devices, which need not exist. Raises UserError; see `make_mesh`."""
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     asked = mesh_text(dict(zip(MESH_AXES, shape, strict=True)))
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise UserError(f"{asked}: sizes must be positive, and at most one of them -1 (what is left over)")
+        raise UserError(f"{asked}: sizes must be positive, and at most one of them -1 (all remaining devices)")
     known = math.prod(size for size in shape if size != -1)
     wanted = f"a multiple of {known}" if -1 in shape else str(known)
     if -1 in shape:
@@ -83,32 +88,32 @@ def mesh_sizes(sizes: Mapping[str, int], count: int, platform: str) -> dict[str,
         nearest = mesh_text(dict(zip(MESH_AXES, _nearest(shape, count), strict=True)))
         raise UserError(
             f"{asked} asks for {wanted} devices, but there are {count} {platform} devices; "
-            f"change config.mesh so that its sizes multiply to {count}, for example {nearest}"
+            f"change config.mesh so that the product of its sizes is {count}, for example {nearest}"
         )
     return dict(zip(MESH_AXES, shape, strict=True))
 
 
 def device_grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices [replica, data, fsdp, tensor], laid so that the last axes have the fastest links."""
+    """Devices [replica, data, fsdp, tensor], arranged so that the last axes have the fastest interconnect."""
     slices, replica = len({getattr(device, "slice_index", 0) for device in devices}), shape[0]
     if slices > 1 and replica % slices == 0:
         inner, outer = (replica // slices, *shape[1:]), (slices, 1, 1, 1)
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    if slices > 1 and devices[0].platform == "tpu":  # the slices of GPUs are nodes, whose links bear other axes too
+    if slices > 1 and devices[0].platform == "tpu":  # GPU "slices" are nodes, whose network can carry other axes too
         raise UserError(
-            f"config.mesh.replica={replica} does not go with {slices} slices of {len(devices) // slices} devices, which "
-            f"slow links join; expected config.mesh.replica={slices} or a multiple of it"
+            f"config.mesh.replica={replica} does not fit {slices} slices of {len(devices) // slices} devices, between which "
+            f"the network is slow; expected config.mesh.replica={slices} or a multiple of it"
         )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """ "mesh(data=4, fsdp=2, tensor=1)"; replica only where there are several."""
+    """The mesh as text, for example "mesh(data=4, fsdp=2, tensor=1)"; replica is shown if it is not 1."""
     return f"mesh({', '.join(f'{axis}={size}' for axis, size in sizes.items() if axis != 'replica' or size != 1)})"
 
 
 def _nearest(shape: Sequence[int], count: int) -> tuple[int, ...]:
-    """The sizes that multiply to `count` and are nearest to `shape`, by their ratios."""
+    """The sizes with product `count` that are nearest to `shape`, by their ratios."""
 
     def factors(n: int, axes: int) -> list[tuple[int, ...]]:
         if axes == 1:
@@ -120,21 +125,21 @@ def _nearest(shape: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def ways(name: str, mesh: Mesh | None = None) -> int:
-    """Devices that `mesh` splits an axis `name` over; of the mesh in use if none is given, and 1 where none is set."""
+    """Number of shards of logical axis `name` on `mesh`; default: the mesh that is set, 1 if there is none."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else _ways(RULES[name], mesh.shape)
 
 
 def data_parallel(mesh: Mesh | None = None) -> int:
-    """Number of ways the rows of a batch are split; on the mesh that is set, if none is given."""
+    """Number of data-parallel shards of a batch on `mesh`; default: the mesh that is set, 1 if there is none."""
     return ways("batch", mesh)
 
 
 def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
-    """What a mesh of these sizes (`mesh.shape`) asks of a model and its batches; no device is needed.
+    """Checks that a mesh of these sizes (`mesh.shape`) can shard the model and its batches; no device is needed.
 
     Raises:
-      UserError: heads, widths, the vocabulary (0: not known yet) or the rows of a batch cannot be split.
+      UserError: heads, widths, the vocabulary (0: not known yet) or the rows of a micro-batch cannot be sharded.
     """
     tensor, llm = sizes["tensor"], cfg.llm
     widths = {
@@ -142,7 +147,7 @@ def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
         "config.vision.mlp_dim": cfg.vision.mlp_dim,
         "config.llm.heads": llm.heads,
         "config.llm.mlp_dim": llm.mlp_dim,
-        "config.llm.width": llm.width,  # of the fusion's hidden layer too
+        "config.llm.width": llm.width,  # also the width of the fusion's hidden layer
         "config.llm.vocab_size": llm.vocab_size,
     }
     if cfg.fusion.name == "cross_attention":
@@ -152,23 +157,23 @@ def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
     fitting = f"tensor={' or '.join(str(n) for n in range(1, most + 1) if most % n == 0)}"
     for key, value in widths.items():
         if value % tensor:
-            raise UserError(f"{key}={value} cannot be split over mesh axis tensor={tensor}; expected {fitting}")
+            raise UserError(f"{key}={value} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}")
     if kv_heads and llm.kv_heads % tensor:
         raise UserError(
-            f"config.llm.kv_heads={llm.kv_heads} cannot be split over mesh axis tensor={tensor}; expected {fitting}, or "
-            "config.llm.replicate_kv=True, which gives every device all of them"
+            f"config.llm.kv_heads={llm.kv_heads} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}, or "
+            "config.llm.replicate_kv=True, which replicates them on every device"
         )
     split = _ways(RULES["batch"], sizes)
     for name in cfg.run_stages:
         stage = cfg.stages[name]
-        rows, turn = stage.batch_size // stage.accumulate, split * stage.accumulate
+        rows, step = stage.batch_size // stage.accumulate, split * stage.accumulate
         if rows % split == 0:
             continue
-        below = stage.batch_size // turn * turn
-        mended = f"batch_size={f'{below} or ' if below else ''}{below + turn}"
+        below = stage.batch_size // step * step
+        mended = f"batch_size={f'{below} or ' if below else ''}{below + step}"
         fewer = next((n for n in range(stage.accumulate, 0, -1) if stage.batch_size % (split * n) == 0), 0)
         raise UserError(
-            f"config.stages.{name}.batch_size / accumulate = {rows} rows cannot be split over the {split} devices of mesh "
+            f"config.stages.{name}.batch_size / accumulate = {rows} rows cannot be sharded over the {split} devices of mesh "
             f"axes {' x '.join(RULES['batch'])}; expected {mended}{f', or accumulate={fewer}' if fewer else ''}"
         )
 
@@ -177,7 +182,11 @@ def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
 
 
 def spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical names, one per axis -> PartitionSpec. Raises on an unknown name or a mesh axis used twice."""
+    """PartitionSpec of logical names, one per axis.
+
+    Raises:
+      KeyError: unknown name. ValueError: two names use the same mesh axis.
+    """
     return _partition(_mesh_axes(names))
 
 
@@ -200,7 +209,7 @@ def _partition(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin the layout of an activation; the identity where no mesh is set (plain single-device use)."""
+    """Constrains the sharding of an activation; returns x unchanged if no mesh is set (plain single-device use)."""
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
     resolved = spec(tuple(None if n in OR_WHOLE and x.shape[i] % ways(n) else n for i, n in enumerate(names)))
@@ -210,10 +219,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def constrain_weight(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin a weight, cast for its use, to the split it is stored in; so is its gradient then.
+    """Constrains a weight, cast to the compute dtype, to the sharding in which it is stored, and with it its gradient.
 
-    Collecting it and scattering its gradient thus happens in the dtype of x. Without it XLA sums whole gradients on
-    every device, and takes its part of them only after a cast.
+    The all-gather of the weight and the reduce-scatter of its gradient then run in the dtype of x. Without the constraint
+    XLA reduces whole gradients on every device and slices them only after a cast.
     """
     mesh = jax.sharding.get_abstract_mesh()
     found = None if mesh.empty else _weight_spec(x.shape, names, x.dtype.itemsize, mesh.shape)
@@ -221,10 +230,10 @@ def constrain_weight(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Tree of `nn.with_logical_partitioning` boxes (shapes are enough) -> tree of NamedSharding.
+    """Tree of NamedSharding for a tree of `nn.with_logical_partitioning` boxes (shapes are enough).
 
     Raises:
-      UserError: a parameter that is not small cannot be split as its names say.
+      UserError: a parameter larger than SMALL cannot be sharded as its axis names say.
     """
     is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
 
@@ -236,7 +245,7 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
             name, asked = "/".join(str(key.key) for key in path), dict(mesh.shape)
             boxes = jax.tree.leaves(boxed, is_leaf=is_box)
             raise UserError(
-                f"{mesh_text(asked)} cannot split parameter {name} of shape {box.value.shape} as {spec(box.names)}; "
+                f"{mesh_text(asked)} cannot shard parameter {name} of shape {box.value.shape} as {spec(box.names)}; "
                 f"{_mended(boxes, asked)}"
             )
         return NamedSharding(mesh, found)
@@ -251,9 +260,9 @@ def _box_spec(box: Any, sizes: Mapping[str, int]) -> PartitionSpec | None:
 def _weight_spec(
     shape: tuple[int, ...], names: tuple[str | None, ...], itemsize: int, sizes: Mapping[str, int]
 ) -> PartitionSpec | None:
-    """`spec`, with a mesh axis that does not divide its own axis moved to the largest other that it divides.
+    """As `spec`, but a mesh axis that does not divide its own axis moves to the largest other axis that it divides.
 
-    Where there is none, a small parameter is whole, and for another one the result is None.
+    If there is no such axis, a small parameter is replicated; for a larger one the result is None.
     """
     axes = _mesh_axes(names)
     for i, name in enumerate(names):
@@ -261,7 +270,7 @@ def _weight_spec(
             continue
         homeless, axes[i] = axes[i], ()
         fits = [j for j, size in enumerate(shape) if j != i and size % _ways((*axes[j], *homeless), sizes) == 0]
-        fits = [j for j in fits if names[j] != "layers"]  # a loop over layers would collect them all
+        fits = [j for j in fits if names[j] != "layers"]  # the scan over layers would gather all of them
         if name in OR_WHOLE:
             continue
         if fits:
@@ -273,7 +282,7 @@ def _weight_spec(
 
 
 def _mended(boxes: list[Any], sizes: dict[str, int]) -> str:
-    """Mesh sizes that can split all parameters, as many devices and rows as before."""
+    """Advice: mesh sizes that can shard all parameters, with as many devices and data-parallel shards as before."""
     data, fsdp = sizes["data"], sizes["fsdp"]
     for fewer in range(fsdp - 1, 0, -1):
         tried = {**sizes, "data": data * fsdp // fewer, "fsdp": fewer}
@@ -287,14 +296,15 @@ def _ways(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes, everything else whole."""
+    """Sharding of a batch: rows over the data-parallel axes, all other axes replicated."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
 def platform(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -64,7 +64,7 @@ def test_attention_that_the_platform_lacks(platform, changes, expected):
 def test_a_cpu_offloads_nowhere(part):
     cfg = tiny_config(**{part: dict(remat="offload")})
     assert refusal(backends.resolve, cfg, "cpu") == (
-        f"config.{part}.remat='offload' moves activations to the host's memory, and a CPU has no other; "
+        f"config.{part}.remat='offload' moves activations to host memory, where a CPU already has them; "
         "expected none, dots, full or auto"
     )
     assert getattr(backends.resolve(cfg, "tpu"), part).remat == "offload"
@@ -81,11 +81,11 @@ def test_what_the_fused_kernels_cannot_do(platform):
     assert backends.resolve(tiny_config(llm=dict(sliding_window=8)), platform).attention == name
     asked = dict(attention=name)
     assert refusal(backends.resolve, tiny_config(top=asked), platform, True) == (
-        f"config.attention={name!r} cannot keep independent questions of one image apart (rows with "
+        f"config.attention={name!r} cannot mask independent questions of one image (rows with "
         "\"independent\": true); expected 'xla' or 'auto'"
     )
     assert refusal(backends.resolve, tiny_config(llm=windows, top=asked), platform) == (
-        f"config.attention={name!r} has one window for all layers, but config.llm.sliding_from=2; expected 'xla' or 'auto'"
+        f"config.attention={name!r} needs one window for all layers, but config.llm.sliding_from=2; expected 'xla' or 'auto'"
     )
 
 

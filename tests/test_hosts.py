@@ -114,7 +114,7 @@ def test_a_killed_process_ends_the_other_with_its_name_and_a_restart_equals_one_
     code, _, err = runs.finish(first)
     assert time.monotonic() - began < 60  # five seconds without a heartbeat, and what a busy machine needs
     name = f"process 1 of 2 (host {socket.gethostname()}, pid {second.pid})"
-    assert (code, err) == (5, f"{name} is gone; the same command on all hosts goes on from the last checkpoint\n")
+    assert (code, err) == (5, f"{name} died; run the same command on all hosts to resume from the last checkpoint\n")
     runs.finish(second)
 
     (code, out, err), silent = finish(trained(2, tmp_path, pictures, CHANGES))
@@ -173,7 +173,7 @@ def test_the_end_of_the_first_process_is_told_with_its_name():
     assert processes[0].stdout.readline() == "met\n"
     processes[0].kill()
     name = f"process 0 of 3 (host {socket.gethostname()}, pid {processes[0].pid})"
-    assert [runs.finish(process) for process in processes[1:]] == [(5, "", f"{name} is gone\n")] * 2
+    assert [runs.finish(process) for process in processes[1:]] == [(5, "", f"{name} died\n")] * 2
     runs.finish(processes[0])
 
 
@@ -225,8 +225,8 @@ def test_slurm(asked, monkeypatch, tasks, index):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"processes": 2}, "--coordinator is missing beside --processes; a run of several processes is started with"),
-        ({"coordinator": "a:1", "processes": 2}, "--process is missing beside --coordinator; "),
+        ({"processes": 2}, "--processes needs --coordinator too; a multi-process run is started with"),
+        ({"coordinator": "a:1", "processes": 2}, "--coordinator needs --process too; "),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process=2 of --processes=2: expected 0 to 1"),
         ({"coordinator": "a:1", "processes": 2, "process": -1}, "--process=-1 of --processes=2: expected 0 to 1"),
         ({"coordinator": "a", "processes": 2, "process": 0}, "--coordinator='a': expected HOST:PORT"),
@@ -248,7 +248,7 @@ def test_variables_that_are_no_numbers(asked, monkeypatch):
 def test_a_coordinator_that_does_not_answer():
     me = hosts.Process(1, 2, f"localhost:{free_port()}", 0, 60)
     with pytest.raises(
-        UserError, match=r"^--coordinator=localhost:\d+ has not answered within 0 s \(.*\); start process 0"
+        UserError, match=r"^--coordinator=localhost:\d+ did not answer within 0 s \(.*\); start process 0"
     ):
         hosts._check_coordinator(me, *hosts.watch.address(me.coordinator))
 

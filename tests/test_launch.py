@@ -743,7 +743,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path):
     assert runs.finish(runs.command(*train, JAX_PLATFORMS="cuda")) == (
         2,
         "",
-        "error: --require-platform=gpu: JAX_PLATFORMS=cuda asks for devices that JAX cannot use (none is here); install "
+        "error: --require-platform=gpu: JAX_PLATFORMS=cuda asks for devices that JAX cannot use (none found); install "
         '"jax[cuda13]", and see that nvidia-smi lists a GPU, or unset JAX_PLATFORMS\n',
     )
     assert not (tmp_path / "run").exists()

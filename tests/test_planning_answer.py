@@ -127,10 +127,10 @@ def test_steps():
             "h100:8",
             "mesh(data=1, fsdp=3, tensor=1) asks for 3 devices, but there are 8 gpu devices",
         ),
-        (dict(mesh__tensor=3), "h100:3", "config.vision.heads=16 cannot be split over mesh axis tensor=3"),
-        (dict(stage__batch_size=12), "h100:8", "12 rows cannot be split over the 8 devices"),
+        (dict(mesh__tensor=3), "h100:3", "config.vision.heads=16 cannot be sharded over mesh axis tensor=3"),
+        (dict(stage__batch_size=12), "h100:8", "12 rows cannot be sharded over the 8 devices"),
         (dict(attention="splash"), "h100:8", "config.attention='splash' does not run on gpu; expected cudnn or xla"),
-        (dict(llm__remat="offload"), "cpu:8", "config.llm.remat='offload' moves activations to the host's memory"),
+        (dict(llm__remat="offload"), "cpu:8", "config.llm.remat='offload' moves activations to host memory"),
         (dict(stage__seq_len=576), "h100:8", "seq_len=576 leaves no room for text beside 576 image tokens"),
     ],
 )

@@ -437,12 +437,12 @@ def test_nothing_large_is_whole(config, sizes):
     [
         (
             lambda: siglip_qwen.get_config("stage=finetune"),
-            "mesh(data=1, fsdp=256, tensor=1) cannot split parameter vision/blocks/attention/k_kernel of shape "
+            "mesh(data=1, fsdp=256, tensor=1) cannot shard parameter vision/blocks/attention/k_kernel of shape "
             "(27, 1152, 16, 72) as P(None, 'fsdp', 'tensor', None); mesh(data=2, fsdp=128, tensor=1) can",
         ),
         (
             lambda: sparsecut.get_config("size=7b,stage=lora"),
-            "mesh(data=1, fsdp=256, tensor=1) cannot split parameter llm/layers/attention/k_lora_b of shape "
+            "mesh(data=1, fsdp=256, tensor=1) cannot shard parameter llm/layers/attention/k_lora_b of shape "
             "(32, 128, 32, 128) as P(None, 'fsdp', 'tensor', None); mesh(data=2, fsdp=128, tensor=1) can",
         ),
     ],
@@ -480,7 +480,7 @@ def test_where_an_axis_cannot_be_split():
     assert layout((1024, 4092), "norm", "embed") == P("fsdp", None)
     assert layout((1023, 4092), "norm", "embed") == P(None, None)
     assert refusal(layout, (1027, 4092), "norm", "embed") == (
-        "mesh(data=1, fsdp=8, tensor=4) cannot split parameter a of shape (1027, 4092) as P(None, 'fsdp'); "
+        "mesh(data=1, fsdp=8, tensor=4) cannot shard parameter a of shape (1027, 4092) as P(None, 'fsdp'); "
         "mesh(data=2, fsdp=4, tensor=4) can"
     )
     assert refusal(layout, (1027, 4095), "norm", "mlp").endswith("; choose mesh sizes that divide its axes")
@@ -512,7 +512,7 @@ def test_sizes_of_a_mesh_of_devices_that_are_not_here():
     assert sizes == {"replica": 1, "data": 8, "fsdp": 32, "tensor": 1}
     assert refusal(sharding.mesh_sizes, dict(data=3, fsdp=32), 256, "tpu") == (
         "mesh(data=3, fsdp=32, tensor=1) asks for 96 devices, but there are 256 tpu devices; "
-        "change config.mesh so that its sizes multiply to 256, for example mesh(data=4, fsdp=32, tensor=2)"
+        "change config.mesh so that the product of its sizes is 256, for example mesh(data=4, fsdp=32, tensor=2)"
     )
 
 
@@ -540,7 +540,7 @@ def test_make_mesh_of_some_devices():
 )
 def test_sizes_must_multiply_to_the_devices(sizes, asked, instead):
     assert refusal(mesh_of, sizes) == (
-        f"{asked} devices, but there are 8 cpu devices; change config.mesh so that its sizes multiply to 8, "
+        f"{asked} devices, but there are 8 cpu devices; change config.mesh so that the product of its sizes is 8, "
         f"for example {instead}"
     )
 
@@ -549,7 +549,7 @@ def test_sizes_must_multiply_to_the_devices(sizes, asked, instead):
 def test_sizes_must_be_positive(sizes):
     asked = "mesh(data={1}, fsdp={2}, tensor={3})".format(*sizes)
     assert refusal(mesh_of, sizes) == (
-        f"{asked}: sizes must be positive, and at most one of them -1 (what is left over)"
+        f"{asked}: sizes must be positive, and at most one of them -1 (all remaining devices)"
     )
 
 
@@ -581,7 +581,7 @@ def test_replicas_lie_in_slices(shape):
 
 def test_slices_need_replicas():
     assert refusal(sharding.device_grid, (1, 1, 32, 1), slices_of(2, 4)) == (
-        "config.mesh.replica=1 does not go with 2 slices of 16 devices, which slow links join; "
+        "config.mesh.replica=1 does not fit 2 slices of 16 devices, between which the network is slow; "
         "expected config.mesh.replica=2 or a multiple of it"
     )
     assert refusal(sharding.make_mesh, dict(replica=2, data=3, fsdp=8), slices_of(3, 4)).startswith(
@@ -665,22 +665,22 @@ def test_whole_kv_heads_fit_every_mesh():
 @pytest.mark.parametrize(
     "tensor, groups, sentence",
     [
-        (3, {}, "config.vision.heads=4 cannot be split over mesh axis tensor=3; expected tensor=1 or 2 or 4"),
-        (8, {}, "config.vision.heads=4 cannot be split over mesh axis tensor=8; expected tensor=1 or 2 or 4"),
-        (4, dict(vision=dict(mlp_dim=42)), "config.vision.mlp_dim=42 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
-        (4, dict(llm=dict(heads=6, kv_heads=2)), "config.llm.heads=6 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
-        (4, dict(llm=dict(mlp_dim=50)), "config.llm.mlp_dim=50 cannot be split over mesh axis tensor=4; expected tensor=1 or 2"),
-        (4, dict(llm=dict(vocab_size=99)), "config.llm.vocab_size=99 cannot be split over mesh axis tensor=4; expected tensor=1"),
+        (3, {}, "config.vision.heads=4 cannot be sharded over mesh axis tensor=3; expected tensor=1 or 2 or 4"),
+        (8, {}, "config.vision.heads=4 cannot be sharded over mesh axis tensor=8; expected tensor=1 or 2 or 4"),
+        (4, dict(vision=dict(mlp_dim=42)), "config.vision.mlp_dim=42 cannot be sharded over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(heads=6, kv_heads=2)), "config.llm.heads=6 cannot be sharded over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(mlp_dim=50)), "config.llm.mlp_dim=50 cannot be sharded over mesh axis tensor=4; expected tensor=1 or 2"),
+        (4, dict(llm=dict(vocab_size=99)), "config.llm.vocab_size=99 cannot be sharded over mesh axis tensor=4; expected tensor=1"),
         (
             2,
             dict(fusion=dict(name="cross_attention")),
-            "config.vision.width // 64=1 cannot be split over mesh axis tensor=2; expected tensor=1",
+            "config.vision.width // 64=1 cannot be sharded over mesh axis tensor=2; expected tensor=1",
         ),
         (
             4,
             dict(llm=dict(kv_heads=2)),
-            "config.llm.kv_heads=2 cannot be split over mesh axis tensor=4; expected tensor=1 or 2, or "
-            "config.llm.replicate_kv=True, which gives every device all of them",
+            "config.llm.kv_heads=2 cannot be sharded over mesh axis tensor=4; expected tensor=1 or 2, or "
+            "config.llm.replicate_kv=True, which replicates them on every device",
         ),
     ],
 )  # fmt: skip
@@ -691,13 +691,13 @@ def test_a_tensor_axis_that_does_not_fit(tensor, groups, sentence):
 @pytest.mark.parametrize(
     "sizes, batches, accumulate, sentence",
     [
-        ((1, 8, 2, 1), (8, 64), 1, "align.batch_size / accumulate = 8 rows cannot be split over the 16 devices of mesh axes "
+        ((1, 8, 2, 1), (8, 64), 1, "align.batch_size / accumulate = 8 rows cannot be sharded over the 16 devices of mesh axes "
          "replica x data x fsdp; expected batch_size=16"),
-        ((2, 2, 4, 2), (40, 64), 1, "align.batch_size / accumulate = 40 rows cannot be split over the 16 devices of mesh axes "
+        ((2, 2, 4, 2), (40, 64), 1, "align.batch_size / accumulate = 40 rows cannot be sharded over the 16 devices of mesh axes "
          "replica x data x fsdp; expected batch_size=32 or 48"),
-        ((1, 1, 32, 1), (128, 64), 8, "align.batch_size / accumulate = 16 rows cannot be split over the 32 devices of mesh axes "
+        ((1, 1, 32, 1), (128, 64), 8, "align.batch_size / accumulate = 16 rows cannot be sharded over the 32 devices of mesh axes "
          "replica x data x fsdp; expected batch_size=256, or accumulate=4"),
-        ((1, 1, 32, 1), (32, 40), 1, "instruct.batch_size / accumulate = 40 rows cannot be split over the 32 devices of mesh axes "
+        ((1, 1, 32, 1), (32, 40), 1, "instruct.batch_size / accumulate = 40 rows cannot be sharded over the 32 devices of mesh axes "
          "replica x data x fsdp; expected batch_size=32 or 64"),
     ],
 )  # fmt: skip

@@ -329,7 +329,7 @@ BAD = [
     (["--config.loss_chunk=0"], "config.loss_chunk=0: expected at least 1"),
     (
         ["--config.llm.remat=offload"],
-        "config.llm.remat='offload' moves activations to the host's memory, and a CPU has no",
+        "config.llm.remat='offload' moves activations to host memory, where a CPU already has them",
     ),
     (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 5 blocks"),
     (["--config.data.source=nowhere.json"], "data source 'nowhere.json' is not there"),
@@ -433,7 +433,7 @@ def test_a_profile_window_behind_the_last_step_is_refused(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mesh.tensor": 8}, "config.vision.heads=2 cannot be split over mesh axis tensor=8"),
+        ({"mesh.tensor": 8}, "config.vision.heads=2 cannot be sharded over mesh axis tensor=8"),
         ({"mesh.data": 8, "stages.align.batch_size": 4}, r"stages.align.batch_size / accumulate = 4 rows .* 8 devices"),
         ({"mesh.fsdp": 3}, "asks for a multiple of 3 devices, but there are 8 cpu devices"),
     ],

@@ -28,12 +28,12 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("number", "noise", "code", "sentence", "silent"),
     [
-        (signal.SIGABRT, SILENT.format("1"), 5, f"{NAMES[1]} is gone; again", [1]),
-        (signal.SIGABRT, SILENT.format("2\n1"), 5, f"{NAMES[1]} and {NAMES[2]} are gone; again", [1, 2]),
+        (signal.SIGABRT, SILENT.format("1"), 5, f"{NAMES[1]} died; again", [1]),
+        (signal.SIGABRT, SILENT.format("2\n1"), 5, f"{NAMES[1]} and {NAMES[2]} died; again", [1, 2]),
         (signal.SIGABRT, "ABORTED: 1 unexpectedly tried to connect with a different incarnation.", 5,
          f"{NAMES[1]} was started a second time; again", []),
-        (signal.SIGKILL, "", 137, f"{NAMES[0]} was ended by SIGKILL (often for want of memory); again", []),
-        (signal.SIGSEGV, "", 139, f"{NAMES[0]} was ended by SIGSEGV; again", []),
+        (signal.SIGKILL, "", 137, f"{NAMES[0]} was killed by SIGKILL (often: out of memory); again", []),
+        (signal.SIGSEGV, "", 139, f"{NAMES[0]} was killed by SIGSEGV; again", []),
     ],
 )  # fmt: skip
 def test_the_reason_in_the_first_process(number, noise, code, sentence, silent):
@@ -44,11 +44,11 @@ def test_the_reason_in_the_first_process(number, noise, code, sentence, silent):
     ("noise", "sentence"),
     [
         ("DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination.CoordinationService/RegisterTask",
-         "not all of the 3 processes have come within 30 s; start those that are missing"),
+         "not all 3 processes connected within 30 s; start the missing ones"),
         ("ALREADY_EXISTS: Aborted connect attempt as there is a request from a newer incarnation.",
-         "another process has come with --process=1 as well; expected every index once"),
+         "another process also has --process=1; expected every index once"),
         ("INVALID_ARGUMENT: Unexpected task registered with task=1",
-         "process 0 was started with fewer than --processes=3; expected the same for all"),
+         "process 0 was started with a smaller --processes than 3; expected the same number for all"),
     ],
 )  # fmt: skip
 def test_the_reason_before_all_have_met(noise, sentence):
@@ -66,7 +66,7 @@ def test_who_only_knows_that_the_coordinator_is_silent_asks(monkeypatch):
     """A client of JAX's that tries again at the same port gets no answer, and takes nobody's."""
     monkeypatch.setattr(watch, "LINGER", 5.0)
     port = free_port()
-    answering = threading.Thread(target=watch.answer, args=(port, f"{NAMES[2]} is gone", 1))
+    answering = threading.Thread(target=watch.answer, args=(port, f"{NAMES[2]} died", 1))
     answering.start()
     while True:
         try:
@@ -76,7 +76,7 @@ def test_who_only_knows_that_the_coordinator_is_silent_asks(monkeypatch):
         except OSError:
             time.sleep(0.01)
     known = {**KNOWN, "coordinator": f"127.0.0.1:{port}"}
-    assert watch.reason(signal.SIGABRT, me(1), known, LEADER, "; again") == (5, f"{NAMES[2]} is gone", [0])
+    assert watch.reason(signal.SIGABRT, me(1), known, LEADER, "; again") == (5, f"{NAMES[2]} died", [0])
     answering.join(1)
     assert not answering.is_alive()
 
@@ -84,7 +84,7 @@ def test_who_only_knows_that_the_coordinator_is_silent_asks(monkeypatch):
 def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(watch, "LINGER", 0.3)
     known = {**KNOWN, "coordinator": f"127.0.0.1:{free_port()}"}
-    assert watch.reason(signal.SIGABRT, me(1), known, LEADER, "; again") == (5, f"{NAMES[0]} is gone; again", [0])
+    assert watch.reason(signal.SIGABRT, me(1), known, LEADER, "; again") == (5, f"{NAMES[0]} died; again", [0])
     watch.answer(free_port(), "nobody asks", 2)
 
 

@@ -62,8 +62,8 @@ def draw_bytes(axes: Axes, plan: dict[str, Any], options: list[dict[str, Any]]) 
     axes.text(left, 0, f"  {gib(b['total'])}", va="center", fontsize=9, fontweight="bold")
     for row, option in enumerate(options, 1):
         mesh = ", ".join(f"{axis} {n}" for axis, n in option["mesh"].items() if n > 1)
-        turns = f", accumulate {option['accumulate']}" if option["accumulate"] > 1 else ""
-        labels.append(f"{mesh or 'one device'}, remat {option['remat']}{turns}")
+        micro = f", {option['accumulate']} micro-batches" if option["accumulate"] > 1 else ""
+        labels.append(f"{mesh or 'one device'}, remat {option['remat']}{micro}")
         axes.barh(row, option["bytes"] / GIB, color="#8fbf9f")
         note = f"  {gib(option['bytes'])}"
         if option["seconds"]:
