@@ -106,7 +106,7 @@ BAD = [
 
 def test_bad_input_is_one_sentence(converted, tmp_path):
     dropped = ("to-hf", f"--workdir={converted[0]}/a.run", "--out={}/x", "--as=llava", "--drop-shortcuts")
-    cases = [*BAD, (dropped, "reads hi-res views, which LLaVA has not")]
+    cases = [*BAD, (dropped, "reads hi-res views, which LLaVA does not have")]
     found = each(*(("convert", *(a.replace("{}", str(tmp_path)) for a in args)) for args, _ in cases))
     for (args, expected), (code, out, err) in zip(cases, found, strict=True):
         assert code == 2 and out == "", args

@@ -381,6 +381,7 @@ def test_an_adapter_as_peft_has_it(params, tmp_path):
         "runs/x, step 7, as adapters of rank 4 beside down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, "
         "v_proj, and the fusion"
     )
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -535,7 +536,7 @@ def test_a_merged_run_goes_out_and_comes_in(trained, folder, capsys):
 def test_exports_that_would_lose_something_are_refused(trained, folder):
     base, run = (load_run(str(workdir), text=False) for workdir in trained)
     assert refusal(export.write, run, str(folder), "auto", False) == (
-        f"{folder}/run has adapters beside its LLM's linears; --merge adds them to it, --as=adapter writes them alone"
+        f"{folder}/run has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
     )
     assert refusal(adapter.merged, base) == f"--merge: {folder}/base has no adapters"
     assert refusal(adapter.write_adapter, base, str(folder)) == f"--as=adapter: {folder}/base has no adapters"

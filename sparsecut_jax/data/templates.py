@@ -132,6 +132,11 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
     return template
 
 
+def begins_with_bos(name: str) -> bool:
+    """Whether a prompt in the template of that name begins with the bos token; a chat template writes its own."""
+    return name != OWN and TEMPLATES[name].bos
+
+
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
     """The ids that end an answer: the tokenizer's end token, and what the template ends an answer with."""
     special = [piece for piece in tokenizer.split_special(template.end or "") if isinstance(piece, int)]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -92,11 +92,20 @@ class Tokenizer:
         own = {"chat_template": self.chat_template} if self.chat_template else {}
         return json.dumps({"special": special, "tokenizer": json.loads(self.backend.to_str()), **own})
 
-    def save(self, folder: os.PathLike) -> None:
-        """Writes `folder`/tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+    def save(self, folder: os.PathLike, bos: bool = False) -> None:
+        """Writes `folder`/tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads.
+
+        bos: transformers puts the bos token in front of a text, as prompts have it here; with False it does what the
+          tokenizer did when it was read.
+        """
         os.makedirs(folder, exist_ok=True)
-        self.backend.save(os.path.join(folder, "tokenizer.json"))
-        name = self.backend.id_to_token
+        backend, name = Backend.from_str(self.backend.to_str()), self.backend.id_to_token
+        if bos and self.bos >= 0 and self.bos not in backend.encode("").ids:
+            first = name(self.bos)
+            put = processors.TemplateProcessing([first, "$A"], [first, "$A", "$B:1"], [(first, self.bos)])
+            own = backend.post_processor
+            backend.post_processor = put if own is None else processors.Sequence([own, put])
+        backend.save(os.path.join(folder, "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": name(self.pad),

@@ -12,6 +12,7 @@ from typing import IO
 
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import hosts
+from sparsecut_jax.data.templates import begins_with_bos
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config
@@ -93,7 +94,7 @@ def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan
     with open(os.path.join(workdir, "config.json"), "w") as file:
         file.write(config_lib.to_json(cfg) + "\n")
     if tokenizer is not None:
-        tokenizer.save(os.path.join(workdir, "tokenizer"))
+        tokenizer.save(os.path.join(workdir, "tokenizer"), begins_with_bos(cfg.stages[cfg.run_stages[-1]].template))
     plots.save_plan(os.path.join(workdir, "shortcuts.png"), plan)
 
 

@@ -8,13 +8,12 @@ import re
 
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
 
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.lora import is_adapter, merge
 from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.export import tensors_of, write_tensors
+from sparsecut_jax.weights.export import save_tensors, tensors_of, write_tensors
 from sparsecut_jax.weights.names import Rule, rules_of
 
 PREFIX = "base_model.model."
@@ -69,7 +68,7 @@ def write_adapter(run: Run, folder: str) -> str:
             matrix = value.reshape((-1, lora.rank) if letter == "a" else (lora.rank, -1)).T  # torch has [out, in]
             name = f"{PREFIX}{_module(rule).format(i=i)}.lora_{letter.upper()}.weight"
             tensors[name] = np.ascontiguousarray(matrix)
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

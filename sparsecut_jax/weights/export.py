@@ -1,4 +1,4 @@
-"""A trained model as a folder that others read: safetensors shards, config.json, tokenizer and image processor."""
+"""Writes a trained model as a folder that other programs read: safetensors, config.json, tokenizer, image processor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flax import traverse_util
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
+from sparsecut_jax.data.templates import begins_with_bos
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.fusion import views_of
@@ -32,7 +33,7 @@ SHARD_SIZE = "5GB"
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A parameter, or one layer of a stack, as part of a tensor. It is fetched from the devices when it is written."""
+    """A parameter, or one layer of a stacked one, as part of a tensor; fetched from the devices only when it is written."""
 
     rule: Rule
     leaf: jax.Array | np.ndarray
@@ -44,7 +45,7 @@ class Piece:
 
     def fetch(self, cfg: Config) -> np.ndarray:
         leaf = self.leaf
-        if self.layer is not None:  # as an operand: one compilation for all layers
+        if self.layer is not None:  # as an operand, so that one compilation serves all layers
             leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(self.layer), keepdims=False)
         return to_theirs(np.asarray(leaf), self.rule, cfg)
 
@@ -52,16 +53,17 @@ class Piece:
 def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     """Writes the model into `folder` and returns what it was written as.
 
-    kind: "sparsecut" for all of it, which `convert from-hf --model` reads; "llava" for transformers'
-    LlavaForConditionalGeneration; "llm" or "vision" for that part alone; "auto" for llava where it says the same.
+    kind: "sparsecut" for the whole model, which `convert from-hf --model` reads; "llava" for transformers'
+    LlavaForConditionalGeneration; "llm" or "vision" for that part alone; "auto" for llava where that is the same model,
+    else sparsecut.
 
     Raises:
-      UserError: the format cannot say what the model is.
+      UserError: the format cannot represent the model.
     """
     plan = run.model.plan
     if run.config.lora.rank and kind != "vision":
         raise UserError(
-            f"{run.workdir} has adapters beside its LLM's linears; --merge adds them to it, --as=adapter writes them alone"
+            f"{run.workdir} has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
         )
     if kind == "auto":
         kind = "llava" if drop_shortcuts or not _not_llava(run.config, plan) else "sparsecut"
@@ -82,7 +84,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     write_tensors(tensors_of(flat, cfg, kind), folder, cfg)
     write_json(os.path.join(folder, "config.json"), config)
     if kind != "vision" and tokenizer is not None:
-        tokenizer.save(folder)
+        tokenizer.save(folder, begins_with_bos(run.template))
     if kind != "llm":
         write_json(os.path.join(folder, "preprocessor_config.json"), _image_processor(cfg))
     if kind == "llava":
@@ -94,28 +96,28 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
             "image_token": IMAGE_TOKEN,
         }
         write_json(os.path.join(folder, "processor_config.json"), processor)
-    lost = f"; {len(plan.pairs)} shortcuts are left out: it is another model" if plan.pairs and kind == "llava" else ""
+    lost = f"; without its {len(plan.pairs)} shortcuts, a different model" if plan.pairs and kind == "llava" else ""
     return f"{run.workdir}, step {run.step}, as {config['model_type']} in {config['dtype']}{lost}"
 
 
 def _not_llava(cfg: Config, plan: Plan) -> str:
-    """Why transformers' LLaVA cannot be this model; "" if it can."""
+    """Why transformers' LLaVA cannot represent this model; "" if it can."""
     if views_of(cfg.fusion) > 1:
-        return f"its fusion {cfg.fusion.name!r} reads hi-res views, which LLaVA has not; write it --as=sparsecut"
+        return f"its fusion {cfg.fusion.name!r} reads hi-res views, which LLaVA does not have; use --as=sparsecut"
     if plan.pairs:
         return (
-            f"it has {len(plan.pairs)} shortcuts, and without them it would silently be another model; write it "
-            "--as=sparsecut, or give --drop-shortcuts"
+            f"it has {len(plan.pairs)} shortcuts, and without them it would be a different model; use --as=sparsecut, or "
+            "--drop-shortcuts to leave them out"
         )
     if not cfg.fusion.shared:
-        return "its fusion has weights for every level (config.fusion.shared=False)"
+        return "its fusion has separate weights for each level (config.fusion.shared=False); use --as=sparsecut"
     if cfg.vision.family not in ("clip", "siglip"):
-        return f"a {cfg.vision.family} tower is not what LLaVA reads"
+        return f"LLaVA does not read a {cfg.vision.family} tower; use --as=sparsecut"
     return ""
 
 
 def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
-    """The model with the tower it really has: its depth, the plan as pairs; and without shortcuts if asked."""
+    """Config and parameters with the tower's real depth and the plan as explicit pairs; without shortcuts if asked."""
     cfg, plan, params = run.config, run.model.plan, run.params
     depth = params["vision"]["blocks"]["norm1"]["scale"].shape[0]
     pairs = () if drop_shortcuts else plan.pairs
@@ -152,7 +154,7 @@ def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, 
             found[name].append(Piece(rule, leaf, i if stacked else None))
     like = flat.get("vision/blocks/norm1/scale")
     if like is not None:
-        # Readers expect a norm that comes after the blocks and that nobody here uses: it is written as the identity.
+        # Readers expect a norm after the last block, which is not used here: it is written as the identity.
         name = prefix["vision"] + ("layernorm" if cfg.vision.family == "dinov2" else "post_layernorm")
         found[f"{name}.weight"] = [Piece(Rule("", ""), np.ones(like.shape[1:], like.dtype))]
         found[f"{name}.bias"] = [Piece(Rule("", ""), np.zeros(like.shape[1:], like.dtype))]
@@ -160,7 +162,7 @@ def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, 
 
 
 def write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config, file: str = "model") -> None:
-    """Writes `file`.safetensors, or shards and their index; one shard in memory at a time."""
+    """Writes `file`.safetensors, or shards and their index, with one shard in memory at a time."""
     shards = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda pieces: sum(piece.nbytes for piece in pieces),
@@ -173,13 +175,21 @@ def write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config, fil
         for name in names:
             rows = [piece.fetch(cfg) for piece in tensors[name]]
             values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
-        save_file(values, os.path.join(folder, file), {"format": "pt"})
+        save_tensors(values, os.path.join(folder, file))
     if shards.is_sharded:
         write_json(os.path.join(folder, INDEX), {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
+def save_tensors(values: dict[str, np.ndarray], path: str) -> None:
+    """Writes a safetensors file with the mode that the user's umask gives; safetensors itself makes it 0600."""
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(values, path, {"format": "pt"})
+    os.chmod(path, mode)
+
+
 def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -> dict[str, Any]:
-    """config.json of the whole model: LLaVA's keys, and for ours the fusion and the plan."""
+    """config.json of the whole model: LLaVA's keys, plus fusion and plan for a sparsecut model."""
     config = {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -229,14 +239,14 @@ def _image_processor(cfg: Config) -> dict[str, Any]:
 
 
 def _with_image_token(tokenizer: Tokenizer | None, vocab_size: int) -> tuple[Tokenizer | None, int]:
-    """LLaVA marks images by an id of their own; here they have none. Returns a tokenizer that has it, and the id."""
+    """LLaVA marks images with a token of their own. Returns a tokenizer that has it, and its id."""
     if tokenizer is None:
         return None, vocab_size
     return tokenizer.with_special(IMAGE_TOKEN)
 
 
 def _with_room(cfg: Config, params: dict[str, Any], image_id: int) -> tuple[Config, dict[str, Any]]:
-    """Rows for the image token where there are none left; what stands in them is overwritten by the image."""
+    """Adds rows for the image token if the vocabulary has none left; the image's features overwrite them."""
     if image_id < cfg.llm.vocab_size:
         return cfg, params
     size = -(-(image_id + 1) // 64) * 64
@@ -248,7 +258,7 @@ def _with_room(cfg: Config, params: dict[str, Any], image_id: int) -> tuple[Conf
 
 
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    if tokenizer is None:  # said outright: a family's own defaults may lie outside of a small vocabulary
+    if tokenizer is None:  # explicit, since a family's own defaults may lie outside a small vocabulary
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     bos = tokenizer.bos if tokenizer.bos >= 0 else None
     return {"bos_token_id": bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}

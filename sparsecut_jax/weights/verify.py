@@ -1,4 +1,4 @@
-"""Reads an exported model back and compares it with the run it came from."""
+"""Reads an exported model back and compares it with its run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from sparsecut_jax.weights.tensors import read_json
 
 
 def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
-    """Loads what `write` wrote and compares parameters bit by bit, and logits on a built-in batch.
+    """Loads the export in `folder` and compares parameters bit by bit, and logits on a built-in batch.
+
+    Returns a line that says so.
 
     Raises:
       UserError: they differ.
@@ -44,10 +46,10 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     loaded = load.read(fillings, cfg)
     for path, leaf in loaded.items():
         was, now = np.asarray(old[path]), np.asarray(leaf)
-        if path in ("llm/embedding", "llm/head"):  # rows for the image token may have come behind
+        if path in ("llm/embedding", "llm/head"):  # rows for the image token may have been appended
             now = now[: was.shape[0], : was.shape[1]]
         if was.dtype != now.dtype or was.tobytes() != now.tobytes():
-            raise UserError(f"--verify: {path} is not what was written")
+            raise UserError(f"--verify: {path} in the export differs from the run's")
     batch = _example(cfg, run.config.llm.vocab_size, max(2, sharding.data_parallel(run.mesh)))
     batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
     run_model = lambda model, flat: jax.jit(model.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, batch)
@@ -55,12 +57,12 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     now = np.asarray(run_model(after, {**old, **loaded})[0])[..., : was.shape[-1]]
     off = float(np.abs(was - now).max())
     if not off <= 1e-5 * max(1.0, float(np.abs(was).max())):
-        raise UserError(f"--verify: logits of what was written differ by {off:g} from the model's")
+        raise UserError(f"--verify: the export's logits differ by {off:g} from the run's")
     return f"verified   {len(loaded)} arrays bit by bit, logits on a built-in batch differ by at most {off:g}"
 
 
 def _example(cfg: Config, words: int, rows: int) -> Batch:
-    """Rows of drawn ids: an image in front of every second one, none in the others."""
+    """Rows of random ids; every second one has an image near its start."""
     n, size = cfg.tokens_per_image, cfg.vision.image_size
     rng = np.random.default_rng(0)
     t = n + 16
