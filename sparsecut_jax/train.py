@@ -282,8 +282,8 @@ def print_data(
     for s in spans:
         answers, rows = bad_samples.cut[s.name]
         if answers:
-            print(f"cut        {s.name}: answers that do not fit into seq_len={s.stage.seq_len}: {answers:,}, in {rows:,} "
-                  "of the rows")  # fmt: skip
+            print(f"cut        {s.name}: {answers:,} answers, of {rows:,} rows, do not fit into seq_len={s.stage.seq_len} and "
+                  "are dropped")  # fmt: skip
     print(flush=True)
 
 

@@ -165,7 +165,7 @@ def test_warnings_are_errors_on_request(warned, tmp_path, capsys, strict):
 
 def test_stats_tell_what_is_cut(warned, capsys):
     stats(warned.readers, warned.cfg)
-    assert "cut: 2 answers, in 1 of the rows, do not fit into seq_len\n" in capsys.readouterr().out
+    assert "cut: 2 answers, of 1 rows, do not fit into seq_len and are dropped\n" in capsys.readouterr().out
     told = json.loads(Path(warned.cfg.workdir, "data_stats.json").read_text())["instruct"]
     assert (told["cut_answers"], told["cut_rows"], told["left_out"]) == (2, 1, 0)
 
@@ -296,7 +296,7 @@ def test_a_run_says_at_its_start_what_is_cut(warned, tmp_path, capsys):
     assert samples.cut == {"instruct": (2, 1)} and samples.counts() == {}
     span = StageSpan("instruct", cfg.stages["instruct"], 0, 1)
     print_data(warned.source, [span], {"instruct": plan}, samples)
-    assert "\ncut        instruct: answers that do not fit into seq_len=32: 2, in 1 of the rows\n" in capsys.readouterr().out
+    assert "\ncut        instruct: 2 answers, of 1 rows, do not fit into seq_len=32 and are dropped\n" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

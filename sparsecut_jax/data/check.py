@@ -19,7 +19,7 @@ from sparsecut_jax.types import CAUSES
 
 SHOWN = 3  # examples of each cause
 WARNINGS = {
-    "cut": "answers that do not fit into seq_len and are left out",
+    "cut": "answers that do not fit into seq_len and are dropped",
     "duplicate": "the same images and words as an earlier row",
 }
 

@@ -67,7 +67,7 @@ def _print(name: str, stage: StageConfig, told: dict) -> None:
         f"\nstage {name}: {told['rows']:,} rows, {told['left_out']:,} left out, {told['text_only']:.1%} without an image"
     )
     if told["cut_answers"]:
-        print(f"cut: {told['cut_answers']:,} answers, in {told['cut_rows']:,} of the rows, do not fit into seq_len")
+        print(f"cut: {told['cut_answers']:,} answers, of {told['cut_rows']:,} rows, do not fit into seq_len and are dropped")
     keys = ("min", "median", "mean", "p95", "max")
     rows = [[label, *(f"{told[key][k]:,.4g}" for k in keys)] for label, key in
             (("positions of a row", "tokens"), ("of them text", "text_tokens"), ("images of a row", "images"))]  # fmt: skip
