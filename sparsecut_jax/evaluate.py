@@ -21,7 +21,7 @@ from sparsecut_jax.data import sources
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.evaluation import scores, vqa
 from sparsecut_jax.evaluation.answered import Answered, write_answers
-from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax.inference.run import FRESH_FUSION, Run, load_run
 from sparsecut_jax.training.report import Progress, table
 from sparsecut_jax.training.workdir import make_folder, read_results, write_json
 from sparsecut_jax.types import UserError
@@ -103,6 +103,8 @@ def main() -> None:
     folder = FLAGS.workdir if FLAGS.checkpoint == "latest" else os.path.join(FLAGS.workdir, f"step_{run.step}")
     make_folder("--workdir", folder)
     print(f"{FLAGS.workdir}, step {run.step}, on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    if run.fresh_fusion:
+        print(f"note: {FRESH_FUSION.format(FLAGS.workdir)}")
     with jax.set_mesh(run.mesh):
         results = report_accuracy(run, tests, folder)
     if hosts.first():

@@ -2,16 +2,19 @@
 
     python -m sparsecut_jax.generate --workdir=runs/base --image=picture.png --prompt="what color is the shape?"
 
+stdout is the answer alone; whether it was cut, is empty, or comes from a fusion that was never trained stands on stderr.
 Without --image the question is text only; --image may be given several times, up to config.data.max_images.
 """
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
 from sparsecut_jax import cli
-from sparsecut_jax.inference.answering import answer, check_asked, check_local
-from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.inference.answering import Reply, check_asked, check_local, reply
+from sparsecut_jax.inference.run import FRESH_FUSION, Run, load_run
 
 FLAGS = flags.FLAGS
 
@@ -22,7 +25,22 @@ def main() -> None:
     check_asked(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template, dashes="--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
-    print(answer(run, FLAGS.prompt, FLAGS.image, *how))
+    found = reply(run, FLAGS.prompt, FLAGS.image, *how)
+    print(found.text, flush=True)
+    for note in notes(run, bool(FLAGS.image), found, FLAGS.max_new_tokens):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def notes(run: Run, image: bool, found: Reply, max_new_tokens: int) -> list[str]:
+    """What to know about an answer beside its text; an image was asked about or not."""
+    said = []
+    if image and run.fresh_fusion:
+        said.append(FRESH_FUSION.format(run.workdir))
+    if found.cut:
+        said.append(f"the answer was cut at --max_new_tokens={max_new_tokens}")
+    elif not found.text:
+        said.append("the answer is empty: the model ended it at once")
+    return said
 
 
 def run() -> None:

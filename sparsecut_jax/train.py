@@ -31,6 +31,7 @@ from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
 from sparsecut_jax.evaluate import report_accuracy
+from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.planning import flops, hardware
@@ -190,7 +191,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     path = os.path.join(cfg.workdir, "results.json")
     if hosts.first():
         write_json(path, {**read_results(path, step), **results})
-    print_written(cfg.workdir, results["seconds"])
+    print_written(cfg.workdir, results["seconds"], *vqa.example([*source.tests.values(), *source.train.values()]))
     return results
 
 

@@ -106,7 +106,7 @@ def test_nothing_recompiles_after_the_first_step_of_a_stage(unbroken):
 def test_the_start_shows_devices_parameters_and_plan(unbroken):
     out = (unbroken.parent / "stdout.txt").read_text()
     for text in ("devices    1 x cpu", "mesh       data=1 x fsdp=1 x tensor=1", "ViT block (of 3)  2  0",
-                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s a step (", "s: imports", "sample question", "results.json"):  # fmt: skip
+                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s a step (", "s: imports", "sample question", "results.json", "answers.jsonl", "--prompt='what color?'\n"):  # fmt: skip
         assert text in out, text
 
 
@@ -266,7 +266,7 @@ def test_evaluate_and_generate_commands(unbroken, pictures):
     assert (code, err) == (0, "")
     assert "rows/holdout" in out and "accuracy" in out
     code, out, err = runs.finish(second)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "note: the answer was cut at --max_new_tokens=64\n")  # it has learnt little
     assert out.strip() != ""
 
 

@@ -8,7 +8,7 @@ from small_tokenizers import byte_level
 from sparsecut_jax.data.conversation import encode_row
 from sparsecut_jax.data.parts import Folder, Part
 from sparsecut_jax.data.templates import TEMPLATES
-from sparsecut_jax.evaluation.vqa import answer_limit, asked_turns, questions, references, samples
+from sparsecut_jax.evaluation.vqa import answer_limit, asked_turns, example, questions, references, samples
 from sparsecut_jax.types import BadSample
 
 
@@ -60,6 +60,21 @@ def test_references_of_a_row_and_of_a_turn():
     two = {"conversations": turns("what?", "sofa", "who?", "me"), "independent": True, "answers": ["couch"]}
     with pytest.raises(BadSample, match="'answers' belongs to one of 2 questions; move it into its answer"):
         references(two, gpt)
+
+
+def test_an_example_asks_a_short_question_about_a_file(tmp_path):
+    (tmp_path / "a b.png").write_bytes(b"")
+    part = lambda *rows: Part("mine", rows, Folder(str(tmp_path), 1, "config.data.images"), 2)
+    row = lambda image, *said: {"image": image, "conversations": turns(*said)}
+    long, lost = row("a b.png", "<image>\n" + "why? " * 50, "so"), row("lost.png", "<image>\nwho?", "me")
+    good = row("a b.png", "what?\n<image>", "red")
+    text, two = {"conversations": turns("how?", "so")}, row(["a b.png"] * 2, "<image> or <image>?", "x")
+    assert example([part({}, text, lost, long, good)]) == ("what?", [f"{tmp_path}/a b.png"])
+    assert example([part(two)]) == ("<image> or <image>?", [f"{tmp_path}/a b.png"] * 2)
+    assert example([part(text)]) == ("how?", [])
+    assert example([part(lost)]) == ("who?", [f"{tmp_path}/lost.png"])
+    assert example([part(row(b"x", "<image>", "a dog"))]) == ("<image>", ["PATH"])
+    assert example([part({})]) == ("what is in the image?", ["PATH"])
 
 
 def test_the_longest_answer_follows_the_data():

@@ -22,6 +22,7 @@ from sparsecut_jax.types import BadSample
 
 IMAGES_AT_ONCE = 64
 MOST_TOKENS = 512  # of an answer, where no setting says so: the cache of keys and values grows with it
+FIRST, SHORT = 50, 100  # rows that an example is looked for in; characters of a short question
 REASON = 1024  # bytes of a sentence about a broken row that other processes get
 
 
@@ -173,6 +174,31 @@ def image_path(part: Part, entry: str | bytes) -> str | None:
     if isinstance(entry, bytes) or not isinstance(part.pictures, Folder):
         return None
     return os.path.join(part.pictures.path, entry)
+
+
+def example(parts: list[Part]) -> tuple[str, list[str]]:
+    """A question of one of the first rows, and the paths of its images: if there is one, a short one about images in files.
+
+    "PATH" stands for an image that is not a file, such as one in a TFDS dataset.
+    """
+    best, found = (-1,), ("what is in the image?", ["PATH"])
+    for part in parts:
+        for i in range(min(len(part), FIRST)):
+            try:
+                row = part.row(i)
+            except BadSample:
+                continue
+            human, _ = asked_turns(row)[0]
+            text = human["value"] if human["value"].count(IMAGE) > 1 else human["value"].replace(IMAGE, "").strip()
+            entries = images_of(row) if row.get("independent") else images_of(row)[: human["value"].count(IMAGE)]
+            images = [image_path(part, entry) or "PATH" for entry in entries]
+            files = bool(images) and all(map(os.path.exists, images))
+            rank = (files, bool(text) and len(text) <= SHORT and "\n" not in text)
+            if rank > best:
+                best, found = rank, (text or IMAGE, images)
+            if all(best):
+                return found
+    return found
 
 
 def samples(answered: list[Answered], count: int) -> list[Answered]:

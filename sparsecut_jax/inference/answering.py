@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,20 @@ from sparsecut_jax.types import UserError
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
-def answer(
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer, and whether it was cut at the longest length allowed."""
+
+    text: str
+    cut: bool
+
+
+def answer(run: Run, prompt: str, pictures: Sequence[Picture], *how: Any) -> str:
+    """The text of `reply`."""
+    return reply(run, prompt, pictures, *how).text
+
+
+def reply(
     run: Run,
     prompt: str,
     pictures: Sequence[Picture],
@@ -30,7 +45,7 @@ def answer(
     temperature: float = 0.0,
     seed: int = 0,
     template: str = "",
-) -> str:
+) -> Reply:
     """The model's answer to a prompt about pictures, asked in the run's template or another one.
 
     pictures: paths, the bytes of image files, PIL images or arrays uint8[H, W, 3].
@@ -66,7 +81,8 @@ def answer(
             temperature,
             jax.random.key(seed),
         )
-    return run.tokenizer.decode(until(np.asarray(ids)[0], stop)).strip()
+    said = until(np.asarray(ids)[0], stop)
+    return Reply(run.tokenizer.decode(said).strip(), cut=len(said) == max_new_tokens)
 
 
 def check_local(pictures: Sequence[Picture]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,9 +13,14 @@ from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.checkpoint import open_run
-from sparsecut_jax.training.state import abstract_params
+from sparsecut_jax.training.checkpoint import CONVERTED, open_run
+from sparsecut_jax.training.state import abstract_params, flatten
 from sparsecut_jax.types import UserError
+
+FRESH_FUSION = (
+    "the fusion of {0} was never trained, so the answer says nothing about the image; train it in a run with "
+    "--config.init_from={0}, or give `convert from-hf` a trained one with --fusion"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Run:
     """A model with its parameters and what turns text and pictures into its input.
 
     Attributes:
+      fresh_fusion: whether nothing has given the fusion its values yet, neither training nor a file.
       template: name of the template of the last stage, which is how the model expects to be asked.
     """
 
@@ -33,6 +40,7 @@ class Run:
     params: Any
     tokenizer: Tokenizer | None
     pictures: Images
+    fresh_fusion: bool = False
 
     @property
     def template(self) -> str:
@@ -56,6 +64,17 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     here = backends.resolve_for_inference(cfg, sharding.platform(mesh))
     model = build_model(here, backends.compute_dtype(here))
+    stage = checkpoints.meta(step)["stage"]
     params = checkpoints.restore_params(step, abstract_params(model, cfg, mesh, checkpoints.dtypes(step)))
     checkpoints.close()
-    return Run(workdir, step, cfg, mesh, model, params, tokenizer, Images(cfg))
+    return Run(workdir, step, cfg, mesh, model, params, tokenizer, Images(cfg), _fresh_fusion(cfg, stage, params))
+
+
+def _fresh_fusion(cfg: Config, stage: str, params: Any) -> bool:
+    """Whether the fusion is as it was initialised, at a checkpoint of `stage`; what another run gave it is taken as trained."""
+    if cfg.init.model or cfg.init.fusion or cfg.init_from:
+        return False
+    done = () if stage == CONVERTED else cfg.run_stages[: cfg.run_stages.index(stage) + 1]
+    trained = [pattern for name in done for pattern in cfg.stages[name].trainable]
+    paths = [path for path in flatten(params) if path.startswith("fusion/")]
+    return not any(re.fullmatch(pattern, path) for pattern in trained for path in paths)

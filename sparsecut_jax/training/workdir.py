@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from typing import IO
@@ -106,22 +107,29 @@ def write_json(path: str, values: dict) -> None:
     os.replace(path + ".tmp", path)
 
 
-def print_written(workdir: str, seconds: float) -> None:
+def print_written(workdir: str, seconds: float, question: str, images: list[str]) -> None:
+    """Lists what a run has left, and the command that asks it a question about images."""
     what = {
         "results.json": "these figures",
+        "answers.jsonl": "every test question with its references and the model's answer",
         "metrics.jsonl": "loss, norms and speed by step",
         "loss.png": "the loss curve",
         "shortcuts.png": "the plan as a picture",
         "bad_samples.jsonl": "rows that were left out, and why",
         "config.json": "every setting",
         "tokenizer": "for transformers' AutoTokenizer",
-        "tensorboard": "the same for TensorBoard",
+        "tensorboard": f"the same for TensorBoard: tensorboard --logdir={shlex.quote(workdir)}",
         "checkpoints": "latest and best",
     }
     print(f"\nwritten to {workdir} in {seconds:.0f} s:")
     for name, told in what.items():
         if os.path.exists(os.path.join(workdir, name)):
             print(f"  {name:<17} {told}")
-    print(
-        f'\nask it:  python -m sparsecut_jax.generate --workdir={workdir} --image=PATH --prompt="what color is the shape?"'
-    )
+    asked = [f"--workdir={workdir}", *(f"--image={image}" for image in images), f"--prompt={question}"]
+    print(f"\nask it:  python -m sparsecut_jax.generate {' '.join(map(_quoted, asked))}")
+
+
+def _quoted(flag: str) -> str:
+    """As a shell takes it, --name='some value'."""
+    name, _, value = flag.partition("=")
+    return f"{name}={shlex.quote(value)}"
