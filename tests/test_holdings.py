@@ -78,7 +78,7 @@ def test_holdings_of_a_model():
     assert attention.total == 3 * attention.weights
     assert held["llm/embedding"].weights == 64 * 32 * 4 // 8
     norms = held["llm/norms"]
-    assert norms.split == "whole" and norms.weights == (7 * 2 + 1) * 32 * 4
+    assert norms.split == "replicated" and norms.weights == (7 * 2 + 1) * 32 * 4
     vision = held["vision/blocks"]
     assert not vision.moments and vision.total == vision.weights
     assert sum(h.numbers.total() for h in held.values()) == sum(leaf.size for leaf in jax.tree.leaves(

@@ -496,8 +496,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, folder, monkeypatch, ca
 def test_adapters_are_not_lost_on_the_way_to_another_run(trained, folder):
     """Nor scaled otherwise."""
     text = (
-        f"{folder}/run has adapters, without which its LLM is another, of config.lora.rank=4, .alpha=8 and "
-        ".targets=('llm/layers/attention/(q|out)', 'llm/layers/mlp/down'); set the same, or merge them first: convert to-hf --merge, then config.init.model"
+        f"{folder}/run has LoRA adapters with config.lora.rank=4, .alpha=8 and "
+        ".targets=('llm/layers/attention/(q|out)', 'llm/layers/mlp/down'), without which its LLM is another; set the same, or merge them first: convert to-hf --merge, then config.init.model"
     )
     for settings in ({"lora.rank": 0}, {"lora.alpha": 4.0}):
         changes = lora_settings(folder, init_from=str(folder / "run"), **settings)

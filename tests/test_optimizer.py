@@ -200,9 +200,9 @@ def test_rates(lr_of, expected):
 @pytest.mark.parametrize(
     "lr_of, sentence",
     [
-        ({"fus": 1e-4}, "lr_of has 'fus', which begins no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
-        ({"vision": 1e-4}, "lr_of has 'vision', which begins no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
-        ({"llm/emb.*": 1e-4, "llm": 1e-5}, "lr_of has two rates for llm/embedding; the second is 1e-05 by 'llm'"),
+        ({"fus": 1e-4}, "lr_of='fus' matches the start of no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
+        ({"vision": 1e-4}, "lr_of='vision' matches the start of no trained parameter's path; they look like llm/embedding, llm/layers/attention/q"),
+        ({"llm/emb.*": 1e-4, "llm": 1e-5}, "lr_of sets two rates for llm/embedding, the second (1e-05) by 'llm'; remove one"),
     ],
 )  # fmt: skip
 def test_rates_that_name_nothing_or_the_same_twice(lr_of, sentence):

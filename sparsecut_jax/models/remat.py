@@ -1,4 +1,4 @@
-"""What a layer keeps from the forward to the backward pass, by name (`remat` of config.vision, .fusion and .llm)."""
+"""Remat policies by name: what a layer keeps for the backward pass (`remat` of config.vision, .fusion and .llm)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-LAYER_INPUT = "layer_input"  # the name that a layer gives its input (`jax.ad_checkpoint.checkpoint_name`)
+LAYER_INPUT = "layer_input"  # checkpoint name of a layer's input (`jax.ad_checkpoint.checkpoint_name`)
 
 POLICIES: dict[str, Callable | None] = {
-    # its input alone; all else is computed again
+    # its input; all else is recomputed
     "full": None,
-    # its input and the results of matrix products with weights, attention's own products not among them
+    # its input and the outputs of matmuls with weights, not those of attention's own matmuls
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # as "full", and the input waits in the host's memory
+    # as "full", with the input in host memory
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
@@ -25,9 +25,9 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def rematted(module: type[nn.Module], name: str, scanned: bool = True) -> type[nn.Module]:
-    """`module` with the policy `name`; "none" and an unresolved "auto" keep everything.
+    """`module` with the remat policy `name`; "none" and an unresolved "auto" keep everything.
 
-    scanned: it is the body of a loop, where XLA cannot take what is computed again for what was computed before.
+    scanned: whether it is the body of a scan, where XLA cannot merge the recomputation with the first computation.
     """
     if name not in POLICIES:
         return module

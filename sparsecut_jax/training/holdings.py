@@ -1,4 +1,4 @@
-"""What each device holds of every group of parameters: weights and the optimizer's moments, from their shardings."""
+"""Bytes per device of every group of parameters: weights and optimizer moments, from their shardings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from sparsecut_jax.types import TrainState
 
-GROUPS = (  # of parameters: the first regex that matches the path
+GROUPS = (  # (path regex, group of parameters); the first match counts
     (r".*_lora_[ab]", "llm/adapters"),
     (r"vision/blocks/.*", "vision/blocks"),
     (r"vision/.*", "vision/embeddings"),
@@ -28,10 +28,10 @@ class Holding:
     """A group of parameters.
 
     Attributes:
-      numbers: {(dtype, mesh axes that split them): how many parameters}; of all devices together.
-      weights: bytes of one device.
-      trained: {stage: how many of them it trains}.
-      moments: {stage: bytes of one device}.
+      numbers: {(dtype, mesh axes that shard them): number of parameters}, over all devices.
+      weights: bytes per device.
+      trained: {stage: number of parameters that it trains}.
+      moments: {stage: bytes per device of the optimizer's moments}.
     """
 
     numbers: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -47,30 +47,30 @@ class Holding:
 
     @property
     def total(self) -> int:
-        """Bytes of one device in the stage that has the most moments."""
+        """Bytes per device in the stage with the most moments."""
         return self.weights + max(self.moments.values(), default=0)
 
     @property
     def dtype(self) -> str:
-        """Of most of the parameters."""
+        """The dtype of most of the parameters."""
         return max(self.numbers, key=lambda kind: self.numbers[kind])[0]
 
     @property
     def split(self) -> str:
-        """For example "fsdp x tensor", or "80% fsdp x tensor, 20% fsdp"; shares below 1 % are left out."""
+        """Mesh axes, for example "fsdp x tensor" or "80% fsdp x tensor, 20% fsdp"; shares below 1 % are omitted."""
         shares: collections.Counter = collections.Counter()
         for (_, axes), number in self.numbers.items():
-            shares[" x ".join(axes) or "whole"] += number / self.numbers.total()
+            shares[" x ".join(axes) or "replicated"] += number / self.numbers.total()
         found = [(axes, share) for axes, share in shares.most_common() if share >= 0.01]
         return found[0][0] if len(found) == 1 else ", ".join(f"{share:.0%} {axes}" for axes, share in found)
 
 
 def holdings(params: Any, states: dict[str, TrainState]) -> dict[str, Holding]:
-    """{group: what is held of it}.
+    """{group: its `Holding`}.
 
     Args:
-      params: shapes and shardings at the start.
-      states: {stage: shapes and shardings of its state}.
+      params: shapes and shardings of the parameters at the start.
+      states: {stage: shapes and shardings of its train state}.
     """
     found: dict[str, Holding] = {}
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -82,7 +82,7 @@ def holdings(params: Any, states: dict[str, TrainState]) -> dict[str, Holding]:
         trained = set()
         for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
             path = next((key.key for key in keys if isinstance(key, jax.tree_util.DictKey)), None)
-            if path is not None:  # else a counter
+            if path is not None:  # otherwise it is a counter
                 found[group_of(path)].moments[stage] += bytes_of_one(leaf)
                 trained.add(path)
         for path in trained:
@@ -91,15 +91,16 @@ def holdings(params: Any, states: dict[str, TrainState]) -> dict[str, Holding]:
 
 
 def group_of(path: str) -> str:
+    """The group of a parameter's path."""
     return next(match.expand(name) for pattern, name in GROUPS if (match := re.fullmatch(pattern, path)))
 
 
 def split_axes(sharding: jax.sharding.NamedSharding) -> tuple[str, ...]:
-    """Mesh axes of more than one device that split an array, in the order of the mesh."""
+    """Mesh axes of size above 1 that shard an array, in the order of the mesh."""
     used = {axis for part in sharding.spec if part for axis in ((part,) if isinstance(part, str) else part)}
     return tuple(axis for axis, size in sharding.mesh.shape.items() if axis in used and size > 1)
 
 
 def bytes_of_one(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array that one device holds."""
+    """Bytes per device of an array."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

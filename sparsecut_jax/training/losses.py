@@ -1,4 +1,7 @@
-"""Next-token cross-entropy over the supervised tokens of a batch."""
+"""Next-token cross-entropy over the target tokens of a batch.
+
+Axes beside those of types.py: g, the data-parallel devices; W, the vocabulary, whose matrix [D, W] is called `words`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.sharding import constrain, constrain_weight, data_parallel, ways
 from sparsecut_jax.types import Batch
 
-BLOCK = 4096  # words whose part of the matrix's gradient is made at one time
+BLOCK = 4096  # vocabulary entries whose part of the head's gradient is computed at once
 
 
 def summed_loss(
     model: SparseCut, params: Any, batch: Batch, chunk: int, rngs: dict[str, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """(sum, count) of `chunked_cross_entropy` for a whole batch, and what the model hands out besides."""
+    """(sum, count) of `chunked_cross_entropy` for a whole batch, and the model's other outputs (`aux_loss`, ratios)."""
     hidden, words, seen = model.apply({"params": params}, batch, rngs=rngs, method="hidden")
     total, count = chunked_cross_entropy(hidden, words, batch, chunk)
     return total, count, seen
@@ -28,7 +31,7 @@ def summed_loss(
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p over the tokens with loss_mask 1, each predicted from the position before it, and their count.
 
-    Sums, so that micro-batches and devices add up to the mean over the whole batch.
+    Returns sums rather than means, so that micro-batches and devices add up to the mean over the whole batch.
 
     Args:
       logits: float32[B, T, W].
@@ -41,10 +44,15 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
 
 
 def chunked_cross_entropy(hidden: jax.Array, words: jax.Array, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of the logits hidden @ words, which exist for `chunk` positions of each row at a time only.
+    """`cross_entropy` of the logits hidden @ words, computed for `chunk` positions of each row at a time.
 
     Args:
-      hidden: [B, T, D]; words: [D, W].
+      hidden: [B, T, D]; words: [D, W]; both in the compute dtype.
+      batch: rows, with the same B and T.
+      chunk: positions per chunk, more than 0.
+
+    Returns:
+      (sum, count), both float32[].
     """
     targets, mask = _shifted(batch)
     b, t = targets.shape
@@ -57,12 +65,12 @@ def chunked_cross_entropy(hidden: jax.Array, words: jax.Array, batch: Batch, chu
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 @jax.named_scope("loss")
 def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int) -> jax.Array:
-    """Sum of -log p.
+    """Sum of -log p, float32[].
 
     Args:
       hidden: [g, B, T, D], the rows of g devices; words: [D, W].
-      targets, mask: [g, B, T], what each position is to predict, and whether that counts.
-      size: positions of a chunk.
+      targets, mask: [g, B, T], the token that each position has to predict, and whether it counts.
+      size: positions per chunk.
     """
     words = _copies(words, hidden.shape[0])
     add = lambda total, part, at: total + _nll(_logits(part[0], words), *part[1:])
@@ -71,9 +79,9 @@ def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.A
 
 @jax.named_scope("loss")
 def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int):
-    """The sum, and its gradients by hidden and words, made beside the loss while a chunk's logits are there.
+    """The sum and its gradients with respect to hidden and words, computed while the logits of a chunk exist.
 
-    The arguments are jax.custom_derivatives.CustomVJPPrimal: a head that is not trained has no gradient.
+    The arguments are jax.custom_derivatives.CustomVJPPrimal: a head that is not trained gets no gradient.
     """
     trained = words.perturbed
     hidden, words, targets, mask = (argument.value for argument in (hidden, words, targets, mask))
@@ -104,7 +112,7 @@ def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int)
         by_words = constrain_weight(by_words.sum(0), "embed", "vocab")
     elif trained:
         by_words = _gradient_in_blocks(hidden, copies, log_sum, targets, mask, size)
-        # Else it would be made after the whole backward pass, and the head be kept for it.
+        # Otherwise XLA would compute it after the whole backward pass and keep the gathered head until then.
         by_hidden, by_words = jax.lax.optimization_barrier((by_hidden, by_words))
     return total, (by_hidden, by_words)
 
@@ -112,10 +120,10 @@ def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int)
 def _gradient_in_blocks(
     hidden: jax.Array, copies: jax.Array, log_sum: jax.Array, targets: jax.Array, mask: jax.Array, size: int
 ) -> jax.Array:
-    """Gradient by words [D, W], for BLOCK words at a time, from logits that are computed again.
+    """Gradient with respect to words, [D, W], for BLOCK entries of W at a time, from recomputed logits.
 
-    Where devices split the matrix: else each of them would hold several wholes of its gradient, to keep a part of
-    their sum.
+    Used where the matrix is sharded: otherwise each device would hold several copies of the whole gradient and keep only
+    its shard of their sum.
     """
     _, d, w = copies.shape
     width = next(n for n in range(min(BLOCK, w), 0, -1) if w % n == 0)
@@ -144,12 +152,12 @@ _summed.defvjp(_with_gradients, _scaled, symbolic_zeros=True)
 
 
 def _copies(words: jax.Array, g: int) -> jax.Array:
-    """[D, W] -> [g, D, W]: the rows of each device meet a matrix of their own, collected once and not once a chunk."""
+    """[D, W] -> [g, D, W]: one copy of the matrix per device, gathered once rather than once per chunk."""
     return constrain(jnp.broadcast_to(words, (g, *words.shape)), "batch", None, "act_vocab")
 
 
 def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[g, B, T, ...] -> [chunks, g, B, size, ...] each, padded with what counts for nothing."""
+    """[g, B, T, ...] -> [chunks, g, B, size, ...] each, padded with zeros (masked positions)."""
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % size)] + [(0, 0)] * (x.ndim - 3))
@@ -159,8 +167,10 @@ def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _over_supervised(add: Callable, carry: Any, parts: tuple[jax.Array, ...]) -> Any:
-    """Folds add(carry, part, number) over the chunks in which anything is to be predicted: most of a row is image and
-    question. `parts` are arrays [chunks, ...], the last of them the mask."""
+    """Folds add(carry, part, number) over the chunks that have a target token: most of a row is image and question.
+
+    parts: arrays [chunks, ...], the last of them the mask.
+    """
     some = jnp.any(parts[-1] > 0, axis=tuple(range(1, parts[-1].ndim)))
     order = jnp.argsort(~some)
 
@@ -178,25 +188,25 @@ def _logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
 
 
 def _by_logits(logits: jax.Array, log_sum: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Gradient of -log p where it counts: p, less one at the right word."""
+    """Gradient of -log p with respect to the logits: p minus the one-hot target, 0 where the mask is 0."""
     return jnp.where(mask[..., None] > 0, jnp.exp(logits - log_sum) - _is_word(targets, logits.shape), 0)
 
 
 def _shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What each position is to predict, int32[B, T], and whether that counts, uint8[B, T]; the last predicts nothing."""
+    """The token that each position predicts, int32[B, T], and whether it counts, uint8[B, T]; the last predicts none."""
     next_of = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     return next_of(batch.tokens), next_of(batch.loss_mask)
 
 
 def _nll(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32[..., W], int32[...], uint8[...] -> sum of -log p."""
-    # A masked sum instead of take_along_axis: a gather over a vocabulary that is split would collect the logits.
+    """float32[..., W], int32[...], uint8[...] -> sum of -log p, float32[]."""
+    # A masked sum instead of take_along_axis, whose gather over a sharded vocabulary would all-gather the logits.
     right = jnp.sum(jnp.where(_is_word(targets, logits.shape), logits, 0), axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - right
-    # where, not a product: what a padded position's loss is must not matter
+    # where, not multiplication: the loss of a masked position may be nan
     return jnp.sum(jnp.where(mask > 0, nll, 0))
 
 
 def _is_word(targets: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """int32[...] -> bool[..., W], True at the target."""
+    """int32[...] -> bool[..., W], True at the target's id. shape: that of the result."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == targets[..., None]

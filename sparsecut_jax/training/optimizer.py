@@ -1,4 +1,4 @@
-"""What is trained, and how fast: path regexes, AdamW, warm-up and cosine."""
+"""Trainable parameters by path regex, AdamW, learning rates by path, warm-up and cosine schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ Params = dict[str, Any]
 
 
 def split(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
-    """Parameter tree -> (trainable, frozen), two flat dicts {path: leaf}. Raises UserError if a regex matches nothing."""
+    """Splits a parameter tree into (trainable, frozen), two flat dicts {path: leaf}.
+
+    Raises:
+      UserError: a regex matches no parameter.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in flat):
@@ -27,38 +31,41 @@ def split(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
 
 
 def join(*parts: Params) -> Params:
-    """Flat dicts {path: leaf} -> one parameter tree."""
+    """Joins flat dicts {path: leaf} into one parameter tree."""
     return traverse_util.unflatten_dict({k: v for part in parts for k, v in part.items()}, sep="/")
 
 
 def is_matrix(path: str) -> bool:
-    """What weight decay is for, and what frozen parts may round: not norms, LayerScale, biases and class tokens."""
+    """Whether weight decay applies to a parameter, and it may be stored in the compute dtype if frozen.
+
+    False for norms, LayerScale, biases and class tokens.
+    """
     return not re.search(r"(norm\w*/|bias$|_bias$|class_embedding$|scale[12]$)", path)
 
 
 def rates(paths: Iterable[str], stage: StageConfig) -> dict[str, float]:
-    """{path: share of the stage's learning rate} for the paths that `stage.lr_of` names.
+    """{path: factor on the stage's learning rate} for the paths that `stage.lr_of` matches.
 
-    A regex there matches whole names at the beginning of a path: "fusion" is all of the fusion.
+    Its regexes match whole names at the beginning of a path: "fusion" matches all of the fusion.
 
     Raises:
-      UserError: one of them matches no trained parameter, or two match the same.
+      UserError: a regex matches no trained parameter, or two match the same one.
     """
     paths, found = list(paths), {}
     for pattern, rate in stage.lr_of.items():
         matched = [path for path in paths if re.match(f"(?:{pattern})(?:/|$)", path)]
         if not matched:
             raise UserError(
-                f"lr_of has {pattern!r}, which begins no trained parameter's path; they look like {', '.join(paths[:3])}"
+                f"lr_of={pattern!r} matches the start of no trained parameter's path; they look like {', '.join(paths[:3])}"
             )
         if twice := found.keys() & matched:
-            raise UserError(f"lr_of has two rates for {min(twice)}; the second is {rate} by {pattern!r}")
+            raise UserError(f"lr_of sets two rates for {min(twice)}, the second ({rate}) by {pattern!r}; remove one")
         found |= dict.fromkeys(matched, rate / stage.lr)
     return found
 
 
 def checked_rates(paths: Iterable[str], stage: StageConfig, name: str) -> None:
-    """Raises UserError, which names the stage, if its `trainable` or `lr_of` do not go with the parameters."""
+    """Raises UserError, which names the stage, if its `trainable` or `lr_of` do not match the parameters."""
     try:
         rates(split(join(dict.fromkeys(paths, 0)), stage.trainable)[0], stage)
     except UserError as error:
@@ -78,10 +85,10 @@ def schedule(stage: StageConfig, steps: int) -> optax.Schedule:
 
 
 def adamw(stage: StageConfig) -> optax.GradientTransformation:
-    """Clipped AdamW over a flat dict of trainable parameters, without the learning rate but for `lr_of`'s share of it.
+    """AdamW with clipping over a flat dict of trainable parameters. Includes `lr_of`'s factors, not the learning rate.
 
-    The step multiplies by -lr itself: the schedule follows the run's step, also over updates that
-    were left out, whereas Adam's own count stands still there.
+    The training step multiplies by -lr itself, because the schedule advances over skipped updates, whereas Adam's own
+    count does not.
     """
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity(),

@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, and which tower level enters which LLM layer."""
+"""Plots of a run: the loss curve, and which tower level enters which LLM layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from sparsecut_jax.models.shortcuts import Plan  # noqa: E402
 
 
 def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
-    """Training loss by step, one colour a stage, with the held-out loss as dots."""
+    """Plots the training loss by step, one colour per stage, with the held-out loss as dots, and writes a PNG file.
+
+    metrics: lines of metrics.jsonl; those with "stage" and "loss" or "holdout_loss" are drawn.
+    """
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     stages = dict.fromkeys(line["stage"] for line in metrics if "stage" in line)
     for color, stage in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(stages), stages, strict=False):
@@ -26,7 +29,7 @@ def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
                 axes.plot(
                     *zip(*points, strict=True), style, color=color, markersize=4, linewidth=1, label=f"{stage}, {label}"
                 )
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy per supervised token (nats)", yscale="log")
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)", yscale="log")
     axes.grid(alpha=0.3)
     if stages:
         axes.legend()
@@ -36,7 +39,7 @@ def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
 
 
 def save_plan(path: str | os.PathLike, plan: Plan, title: str = "") -> None:
-    """The tower on the left, the LLM on the right, a line for every shortcut."""
+    """Draws the tower on the left, the LLM on the right and an arrow for every shortcut, and writes a PNG file."""
     figure, axes = plt.subplots(figsize=(6, 1.2 + 0.32 * max(plan.vit_depth, plan.llm_depth)), dpi=120)
     height = max(plan.vit_depth, plan.llm_depth)
     draw_plan(axes, plan)
@@ -47,7 +50,7 @@ def save_plan(path: str | os.PathLike, plan: Plan, title: str = "") -> None:
 
 
 def draw_plan(axes: plt.Axes, plan: Plan) -> None:
-    """Draws a plan; y = index of block or layer, the first one at the bottom."""
+    """Draws a plan; y is the index of a block or layer, with the first at the bottom."""
     colors = plt.get_cmap("viridis")
 
     def box(x: float, y: float, text: str, color: str, bold: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Where a run begins: fresh parameters in their shardings, parts of another run, or a checkpoint's shapes."""
+"""The initial state of a run: fresh parameters in their shardings, parts of another run, or shapes for a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 def example_batch(model: SparseCut, max_images: int) -> Batch:
-    """The smallest batch that touches every parameter."""
+    """The smallest batch that uses every parameter: one row of one image and one more token."""
     t, m = model.vision_config.tokens_per_image + 1, max_images
     size, views = model.vision_config.image_size, views_of(model.fusion_config)
     ints = np.zeros((1, t), np.int32)
@@ -48,14 +48,14 @@ def example_batch(model: SparseCut, max_images: int) -> Batch:
 
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(model: SparseCut, max_images: int) -> Any:
-    """Shapes and logical axes of all parameters; kept, because to trace the model takes the better part of a second."""
+    """Shapes and logical axes of all parameters; cached, because tracing the model takes most of a second."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, max_images)))["params"]
 
 
 def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
-    """Function from a parameter's path to the dtype it is stored in from stage `name` on, for a resolved config.
+    """Function from a parameter's path to its storage dtype from stage `name` on, for a resolved config.
 
-    Matrices that are not trained any more are as the computation takes them, all else is float32.
+    Matrices that are not trained any more are stored in the compute dtype, all else in float32.
     """
     names = cfg.run_stages[cfg.run_stages.index(name) :] if name in cfg.run_stages else (name,)
     trained = [pattern for n in names for pattern in cfg.stages[n].trainable]
@@ -72,9 +72,12 @@ def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
 def abstract_params(
     model: SparseCut, cfg: Config, mesh: Mesh, dtype_of: Callable[[str], jnp.dtype] | None = None
 ) -> Any:
-    """Shapes, dtypes and shardings of all parameters, without making them. Raises UserError if they cannot be split.
+    """Tree of `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings of all parameters.
 
-    dtype_of: dtype of a path; left out: `cfg.param_dtype`, float32 where that is "auto".
+    dtype_of: dtype of a path; default: `cfg.param_dtype`, float32 where that is "auto".
+
+    Raises:
+      UserError: a parameter cannot be sharded on the mesh.
     """
     boxed = boxed_shapes(model, cfg.data.max_images)
     shardings = sharding.param_shardings(boxed, mesh)
@@ -88,12 +91,12 @@ def abstract_params(
 
 
 def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[str] = ()) -> Any:
-    """Fresh parameters, born in their shardings; the same values on every mesh. Those in `skip` are left out."""
+    """Fresh parameters, created in their shardings, with the same values on every mesh. Paths in `skip` are omitted."""
     example = example_batch(model, cfg.data.max_images)
     wanted = {path: leaf for path, leaf in flatten(abstract).items() if path not in skip}
 
     def init(key):
-        # Every device has rows, else the mesh could not split them; nothing is computed of them.
+        # One row per data-parallel shard, so that the mesh can shard the batch; its values are never used.
         batch = jax.tree.map(lambda x: jnp.zeros((sharding.data_parallel(), *x.shape[1:]), x.dtype), example)
         made = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
         return {path: made[path].astype(leaf.dtype) for path, leaf in wanted.items()}
@@ -103,10 +106,10 @@ def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[s
 
 
 def initial_params(model: SparseCut, cfg: Config, abstract: Any, sources: dict[str, Source]) -> tuple[Any, load.Report]:
-    """Parameters from their pretrained sources, the rest fresh, and what came from where.
+    """Parameters from their pretrained sources, the rest fresh; and a report of what came from where.
 
     Raises:
-      UserError: tensors that are missing, left over or of another shape; see `weights.load.match`.
+      UserError: a tensor is missing, unused or has another shape; see `weights.load.match`.
     """
     fillings, report = load.match(abstract, cfg, sources)
     loaded = load.read(fillings, cfg)
@@ -117,7 +120,7 @@ def initial_params(model: SparseCut, cfg: Config, abstract: Any, sources: dict[s
 def abstract_state(
     abstract: Any, trainable: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The train state of a stage as shapes and shardings; moments are split like their parameters."""
+    """The train state of a stage as shapes and shardings; moments are sharded like their parameters."""
     moving, _ = opt.split(abstract, trainable)
     whole = sharding.replicated(mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -134,7 +137,7 @@ def abstract_state(
 def begin_stage(
     abstract: TrainState, params: Any, trainable: tuple[str, ...], tx, step: int, skipped: int
 ) -> TrainState:
-    """State at the first step of a stage: these parameters in the stage's dtypes, a fresh optimizer."""
+    """State at the first step of a stage: the given parameters in the stage's dtypes, and a fresh optimizer."""
     params = jax.tree.map(lambda leaf, target: leaf.astype(target.dtype), params, abstract.params)
     moving, _ = opt.split(params, trainable)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
@@ -144,11 +147,11 @@ def begin_stage(
 
 
 def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
-    """Parameters with cfg.init_parts taken from another run, and a report of what was loaded, is fresh, was left unused.
+    """Parameters with cfg.init_parts taken from another run, and a report of loaded, fresh and unused arrays.
 
     Raises:
-      UserError: cfg.init_from is no run, a regex matches nothing in it, a tensor has another shape, or the run's
-        adapters would be lost or scaled otherwise.
+      UserError: cfg.init_from is not a run, a regex matches nothing in it, a tensor has another shape, or the run's LoRA
+        adapters would be lost or scaled differently.
     """
     workdir, patterns = cfg.init_from, cfg.init_parts
     run, step, theirs, _ = checkpoint.open_run(workdir)
@@ -156,13 +159,15 @@ def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
     flat = flatten(params)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in saved):
-            raise UserError(f"config.init_parts has {pattern!r}, which matches no parameter of {workdir}")
+            raise UserError(
+                f"config.init_parts={pattern!r} matches no parameter of {workdir}; paths look like {', '.join(list(saved)[:3])}"
+            )
     wanted = {path for path in saved if any(re.fullmatch(p, path) for p in patterns)}
     adapters = {path for path in wanted if is_adapter(path)}
     if adapters - flat.keys() or adapters and cfg.lora.alpha != theirs.lora.alpha:
         raise UserError(
-            f"{workdir} has adapters, without which its LLM is another, of config.lora.rank={theirs.lora.rank}, "
-            f".alpha={theirs.lora.alpha:g} and .targets={theirs.lora.targets}; set the same, or merge them first: "
+            f"{workdir} has LoRA adapters with config.lora.rank={theirs.lora.rank}, .alpha={theirs.lora.alpha:g} and "
+            f".targets={theirs.lora.targets}, without which its LLM is another; set the same, or merge them first: "
             "convert to-hf --merge, then config.init.model"
         )
     taken = {path: leaf for path, leaf in flat.items() if path in wanted}

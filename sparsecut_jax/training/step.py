@@ -19,9 +19,9 @@ from sparsecut_jax.types import Batch, TrainState
 def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callable:
     """Function (trainable, frozen, batch, key) -> (loss sum, count, float32 gradient of the sum, shortcut ratios).
 
-    Only `trainable`, a flat dict, is differentiated, by its matrices as the computation takes them: in bfloat16 their
-    gradients are that where they are made, and half as large. With `accumulate` > 1 the rows are taken in that many
-    turns; sums of losses and gradients make the result that of the whole batch.
+    Only `trainable`, a flat dict, is differentiated, with respect to its matrices cast to the compute dtype: in bfloat16
+    the gradients are half as large. With `accumulate` > 1 the rows are processed in that many micro-batches; since losses
+    and gradients are sums, the result is that of the whole batch.
     """
     taken = lambda flat: {k: v.astype(model.dtype) if opt.is_matrix(k) else v for k, v in flat.items()}
     whole = lambda grads: jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
@@ -39,11 +39,11 @@ def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callab
 
         if accumulate == 1:
             return one(batch, key)
-        # Strided, so that each turn has rows of every device.
-        turns = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], turns), key))
-        add = lambda carry, turn: (jax.tree.map(jnp.add, carry, one(turn[0], turn[1])), None)
-        (total, count, grads, ratio), _ = jax.lax.scan(add, zero, (turns, jax.random.split(key, accumulate)))
+        # Strided, so that each micro-batch has rows on every device.
+        micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), key))
+        add = lambda carry, each: (jax.tree.map(jnp.add, carry, one(each[0], each[1])), None)
+        (total, count, grads, ratio), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulate)))
         return total, count, grads, ratio / accumulate
 
     return gradients
@@ -58,14 +58,19 @@ def make_train_step(
     seed: int,
     loss_chunk: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The step of one stage, to be jitted.
+    """The training step of one stage, to be jitted.
+
+    An update whose loss or gradient is not finite, or whose batch has no target token, is skipped: parameters and Adam's
+    moments stay, step and schedule advance. `state.streak` counts consecutive skipped updates.
 
     Args:
-      learning_rate: of the step within the stage, which begins at `first_step` of the run.
-      loss_chunk: positions of a row whose logits exist at one time.
-
-    An update whose loss or gradient is not finite, or that has no supervised token, is left out: parameters
-    and Adam's moments stay, step and schedule go on; `state.streak` counts how many in a row.
+      model: the model.
+      stage: the stage's settings.
+      tx: the optimizer, without learning rate (`optimizer.adamw`).
+      learning_rate: schedule over the steps of the stage.
+      first_step: step of the run at which the stage begins.
+      seed: of the dropout keys.
+      loss_chunk: positions per row whose logits exist at once.
     """
     gradients = make_gradients(model, stage.accumulate, loss_chunk)
 

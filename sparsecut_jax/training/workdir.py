@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and the files in it beside checkpoints and metrics."""
+"""The folder of a run: its lock, and its files other than checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sparsecut_jax.types import UserError
 
 
 def make_folder(name: str, folder: str) -> str:
-    """Makes `folder`, given as the flag or setting `name`, and returns it: what takes minutes must have a place first.
+    """Creates `folder`, the value of the flag or setting `name`, and returns it. Call it before slow work starts.
 
     Raises:
-      UserError: it cannot be written to, or is in a bucket.
+      UserError: the folder cannot be written to, or is in a bucket.
     """
     if "://" in folder:
         raise UserError(f"{name}={folder!r}: expected a folder on a file system, not in a bucket")
@@ -39,10 +39,10 @@ def make_folder(name: str, folder: str) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Makes the workdir, and keeps other runs out of it until the block ends or the process does.
+    """Creates the workdir and locks it until the block or the process ends.
 
     Raises:
-      UserError: it cannot be written to, another run is training in it, or the processes of this one do not share it.
+      UserError: it cannot be written to, another run is using it, or the processes of this run do not share it.
     """
     make_folder("config.workdir", workdir)
     try:
@@ -61,7 +61,7 @@ def locked(workdir: str) -> Iterator[None]:
 
 
 def _check_shared(workdir: str, file: IO[str]) -> None:
-    """Raises UserError where the first process's `file` is not the one of this process."""
+    """Raises UserError if `file` is not the same file as that of process 0."""
     if hosts.first():
         written = f"{hosts.name()} {time.time_ns()}"
         file.truncate(0)
@@ -77,7 +77,7 @@ def _check_shared(workdir: str, file: IO[str]) -> None:
 
 
 def read_results(path: str, step: int) -> dict:
-    """What results.json said of the same step before; {} if nothing."""
+    """The contents of results.json if they are of the same step; otherwise {}."""
     try:
         with open(path) as file:
             found = json.load(file)
@@ -87,9 +87,9 @@ def read_results(path: str, step: int) -> dict:
 
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
-    """Resolved config, tokenizer and the picture of the plan."""
+    """Writes config.json (resolved), the tokenizer, and shortcuts.png."""
     from sparsecut_jax.training import (
-        plots,  # here: matplotlib takes a third of a second, which bad input need not wait
+        plots,  # imported here: matplotlib takes a third of a second, for which bad input should not wait
     )
 
     with open(os.path.join(workdir, "config.json"), "w") as file:
@@ -100,7 +100,7 @@ def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan
 
 
 def write_json(path: str, values: dict) -> None:
-    """Whole or not at all."""
+    """Writes `values` as JSON, atomically."""
     with open(path + ".tmp", "w") as file:
         json.dump(values, file, indent=2)
         file.write("\n")
