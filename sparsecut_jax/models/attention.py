@@ -1,12 +1,12 @@
-"""Softmax attention: one function, and a backend for each kind of device.
+"""Softmax attention: one function, with a backend for each kind of device.
 
-xla     plain matrix products with all scores at once; takes any mask
+xla     plain matmuls with all scores at once; takes any mask
 tiled   for CPUs: scores of a few heads and queries at a time, which stay in the cache
-splash  for TPUs: JAX's Pallas kernel, blocks that nobody sees are skipped
-cudnn   for GPUs: cuDNN's fused kernel, with the lengths of the segments in place of a mask
+splash  for TPUs: JAX's Pallas kernel, which skips fully masked blocks
+cudnn   for GPUs: cuDNN's fused kernel, with segment lengths instead of a mask
 
-`sight` says who sees whom: nothing (everybody sees everybody), a dense bool[B, T, S], or `Packed`. Only the last is
-needed for training, and no backend but xla makes a [T, S] array of it.
+`sight` says which positions see which: None (every position sees all), a dense bool[B, T, S], or `Packed`. Training only
+needs `Packed`, and only xla expands it to a [T, S] mask.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ import jax.numpy as jnp
 
 from sparsecut_jax.sharding import spec
 
-TILE = 256  # rows of queries of one tile: enough for a quick product, and its scores stay in a core's cache
-TOGETHER = 2**18  # scores of heads so short that several make one product
-CHAINS = 4  # tiles of one turn of the loop over heads: they do not wait for each other
-LANES = 128  # of a TPU's vector registers: splash's blocks are multiples of it
+TILE = 256  # queries per tile: enough for an efficient matmul, and the scores stay in a core's cache
+TOGETHER = 2**18  # scores per matmul up to which several short heads are processed together
+CHAINS = 4  # tiles per iteration of the loop over heads, independent so that they can run in parallel
+LANES = 128  # lanes of a TPU's vector registers; splash's blocks are multiples of them
 SPLASH_BLOCK = 512
 
 
 @flax.struct.dataclass
 class Packed:
-    """Causal attention within segments (types.Batch draws it), int32[B, T] each.
+    """Causal attention within segments (drawn in types.Batch).
 
-    branches: None where no segment has any. positions: rotary ones, which windows are measured in.
-    most: segments of a sequence, at most.
+    Attributes:
+      segments: int32[B, T], segment ids; 0 is padding.
+      branches: int32[B, T], or None if no segment has branches.
+      positions: int32[B, T], rotary positions, in which windows are measured.
+      most: upper bound on the segments per sequence.
     """
 
     segments: jax.Array
@@ -41,7 +44,7 @@ class Packed:
     most: int = flax.struct.field(pytree_node=False)
 
     def mask(self, window: jax.Array | int | None = None) -> jax.Array:
-        """bool[B, T, T], True = may see."""
+        """bool[B, T, T], True where a query (second axis) sees a key (third axis)."""
         rows = lambda x: None if x is None else (x, x)
         return _visible(rows(self.segments), rows(self.branches), rows(self.positions), 0, window)
 
@@ -68,9 +71,9 @@ def attention(
     Args:
       q: [B, T, Q, H].
       k, v: [B, S, G, H]; head q attends with KV head q // (Q // G).
-      sight: bool[B, T, S], True = may see; or Packed (S = T); None = everything. A position that sees nothing gets
-        something finite, which nobody reads.
-      window: with Packed: positions seen, itself included; None: all.
+      sight: bool[B, T, S], True where a query sees a key; or Packed (S = T); None: all see all. The output of a query
+        that sees no key is finite and meaningless.
+      window: with Packed, the number of positions that a query sees, itself included; None: all.
       backend: one of BACKENDS. A dense mask always goes to xla.
 
     Returns:
@@ -79,12 +82,12 @@ def attention(
     if backend == "xla" or isinstance(sight, jax.Array):
         return _xla(q, k, v, sight.mask(window) if isinstance(sight, Packed) else sight)
     if backend != "tiled" and isinstance(sight, Packed) and sight.branches is not None:
-        raise ValueError(f"attention backend {backend!r} cannot keep branches apart")  # backends.resolve has seen to it
+        raise ValueError(f"attention backend {backend!r} cannot mask branches")  # backends.resolve prevents it
     return _on_shards(functools.partial(BACKENDS[backend], window=window), q, k, v, sight)
 
 
 def _on_shards(kernel: Callable, q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None) -> jax.Array:
-    """Runs `kernel` on the rows and heads of every device by itself: none of them needs another's."""
+    """Runs `kernel` separately on each device's rows and heads, without communication."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, sight)
@@ -96,7 +99,7 @@ def _on_shards(kernel: Callable, q: jax.Array, k: jax.Array, v: jax.Array, sight
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     b, t, heads, h = q.shape
     groups = k.shape[2]
-    # The query heads of a group are more rows of one matrix product.
+    # The query heads of a group become extra rows of one matmul.
     q = (q * h**-0.5).reshape(b, t, groups, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
     out = _softmax_product(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask if mask is None else mask[:, None])
     return out.reshape(b, groups, -1, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, h)
@@ -110,16 +113,16 @@ def _softmax_product(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array |
         mask = jnp.expand_dims(mask, -3)
         scores = jnp.where(mask, by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    # The division by the sum comes after the second product, on [.., H] instead of [.., S]: on CPU this and the
-    # merged heads are 1.2 to 2 times faster than the plain form.
+    # Dividing by the sum after the second matmul, on [.., H] instead of [.., S], and merging the heads make this 1.2 to 2
+    # times faster on CPU than the plain form.
     out = jnp.einsum("...TS,...SH->...TH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
 
 def _visible(segments: tuple, branches: tuple | None, positions: tuple, first: int, window) -> jax.Array:
-    """bool[..., T, S]: what queries see of keys; each pair is (of the queries [..., T], of the keys [..., S]).
+    """bool[..., T, S], True where a query sees a key. Each tuple is (values of queries [..., T], of keys [..., S]).
 
-    first: place of the first query among the keys.
+    first: index of the first query among the keys.
     """
     q, k = segments
     causal = first + jnp.arange(q.shape[-1])[:, None] >= jnp.arange(k.shape[-1])
@@ -134,7 +137,7 @@ def _visible(segments: tuple, branches: tuple | None, positions: tuple, first: i
 
 
 def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None) -> jax.Array:
-    """A loop over rows and KV heads, and blocks of queries in it; keys after a causal block are left out."""
+    """Loops over rows and KV heads, and within them over blocks of queries; keys after a causal block are skipped."""
     b, t, heads, h = q.shape
     s, groups = k.shape[1:3]
     each = heads // groups
@@ -142,9 +145,9 @@ def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
     q = (q * h**-0.5).reshape(b, t, groups, each, h).transpose(0, 2, 3, 1, 4).reshape(b * groups, each, t, h)
     rows = jax.tree.map(lambda x: jnp.repeat(x, groups, axis=0), sight)
     blocks = -(-each * t // TILE)
-    size = -(-t // blocks)  # even ones
+    size = -(-t // blocks)  # of equal size
 
-    @functools.partial(jax.checkpoint, static_argnums=4)  # scores are computed again for the gradient
+    @functools.partial(jax.checkpoint, static_argnums=4)  # recomputes the scores for the gradient
     def block(q: jax.Array, k: jax.Array, v: jax.Array, pairs: tuple | None, first: int) -> jax.Array:
         mask = None if pairs is None else _visible(*pairs, first, window)
         return _softmax_product(q.reshape(-1, h), k, v, mask).reshape(q.shape)
@@ -170,7 +173,7 @@ def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None, interpret: bool = False):
-    """jax.experimental.pallas.ops.tpu.splash_attention; sequences are padded to whole blocks."""
+    """jax.experimental.pallas.ops.tpu.splash_attention, with sequences padded to whole blocks."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -199,11 +202,13 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, wind
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, window=None) -> jax.Array:
-    """cuDNN's flash attention through JAX; segments by where they begin and how long they are."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's own function has no segments
+    """cuDNN's flash attention through JAX, with segments given by their starts and lengths."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's own function does not take segments
 
     (b, t), s = q.shape[:2], k.shape[1]
-    even = lambda x: jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])  # for a gradient JAX asks for that
+    even = lambda x: jnp.pad(
+        x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]
+    )  # JAX requires even lengths for the gradient
     run = functools.partial(cudnn.dot_product_attention, *map(even, (q, k, v)), scale=q.shape[-1] ** -0.5)
     if sight is None and t % 2 == s % 2 == 0:
         return run(mask_type=cudnn.MaskType.NO_MASK)
@@ -212,14 +217,14 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, sight: Packed | None, windo
         return run(mask_type=cudnn.MaskType.PADDING, **whole)[:, :t]
     run = functools.partial(run, mask_type=cudnn.MaskType.PADDING_CAUSAL, sliding_window_length=window)
     starts, lengths = segment_runs(sight.segments, sight.most)
-    if sight.most == 1:  # which runs on GPUs older than Hopper too
+    if sight.most == 1:  # also runs on GPUs older than Hopper
         return run(q_seqlen=lengths[:, 0], kv_seqlen=lengths[:, 0])[:, :t]
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     return run(q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts)[:, :t]
 
 
 def segment_runs(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """int32[B, T] -> where segments 1, 2, ... begin and how long they are, int32[B, most] each, -1 for none."""
+    """int32[B, T] -> starts and lengths of segments 1, 2, ..., int32[B, most] each, -1 where there is none."""
     number = jnp.arange(1, most + 1)
     mine = segments[:, None, :] == number[:, None]
     lengths = mine.sum(-1, dtype=jnp.int32)

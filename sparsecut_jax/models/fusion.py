@@ -1,9 +1,9 @@
-"""Multi-grained fusion: the low- and hi-res tokens of one tower level become N tokens of the LLM's width.
+"""Multi-grained fusion: joins the low- and hi-res tokens of one tower level into N tokens of the LLM's width.
 
-A fusion is a Linen module `fuse(levels[K, I, V, N, C], text=None) -> (fused[K, I, N, D], aux_loss)`,
-registered in FUSIONS; `reads_crops` says whether it looks beyond the low-res view. Row 0 of `levels` is the
-main feature, the rest are the levels of the shortcuts. One set of weights serves all rows (SparseCut's
-choice), or each row has its own (`shared=False`); all rows go through in one batched call.
+A fusion is a Linen module `fuse(level[I, V, N, C]) -> [I, N, D]`, registered in FUSIONS; `reads_crops` says whether it
+uses the hi-res crops. `Fusion` applies it to `levels[K, I, V, N, C]`: row 0 is the main feature, the others are the levels
+of the shortcuts. One set of weights serves all rows (as in SparseCut), or each row has its own (`shared=False`). All rows
+are processed in one batched call.
 
 Source: SparseCut (arXiv 2602.00505), section on multi-grained fusion; `mlp` is LLaVA-1.5's projector
 (arXiv 2310.03744). GELU is the exact one throughout.
@@ -25,21 +25,22 @@ gelu = ACTIVATIONS["gelu"]
 
 
 def views_of(config: FusionConfig) -> int:
-    """Views of an image that the fusion reads (V): the low-res one, and the crops if it looks at them."""
+    """Number of views per image that the fusion reads (V): the low-res one, plus the crops if it uses them."""
     return 1 + math.prod(config.grid) if FUSIONS[config.name].reads_crops else 1
 
 
 def crops_to_cells(crops: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Tokens of the crops, laid beside the low-res token that covers the same place.
+    """Aligns the tokens of the crops with the low-res token that covers the same place.
 
-    A grid of r x s crops (each h x h tokens) forms a canvas of rh x sh tokens; low-res token (y, x) covers the r x s
+    A grid of r x s crops (each h x h tokens) forms a canvas of rh x sh tokens. Low-res token (y, x) covers the r x s
     canvas cells from (ry, sx) on: (2y, 2x), (2y, 2x+1), (2y+1, 2x), (2y+1, 2x+1) for 2 x 2.
 
     Args:
-      crops: [..., r*s, N, C], N = h*h; the crops row by row, the tokens of each one too.
+      crops: [..., r*s, N, C], N = h*h; crops and their tokens in row-major order.
+      grid: (r, s).
 
     Returns:
-      [..., N, r*s*C], the cells concatenated row by row.
+      [..., N, r*s*C], the covered cells concatenated in row-major order.
     """
     *lead, _, n, c = crops.shape
     r, s = grid
@@ -50,7 +51,7 @@ def crops_to_cells(crops: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 class Projector(nn.Module):
-    """Linear, GELU, Linear, both `width` wide: LLaVA's `mlp2x_gelu`."""
+    """Linear, GELU, Linear, both of output width `width`: LLaVA's `mlp2x_gelu`. [..., C] -> [..., D]."""
 
     width: int
 
@@ -61,7 +62,7 @@ class Projector(nn.Module):
 
 
 class Channel(nn.Module):
-    """`channel` (official name `cross_mlp`): concatenate along channels, VC -> D. [I, V, N, C] -> [I, N, D]."""
+    """`channel` (official name `cross_mlp`): concatenates along channels, VC -> D. [I, V, N, C] -> [I, N, D]."""
 
     width: int
     grid: tuple[int, int]
@@ -98,7 +99,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`mlp`: the low-res view alone, as LLaVA-1.5 does. [I, 1, N, C] -> [I, N, D]."""
+    """`mlp`: only the low-res view, as in LLaVA-1.5. [I, 1, N, C] -> [I, N, D]."""
 
     width: int
     grid: tuple[int, int]
@@ -114,10 +115,10 @@ FUSIONS = {"channel": Channel, "cross_attention": CrossAttention, "mlp": Mlp}
 
 
 class Fusion(nn.Module):
-    """Applies one of FUSIONS to every level: `levels[K, I, V, N, C] -> fused[K, I, N, D], aux_loss`.
+    """Applies one of FUSIONS to every level: `levels[K, I, V, N, C] -> fused[K, I, N, D], aux_loss float32[]`.
 
-    The names of `shared=False` are the same with a leading axis, so that one weight table reads both.
-    `text` is there for fusions that look at the question; none here does.
+    With `shared=False` parameters keep their names and get a leading axis, so that one weight table reads both forms.
+    `text` is for fusions that use the question; none of these does. Raises ValueError for a wrong number of views.
     """
 
     config: FusionConfig
@@ -130,8 +131,8 @@ class Fusion(nn.Module):
         count, _, views, _, _ = levels.shape
         if views != views_of(self.config):
             raise ValueError(f"fusion {self.config.name!r} reads {views_of(self.config)} views, got {views}")
-        # vmap, not a reshape to [K * I, ...]: merging the whole axis of levels with the split axis of images
-        # would make a mesh gather all of them.
+        # vmap, not a reshape to [K * I, ...]: merging the replicated axis of levels with the sharded axis of images
+        # would all-gather the images.
         shared = self.config.shared
         each = nn.vmap(
             module,

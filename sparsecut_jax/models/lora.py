@@ -1,8 +1,8 @@
-"""Low-rank adapters beside linears of the LLM: y += alpha / rank * (dropout(x) @ a) @ b.
+"""LoRA adapters for linear layers of the LLM: y += alpha / rank * (dropout(x) @ a) @ b.
 
-Source: LoRA (arXiv 2106.09685); initialised and scaled as PEFT does. An adapter is two more parameters of the module
-that has the linear: `q_lora_a` [*inputs, rank] and `q_lora_b` [rank, *outputs] beside `q`, `gate_lora_a` beside
-`gate/kernel`. Stacked layers have stacked ones.
+Source: LoRA (arXiv 2106.09685); initialised and scaled as in PEFT. An adapter adds two parameters to the module that owns
+the linear layer: `q_lora_a` [*inputs, rank] and `q_lora_b` [rank, *outputs] next to `q`, `gate_lora_a` next to
+`gate/kernel`. Stacked layers have stacked adapters.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Matrices = tuple[jax.Array, jax.Array]
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the parameter at `path` is a matrix of an adapter."""
+    """Whether the parameter at `path` belongs to an adapter."""
     return path.endswith(("_lora_a", "_lora_b"))
 
 
 def matrices(
     module: nn.Module, lora: LoraConfig, path: str, shape: tuple, axes: tuple, inputs: int = 1
 ) -> Matrices | None:
-    """Parameters a and b of the adapter of the linear at `path`; None where the config wants none.
+    """Parameters a and b of the adapter for the linear layer at `path`; None if the config has none there.
 
-    shape, axes: of the linear's kernel, whose first `inputs` axes are summed over. b is zero at first.
+    shape, axes: shape and logical axes of the layer's kernel, whose first `inputs` axes are contracted. b starts at zero.
     """
     if not lora.rank or not any(re.fullmatch(pattern, path) for pattern in lora.targets):
         return None
@@ -47,9 +47,9 @@ def matrices(
 
 
 def narrow(module: nn.Module, lora: LoraConfig, x: jax.Array, a: jax.Array) -> jax.Array:
-    """alpha / rank * dropout(x) @ a, [..., rank] in the dtype of x [..., *inputs]; rows come first.
+    """alpha / rank * dropout(x) @ a: [..., rank] in the dtype of x [..., *inputs]. The first axis is the batch.
 
-    Dropout acts where the module is given random numbers of that name, as in training alone.
+    Dropout is active only if the module is given a "dropout" rng, as in training.
     """
     if lora.dropout and module.has_rng("dropout"):
         keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
@@ -68,7 +68,7 @@ def add_adapter(
     axes: tuple,
     inputs: int = 1,
 ) -> jax.Array:
-    """y, the output of the linear at `path` for the input x, and what its adapter adds to it; see `matrices`."""
+    """y, the output of the linear layer at `path` for input x, plus the output of its adapter; see `matrices`."""
     found = matrices(module, lora, path, shape, axes, inputs)
     if found is None:
         return y
@@ -77,7 +77,7 @@ def add_adapter(
 
 
 def merge(flat: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """{path: parameter} with every adapter added to its linear, in the linear's dtype, and none left."""
+    """{path: parameter} with every adapter merged into its linear layer, in that layer's dtype."""
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
     for path in flat:
         if path.endswith("_lora_a"):
@@ -94,5 +94,5 @@ def _merged(base: jax.Array, a: jax.Array, b: jax.Array, scale: float, stacked: 
         base, a, b = (x.astype(jnp.float32) for x in parts)
         return (base + scale * jnp.tensordot(a, b, 1, precision="highest")).astype(parts[0].dtype)
 
-    # Layer by layer: their sum is float32, and all of it would be twice as large as a stack of bfloat16.
+    # Layer by layer: the float32 sum of a whole stack would be twice as large as its bfloat16 result.
     return jax.lax.map(one, (base, a, b)) if stacked else one((base, a, b))

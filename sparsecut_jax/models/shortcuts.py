@@ -1,7 +1,7 @@
 """Sparse shortcuts: which tower level enters which decoder layer, and how.
 
-A plan is a pure function of the two depths and the config; `inject` adds the fused levels of a bank to
-the image positions of the hidden state. Source: SparseCut (arXiv 2602.00505).
+A plan is a pure function of the two depths and the config. `inject` adds fused levels from the bank to the image positions
+of the hidden state. Source: SparseCut (arXiv 2602.00505).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
       pairs: (vit_level, llm_layer), both 0-based, sorted by layer.
-      main_level: tower block whose output fills the image positions.
+      main_level: tower block whose fused output fills the image positions of the input embeddings.
       vit_depth, llm_depth: blocks of the tower, layers of the LLM.
       position: "pre" adds before the layer runs, "post" after it.
     """
@@ -42,14 +42,14 @@ class Plan:
 
     @property
     def route(self) -> np.ndarray:
-        """int32[L, A]: rows of the bank that enter each layer, -1 for none. A >= 1."""
+        """int32[L, A], A >= 1: rows of the bank that enter each layer, -1 for none."""
         entering = [[self.levels.index(v) for v, layer in self.pairs if layer == i] for i in range(self.llm_depth)]
         widest = max(1, *(len(rows) for rows in entering)) if entering else 1
         return np.array([rows + [-1] * (widest - len(rows)) for rows in entering], np.int32)
 
 
 def evenly(count: int, n: int) -> list[int]:
-    """`count` of `n`, evenly: floor(linspace(0, n-1, count) + 0.5). 5 of 7 are 0, 2, 3, 5, 6."""
+    """`count` of `n` indices, evenly spaced: floor(linspace(0, n-1, count) + 0.5). 5 of 7 are 0, 2, 3, 5, 6."""
     return [int(i) for i in np.floor(np.linspace(0, n - 1, count) + 0.5)]
 
 
@@ -115,15 +115,17 @@ def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> 
 def write_slots(hidden: jax.Array, values: jax.Array, image_start: jax.Array, add: bool) -> jax.Array:
     """Writes (or adds) the tokens of every image to its run of positions.
 
-    One windowed update per slot rather than a scatter of positions: under a mesh the latter made XLA
-    gather the activations of all devices. An empty slot writes back what it read.
+    Uses one windowed update per slot rather than a scatter: under a mesh, a scatter made XLA all-gather the activations.
+    An empty slot writes back what it read.
 
     Args:
       hidden: [B, T, D].
       values: [B, M, N, D].
       image_start: int32[B, M], first position of each run, -1 for an empty slot.
+      add: whether to add to the hidden state rather than overwrite it.
 
-    Rows too short for an image, as a short question without one is, stay as they are.
+    Returns:
+      [B, T, D] in the dtype of `hidden`; unchanged if T < N, as in a short text without image.
     """
     if hidden.shape[1] < values.shape[2]:
         return hidden
@@ -143,14 +145,14 @@ def _write_slot(row: jax.Array, value: jax.Array, start: jax.Array, add: bool) -
 
 
 def read_slots(hidden: jax.Array, image_start: jax.Array, length: int) -> jax.Array:
-    """[B, T, D] -> [B, M, N, D]: the runs of positions that `write_slots` writes to; zeros where empty."""
+    """[B, T, D] -> [B, M, N, D], N = length: the runs that `write_slots` writes to; zeros for empty slots."""
     read = jax.vmap(jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length, 0), (None, 0)))
     runs = read(hidden, jnp.maximum(image_start, 0))
     return jnp.where((image_start != EMPTY_SLOT)[..., None, None], runs, 0)
 
 
 def inject(hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """hidden[image positions] += the sources of this layer. The reference's plain add: no gate, no weights.
+    """hidden[image positions] += the sources of this layer. A plain add as in the reference: no gate, no weights.
 
     Args:
       hidden: [B, T, D].
@@ -159,11 +161,11 @@ def inject(hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: ja
       image_start: int32[B, M].
 
     Returns:
-      hidden, and float32[A]: norm of what was added over norm of what stood there, over the whole batch
-      (0 where nothing was added).
+      hidden, and float32[A]: norm of the added values over norm of the values before, over the whole batch (0 where
+      nothing was added).
     """
     ratios = []
-    if hidden.shape[1] < bank.shape[-2]:  # no room for an image, so there is none
+    if hidden.shape[1] < bank.shape[-2]:  # too short to contain an image
         return hidden, jnp.zeros(route.shape[0])
     for a in range(route.shape[0]):
         on = route[a] >= 0

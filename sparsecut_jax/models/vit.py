@@ -1,9 +1,9 @@
-"""Vision transformer that hands out the output of any of its blocks.
+"""Vision transformer that returns the outputs of any of its blocks.
 
-Source: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343; no class token, no norm in front) and DINOv2
-(arXiv 2304.07193; LayerScale), as Hugging Face's models of these names compute them. Level i is the output of block i,
-0-based (HF `hidden_states[i + 1]`), class token dropped, without post-layernorm. Blocks above the
-highest level that is asked for do not exist: neither parameters nor work.
+Source: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343; no class token, no pre-norm) and DINOv2 (arXiv 2304.07193;
+LayerScale), as computed by the Hugging Face models of these names. Level i is the output of block i, 0-based (HF
+`hidden_states[i + 1]`), without class token and post-layernorm. Blocks above the highest requested level do not exist:
+they have no parameters and cost nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from sparsecut_jax.sharding import constrain
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block that also files its output in the bank of levels.
+    """Pre-norm transformer block that also writes its output into the bank of levels.
 
-    carry: (x[I, P, C], bank[K + 1, I, P, C]); row: int32[], where in the bank this block's output
-    belongs (K, the spare row, if nobody wants it).
+    carry: (x[I, P, C], bank[K + 1, I, P, C]), P tokens including the class token; row: int32[], row of the bank for this
+    block's output (K, the spare row, if it is not a requested level).
     """
 
     config: VisionConfig
@@ -44,18 +44,18 @@ class Block(nn.Module):
         return (x, bank), None
 
     def scaled(self, name: str, y: jax.Array) -> jax.Array:
-        """LayerScale (arXiv 2103.17239) where the tower has it."""
+        """y with LayerScale (arXiv 2103.17239), if the tower has it."""
         if not self.config.layer_scale:
             return y
         return y * weight(self, name, (self.config.width,), ("norm",), ones).astype(y.dtype)
 
 
 class VisionTower(nn.Module):
-    """float[I, S, S, 3] normalised images -> the outputs of the blocks in `levels`.
+    """Normalised images float[I, S, S, 3] -> outputs of the blocks in `levels`.
 
     Attributes:
       config: shape of the whole tower.
-      levels: 0-based blocks to hand out, each once.
+      levels: 0-based blocks whose outputs are returned, without duplicates.
       attention: backend, see models/attention.py.
     """
 
@@ -65,13 +65,13 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns the levels in the order of `self.levels`: [K, I, N, C]."""
+        """Returns the levels in the order of `self.levels`: [K, I, N, C] in the dtype of `images`."""
         cfg = self.config
         patch, width = cfg.patch_size, cfg.width
         count, side = images.shape[0], cfg.image_size // cfg.patch_size
 
-        # A convolution with stride = kernel size is a matrix product over patches.
-        # What is left beside whole patches is cut off: SigLIP so400m sees 378 of its 384 pixels.
+        # A convolution with stride = kernel size is a matmul over patches.
+        # Pixels beyond the last whole patch are cut off: SigLIP so400m sees 378 of its 384 pixels.
         x = images[:, : side * patch, : side * patch].reshape(count, side, patch, side, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(count, side * side, patch * patch * 3)
