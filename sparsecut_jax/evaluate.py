@@ -45,7 +45,8 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
             progress.update(some.rows)
         progress.close()
         if not found:
-            raise UserError(f"none of the {len(part)} rows of {test} can be read: {broken[0]}")
+            reason = f"can be read: {broken[0]}" if broken else 'has a question to ask: their first answers have "loss": false'
+            raise UserError(f"none of the {len(part)} rows of {test} {reason}")
         results |= report(test, found, limit)
         if broken:
             print(f"left out   {len(broken):,} of {len(part):,} broken rows of {test}; the first: {broken[0]}")

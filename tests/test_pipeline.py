@@ -232,6 +232,24 @@ def assert_same_loss_and_gradients(tiny, one: Batch, other: Batch) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("batching", ["rows", "packed", "buckets"])
+@pytest.mark.parametrize("independent", [True, False])
+def test_what_is_not_trained_on_is_in_no_loss(words, tmp_path, batching, independent):
+    """The first answer of every row, in every way of batching; a conversation keeps all of its tokens."""
+    rows = [row | {"independent": independent} for row in make_rows(tmp_path)]
+    stage = dataclasses.replace(STAGE, batching=batching, max_steps=0, epochs=1.0)
+    without = [row | {"conversations": [dict(turn) for turn in row["conversations"]]} for row in rows]
+    for row in without:
+        row["conversations"][1]["loss"] = False
+    found, expected = ([b for b, _ in iterate(split_of(r, tmp_path), words, stage=stage)] for r in (without, rows))
+    said = [sorted(piece for batch in some for row in answers(batch, words) for piece in row) for some in (found, expected)]
+    yes = [f"yes {i}" for i in range(ROWS)]
+    assert said == [yes, [f"row {i}" for i in range(ROWS)] + yes]
+    if not independent:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
 def test_shapes_and_types(batches):
     (batch,) = batches(1)
     shapes = {field: getattr(batch, field).shape for field in FIELDS}

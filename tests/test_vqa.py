@@ -44,6 +44,13 @@ def test_a_question_is_asked_as_it_is_trained_on(row):
         assert question.prompt.image_start == trained.image_start[: len(question.prompt.image_start)]
 
 
+def test_a_question_whose_answer_is_not_trained_on_is_not_asked():
+    said = turns("0", "1", "2", "3")
+    said[1]["loss"] = False
+    assert asked_turns({"conversations": said}) == []
+    assert asked_turns({"conversations": said, "independent": True}) == [(said[2], said[3])]
+
+
 def turns(*said: str) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
 

@@ -158,8 +158,8 @@ def _turn(turn: Any, i: int) -> tuple[Row, list[str | bytes]]:
         raise BadSample("format", f"turn {i} must be an object with a text {words!r}")
     if not isinstance(turn.get("kind", ""), str):
         raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r:.100}, expected a text")
-    if speaker == HUMAN and (found := OTHER_MARKS.search(text)):
-        raise _unsupported(f"turn {i} has a {found[0]}")
+    if speaker == HUMAN and (mark := OTHER_MARKS.search(text)):
+        raise _unsupported(f"turn {i} has a {mark[0]}")
     trained = None if TRAINED.isdisjoint(turn) else _trained(turn, i, speaker)
     if text is turn.get("value") and speaker == turn.get("from") and trained is None:
         return turn, images

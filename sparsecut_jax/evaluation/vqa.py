@@ -188,7 +188,7 @@ def example(parts: list[Part]) -> tuple[str, list[str]]:
                 row = part.row(i)
             except BadSample:
                 continue
-            human, _ = asked_turns(row)[0]
+            human = row["conversations"][0]
             text = human["value"] if human["value"].count(IMAGE) > 1 else human["value"].replace(IMAGE, "").strip()
             entries = images_of(row) if row.get("independent") else images_of(row)[: human["value"].count(IMAGE)]
             images = [image_path(part, entry) or "PATH" for entry in entries]
