@@ -24,14 +24,13 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from sparsecut_jax import cli, sharding
+from sparsecut_jax import cli
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.inference.joined import as_written, join
 from sparsecut_jax.inference.run import load_run
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import report, state
+from sparsecut_jax.training import report
 from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
@@ -48,45 +47,34 @@ WORDS_OF = dict.fromkeys(("config", "print_config", "model", *weights.PARTS, "to
 WORDS_OF |= dict.fromkeys(("workdir", "checkpoint", "as", "drop_shortcuts", "merge", "verify"), ("to-hf",))
 
 
-def from_hf(cfg: Config, out: str) -> load.Report:
+def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
     """Joins the parts that config.init names and writes them to `out` as a workdir of step 0.
 
-    Parameters keep the files' dtype (bfloat16 where all are), unless config.param_dtype says otherwise.
+    prompt: whether a whole model's file decides the template of the last stage and data.max_images.
 
     Raises:
       UserError: nothing to convert, or weights that cannot be read or do not fit; nothing is written then.
     """
-    sources = weights.open_sources(cfg.init)
-    if not sources:
-        raise UserError("nothing to convert: give --model, or --vision and --llm (a part that is not given is fresh)")
-    asked, cfg = cfg, weights.resolve(cfg, sources)
-    tokenizer = weights.source_tokenizer(cfg, sources)
-    if tokenizer is not None:
-        cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
-    elif not cfg.llm.vocab_size:
-        raise UserError("the LLM is fresh, and nothing says its vocabulary; give --tokenizer=DIR or --llm=DIR")
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
-    model = build_model(cfg)
-    if cfg.param_dtype == "auto":
-        fillings, _ = load.match(state.abstract_params(model, cfg, mesh), cfg, sources)
-        cfg = dataclasses.replace(cfg, param_dtype=load.files_dtype(fillings))
-    abstract = state.abstract_params(model, cfg, mesh)
+    joined = join(cfg)
+    tokenizer, resolved = joined.tokenizer, joined.config
+    if prompt:
+        resolved = as_written(resolved, joined.sources["llm"], tokenizer)
     with new_folder(out) as folder:
-        params, told = state.initial_params(model, cfg, abstract, sources)
+        params, told = joined.read()
         meta = {
             "stage": CONVERTED,
-            "asked": json.loads(config_lib.to_json(asked)),
-            "config": json.loads(config_lib.to_json(cfg)),
+            "asked": json.loads(config_lib.to_json(cfg)),
+            "config": json.loads(config_lib.to_json(resolved)),
             "tokenizer": tokenizer and tokenizer.to_json(),
             "data": "",
             "seconds": 0.0,
         }
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save_params(params, meta)
-        write_run_files(folder, cfg, tokenizer, model.plan)
-    print(report.heading(mesh, model.plan, abstract, {}, cfg.param_dtype))
+        write_run_files(folder, resolved, tokenizer, joined.model.plan)
+    print(report.heading(joined.mesh, joined.model.plan, joined.abstract, {}, resolved.param_dtype))
     print(f"\n{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
-    print(f"written to {out} as {cfg.param_dtype}; shortcuts.png shows its plan")
+    print(f"written to {out} as {resolved.param_dtype}; shortcuts.png shows its plan")
     return told
 
 
@@ -146,7 +134,7 @@ def main(command: str) -> None:
         if not any(getattr(cfg.init, part) for part in ("model", *weights.PARTS)):
             raise UserError(f"no weights are named; for example: {cli.shell_line('from-hf', *EXAMPLES['from-hf'])}")
         cli.need("--out=runs/joined")
-        from_hf(cfg, FLAGS.out)
+        from_hf(cfg, FLAGS.out, prompt=bool(cfg.init.model) and FLAGS.config is None)
     else:
         cli.need(*EXAMPLES["to-hf"])
         kind = getattr(FLAGS, "as")

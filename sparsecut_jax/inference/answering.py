@@ -58,7 +58,7 @@ def reply(
     cfg = run.config
     slots = cfg.data.max_images
     if len(pictures) > slots:
-        raise UserError(f"{len(pictures)} images given, but the run was trained with config.data.max_images={slots}")
+        raise UserError(f"{len(pictures)} images given, but the model was trained with config.data.max_images={slots}")
     written = get_template(template or run.template, run.tokenizer)
     stop = stop_ids(run.tokenizer, written)
     example = encode_prompt(prompt, len(pictures), run.tokenizer, written, cfg.tokens_per_image)

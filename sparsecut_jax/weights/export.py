@@ -201,6 +201,7 @@ def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -
         "vision_feature_select_strategy": "default" if cfg.vision.class_token else "full",
         "image_seq_length": cfg.tokens_per_image,
         "tie_word_embeddings": cfg.llm.tie_embeddings,
+        "prompt": {"template": cfg.stages[cfg.run_stages[-1]].template, "max_images": cfg.data.max_images},
     }
     if image_id is not None:
         return config | {"image_token_index": image_id}

@@ -1,0 +1,88 @@
+"""The Python interface, as docs/api.md has it: load a trained model, and ask it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+from sparsecut_jax.inference.answering import Picture, answer, check_asked
+from sparsecut_jax.inference.joined import load_whole
+from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model with its parameters on the devices of this machine."""
+
+    run: Run
+
+    @property
+    def config(self) -> Config:
+        """Every setting, as the run resolved it."""
+        return self.run.config
+
+    def answer(
+        self,
+        prompt: str,
+        images: Picture | Sequence[Picture] = (),
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        template: str = "",
+    ) -> str:
+        """The answer to a prompt about no image, one or several.
+
+        Args:
+          prompt: `<image>` in it says where an image goes; images without one go in front.
+          images: paths, bytes of image files, PIL images or arrays uint8[H, W, 3].
+          temperature: 0 takes the likeliest token, above that tokens are sampled with `seed`.
+          template: how the prompt is written; "": as in training.
+
+        Raises:
+          UserError: an image that cannot be read, more images than the model takes, or arguments out of range.
+        """
+        check_asked(max_new_tokens, temperature, seed, template)
+        one = isinstance(images, Picture)
+        return answer(self.run, prompt, [images] if one else images, max_new_tokens, temperature, seed, template)
+
+
+def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:
+    """A model from the workdir of a run, or from a folder in the layout of `convert to-hf` or llava-hf.
+
+    checkpoint: of a workdir, "latest", "best" or a step.
+
+    Raises:
+      UserError: there is no model, or it cannot be read.
+    """
+    path, checkpoint = os.fspath(path), str(checkpoint)
+    if not os.path.isdir(path):
+        raise UserError(
+            f"{path} is no folder; expected the workdir of a run, or a folder that convert to-hf has written"
+        )
+    is_workdir = os.path.isdir(os.path.join(path, "checkpoints"))
+    if not is_workdir and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(
+            f"{path} has neither checkpoints/, as the workdir of a run, nor config.json, as an exported model"
+        )
+    if not is_workdir and checkpoint != "latest":
+        raise UserError(f"{path} is an exported model and has no checkpoint {checkpoint!r}; leave `checkpoint` out")
+    with _without_warnings():
+        return Model(load_run(path, checkpoint) if is_workdir else load_whole(path))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that what is opened to be read cannot be written to."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,104 @@
+"""Pretrained parts joined into one model, to be converted, trained or asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sparsecut_jax import backends, sharding
+from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.data.pipeline import Images
+from sparsecut_jax.data.templates import OWN, TEMPLATES
+from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.inference.run import Run
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.settings import Config, InitConfig
+from sparsecut_jax.training import state
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import load
+from sparsecut_jax.weights import pretrained as weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What config.init names, before its weights are read.
+
+    Attributes:
+      config: with the sizes that the files say, and their dtype.
+      abstract: shapes, dtypes and shardings of the parameters.
+    """
+
+    config: Config
+    sources: dict[str, weights.Source]
+    tokenizer: Tokenizer | None
+    mesh: Mesh
+    model: SparseCut
+    abstract: Any
+
+    def read(self) -> tuple[Any, load.Report]:
+        """The parameters, fresh where no source has them, and what came from where. Raises UserError."""
+        return state.initial_params(self.model, self.config, self.abstract, self.sources)
+
+
+def join(cfg: Config) -> Joined:
+    """Opens the parts that config.init names.
+
+    Parameters keep the files' dtype (bfloat16 where all are), unless config.param_dtype says otherwise.
+
+    Raises:
+      UserError: there are none, or they cannot be read or do not fit.
+    """
+    sources = weights.open_sources(cfg.init)
+    if not sources:
+        raise UserError("nothing to convert: give --model, or --vision and --llm (a part that is not given is fresh)")
+    cfg = weights.resolve(cfg, sources)
+    tokenizer = weights.source_tokenizer(cfg, sources)
+    if tokenizer is not None:
+        cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
+    elif not cfg.llm.vocab_size:
+        raise UserError("the LLM is fresh, and nothing says its vocabulary; give --tokenizer=DIR or --llm=DIR")
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    model = build_model(cfg)
+    if cfg.param_dtype == "auto":
+        fillings, _ = load.match(state.abstract_params(model, cfg, mesh), cfg, sources)
+        cfg = dataclasses.replace(cfg, param_dtype=load.files_dtype(fillings))
+    return Joined(cfg, sources, tokenizer, mesh, model, state.abstract_params(model, cfg, mesh))
+
+
+def load_whole(path: str) -> Run:
+    """A whole model that `convert to-hf` or LLaVA's authors wrote, a folder or a hub id, ready to be asked.
+
+    Raises:
+      UserError: it cannot be read, or has no tokenizer.
+    """
+    joined = join(Config(init=InitConfig(model=path)))
+    if joined.tokenizer is None:
+        raise UserError(f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json in it")
+    cfg = as_written(joined.config, joined.sources["llm"], joined.tokenizer)
+    here = backends.resolve_for_inference(cfg, sharding.platform(joined.mesh))
+    params, _ = joined.read()
+    model = build_model(here, backends.compute_dtype(here))
+    return Run(path, 0, cfg, joined.mesh, model, params, joined.tokenizer, Images(cfg))
+
+
+def as_written(cfg: Config, source: weights.Source, tokenizer: Tokenizer | None) -> Config:
+    """The config with the template and the number of images that a whole model was trained with.
+
+    `convert to-hf` writes both into config.json. Where they are missing, the template is the tokenizer's own, or Vicuna's
+    as LLaVA-1.5 has it.
+
+    Raises:
+      UserError: they are not as `convert to-hf` writes them.
+    """
+    own = OWN if tokenizer is not None and tokenizer.chat_template else cfg.stages[cfg.run_stages[-1]].template
+    said = source.config.get("prompt", {"template": own, "max_images": cfg.data.max_images})
+    try:
+        template, slots = said["template"], said["max_images"]
+    except (KeyError, TypeError):
+        template, slots = None, None
+    if template not in (OWN, *TEMPLATES) or type(slots) is not int or slots < 1:
+        raise UserError(f"{source.file}: 'prompt' is {said!r}; expected the 'template' and 'max_images' of a run")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_images=slots))
+    return cfg.with_stage(cfg.run_stages[-1], template=template)
