@@ -44,6 +44,7 @@ def loaded(monkeypatch, file: str, *overrides: str):
     monkeypatch.setattr(cli.flags, "FLAGS", flag_values)
     monkeypatch.setattr("sys.argv", ["command", f"--config={file}", *overrides])
     cli.config_flags.DEFINE_config_file("config", None, "", flag_values=flag_values)
+    cli.flags.DEFINE_boolean("print_config", False, "", flag_values=flag_values)
     cli._parse()
     return cli.typed_config()
 
