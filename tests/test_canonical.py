@@ -306,7 +306,7 @@ def test_images_of_parts_come_in_order():
     }
 
 
-REMOTE = " is a URL, and nothing is downloaded while training; download it into the folder of the images and give its path"
+REMOTE = " is a URL, and training downloads nothing; download it into the folder of the images and give its path"
 
 
 @pytest.mark.parametrize(
@@ -344,12 +344,12 @@ def test_images_that_are_refused(image, cause, expected):
         ),
         (
             [{**PICTURE, "image": "x", "url": "y"}], {}, "format",
-            "turn 0 has an image part of which type and image and url are known; "
-            "expected one of bytes, base64, image, image_url, url, path with a path or an encoded image",
+            "turn 0 has an image part with keys type, image, url; expected exactly one of "
+            "bytes, base64, image, image_url, url, path, with a path or an encoded image",
         ),
         (
-            [{**PICTURE, "image": 3}], {}, "format", "turn 0 has an image part of which type and image are known; "
-            "expected one of bytes, base64, image, image_url, url, path with a path or an encoded image",
+            [{**PICTURE, "image": 3}], {}, "format", "turn 0 has an image part with keys type, image; expected exactly one of "
+            "bytes, base64, image, image_url, url, path, with a path or an encoded image",
         ),
     ],
 )  # fmt: skip
@@ -366,10 +366,10 @@ def test_parts_that_do_not_agree(parts, more, cause, expected):
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        (row("what?", "b", video="a.mp4"), "key 'video' is there"),
-        (row("what?", "b", videos=["a.mp4"]), "key 'videos' is there"),
-        (row("what?", "b", audio={"path": "a.wav"}), "key 'audio' is there"),
-        (row("what?", "b", audios=["a.wav"], image="x"), "key 'audios' is there"),
+        (row("what?", "b", video="a.mp4"), "key 'video' is present"),
+        (row("what?", "b", videos=["a.mp4"]), "key 'videos' is present"),
+        (row("what?", "b", audio={"path": "a.wav"}), "key 'audio' is present"),
+        (row("what?", "b", audios=["a.wav"], image="x"), "key 'audios' is present"),
         (row("<video>\nwhat?", "b"), "turn 0 has a <video>"),
         (row("what?", "b", "<audio>", "d"), "turn 2 has a <audio>"),
         ({"messages": [user([{"type": "video", "video": "a.mp4"}])]}, "turn 0 has a part of type 'video'"),
@@ -382,7 +382,7 @@ def test_videos_and_sounds_are_named(given, what):
     with pytest.raises(BadSample) as caught:
         canonical(given, "r", 1)
     assert caught.value.cause == "unsupported" and "unsupported" in CAUSES
-    assert str(caught.value) == f"r: {what}, but only texts and images can be read, no video and no audio"
+    assert str(caught.value) == f"r: {what}, but only text and images are supported, not video or audio"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_an_answer_that_is_not_trained_on(no):
 @pytest.mark.parametrize(
     ("turns", "cause", "expected"),
     [
-        ([human("a"), {**gpt("b"), "weight": 0.5}], "format", "turn 1 has 'weight'=0.5, expected 0 or 1; no other weight is known here"),
+        ([human("a"), {**gpt("b"), "weight": 0.5}], "format", "turn 1 has 'weight'=0.5, expected 0 or 1; other weights are not supported"),
         ([human("a"), {**gpt("b"), "loss": "no"}], "format", "turn 1 has 'loss'='no', expected true or false"),
         ([human("a"), {**gpt("b"), "loss": True, "weight": 0}], "format", "turn 1 contradicts itself: loss=True, weight=0"),
         ([{**human("a"), "loss": True}, gpt("b")], "format", "turn 0 of 'human' has 'loss'=True, but only answers are trained on"),

@@ -351,7 +351,7 @@ def test_nothing_that_fits_is_trained_on():
     assert encode_row(turns, Words(), DRAWN, 1, 13).loss_mask.tolist() == [0] * 9 + [1] * 4
     with pytest.raises(TooLong, match="^all answers that fit into seq_len=12 have loss=false$"):
         encode_row(turns, Words(), DRAWN, 1, 12)
-    with pytest.raises(BadSample, match="^the template takes the first answer alone, and that one has loss=false$") as caught:
+    with pytest.raises(BadSample, match="^the template keeps only the first answer, which has loss=false$") as caught:
         encode_row(turns, Words(), TEMPLATES["plain"], 1, 99)
     assert caught.value.cause == "no_loss"
 

@@ -530,7 +530,7 @@ def test_links_are_followed_by_a_setting(load, tmp_path):
     row = image_row("linked/far.png")
     for rows, name in (([row], ""), ({"m": [row]}, "m")):
         assert load(rows, follow_links=True).train[name].pictures.open("linked/far.png").size == (4, 4)
-        with pytest.raises(BadSample, match="config.data.follow_links=True follows such links$"):
+        with pytest.raises(BadSample, match="set config.data.follow_links=True to follow such links$"):
             load(rows).train[name].pictures.open("linked/far.png")
 
 

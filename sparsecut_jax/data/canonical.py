@@ -49,7 +49,7 @@ def _canonical(row: Any, max_images: int) -> Row:
         row = _without_nulls(row) or {}
     for key in OTHER_MEDIA:
         if row.get(key):
-            raise _unsupported(f"key {key!r} is there")
+            raise _unsupported(f"key {key!r} is present")
     given = _one_of(row, "conversations", "messages")
     if not isinstance(given, list) or not given:
         raise BadSample("format", "key 'conversations' must be a list with at least one turn")
@@ -135,7 +135,7 @@ def _one_of(row: Row, key: str, other: str) -> Any:
 
 
 def _unsupported(what: str) -> BadSample:
-    return BadSample("unsupported", f"{what}, but only texts and images can be read, no video and no audio")
+    return BadSample("unsupported", f"{what}, but only text and images are supported, not video or audio")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _trained(turn: Row, i: int, speaker: str) -> bool:
     said = {key: turn[key] for key in sorted(TRAINED) if key in turn}
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            expected = "0 or 1; no other weight is known here" if key == "weight" else "true or false"
+            expected = "0 or 1; other weights are not supported" if key == "weight" else "true or false"
             raise BadSample("format", f"turn {i} has {key!r}={value!r:.100}, expected {expected}")
     if len({bool(value) for value in said.values()}) > 1:
         raise BadSample("format", f"turn {i} contradicts itself: {', '.join(f'{k}={v}' for k, v in said.items())}")
@@ -198,8 +198,8 @@ def _joined(parts: list[Any], speaker: str, i: int) -> tuple[str, list[str | byt
             if any(key in part for key in HOLDERS):
                 image = _image(part)
                 if not image:
-                    raise BadSample("format", f"turn {i} has an image part of which {' and '.join(part)} are known; "
-                                    f"expected one of {', '.join(HOLDERS)} with a path or an encoded image")  # fmt: skip
+                    raise BadSample("format", f"turn {i} has an image part with keys {', '.join(part)}; expected exactly one of "
+                                    f"{', '.join(HOLDERS)}, with a path or an encoded image")  # fmt: skip
                 images.append(image)
         elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
             raise _unsupported(f"turn {i} has a part of type {kind!r}")
@@ -241,7 +241,7 @@ def _image(given: Any) -> str | bytes | None:
     if given[:7].lower() == "file://":
         return urllib.parse.unquote(urllib.parse.urlsplit(given).path)
     if REMOTE.match(given):
-        raise BadSample("remote_image", f"image {given!r:.200} is a URL, and nothing is downloaded while training; "
+        raise BadSample("remote_image", f"image {given!r:.200} is a URL, and training downloads nothing; "
                         "download it into the folder of the images and give its path")  # fmt: skip
     return _decoded(given, "base64") if BASE64.fullmatch(given) else given
 

@@ -67,7 +67,7 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
         print("\n".join(f"  {shown(bad.reason)}" for bad in examples))
     print(f"\nall of them: {path}")
     if not counts:
-        print("no row is broken; --strict makes the warnings errors")
+        print("only warnings; --strict turns them into errors")
         return
     wrong = len({bad.key for bad in found if bad.cause in counts})
     raise Exit(2, f"{wrong:,} of {rows:,} rows have something wrong with them")

@@ -73,7 +73,7 @@ def encode_row(
     if not template.question:
         pairs = pairs[:1]
         if not pairs[0][1].get("loss", True):
-            raise BadSample("no_loss", "the template takes the first answer alone, and that one has loss=false")
+            raise BadSample("no_loss", "the template keeps only the first answer, which has loss=false")
     kept, trained, cut, prefix = 0, 0, 0, len(writer.tokens)
     for i, (human, gpt) in enumerate(pairs):
         before = writer.mark()
