@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 
 from sparsecut_jax.cli import shown
+from sparsecut_jax.data.glyphs import Run, draw_runs, label, runs_of
 from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch
 
 WIDTH, SIDE, MARGIN, LINE = 1200, 160, 10, 20
-COLORS = {"prompt": "#dddddd", "answer": "#9fdf9f", "image": "#9fc5ef"}
+COLORS = {"prompt": "#dddddd", "target": "#9fdf9f", "image": "#9fc5ef"}
 ROW, BRANCH = "#cc3311", "#ee9900"  # marks where another row, or another independent question of the same row, begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A box on the page: a token, several that only together are text, or an image.
+
+    edge: colour of the mark in front of it, "" for none.
+    """
+
+    runs: tuple[Run, ...]
+    color: str
+    edge: str = ""
+
+    @property
+    def width(self) -> int:
+        return sum(run.width for run in self.runs) + 4
 
 
 def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
@@ -27,12 +46,9 @@ def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
     sheets = _sheets(reader, plan, cfg, count)
     height = sum(sheet.height + MARGIN for sheet in sheets) + 2 * LINE + MARGIN
     page = Image.new("RGB", (WIDTH + 2 * MARGIN, height), "white")
-    draw, font = ImageDraw.Draw(page), _font()
-    at = MARGIN
-    for label, color in (("prompt", "prompt"), ("to be predicted", "answer"), ("image", "image")):
-        at = _word(draw, at, MARGIN, label, COLORS[color], font) + MARGIN
-    at = _word(draw, at, MARGIN, "a new row in the same sequence", "white", font, ROW) + MARGIN
-    _word(draw, at, MARGIN, "a question that sees only the image and itself", "white", font, BRANCH)
+    draw, x = ImageDraw.Draw(page), MARGIN
+    for word in _legend():
+        x = _draw_word(draw, x, MARGIN, word) + MARGIN
     y = MARGIN + 2 * LINE
     for sheet in sheets:
         page.paste(sheet, (MARGIN, y))
@@ -40,6 +56,18 @@ def preview(reader: Reader, cfg: Config, name: str, count: int) -> None:
     path = os.path.join(cfg.workdir, "data_preview.png")
     page.save(path)
     print(f"{len(sheets)} sequences of stage {name}: {path}")
+
+
+def _legend() -> list[Word]:
+    return [
+        Word(runs_of("prompt"), COLORS["prompt"]),
+        Word(runs_of("target"), COLORS["target"]),
+        Word(runs_of("image"), COLORS["image"]),
+        Word(runs_of("a new row in the same sequence"), "white", ROW),
+        Word(runs_of("a question that sees only the image and itself"), "white", BRANCH),
+        Word((label("x3"), *runs_of(" text of 3 tokens")), "white"),
+        Word((label("U+1F9E0"), *runs_of(" a character that no installed font has")), "white"),
+    ]
 
 
 def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.Image]:
@@ -57,24 +85,37 @@ def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.I
 
 
 def _sheet(batch: Batch, i: int, reader: Reader, image_tokens: int) -> Image.Image:
-    """One sequence: its pictures, each low-res view beside its crops put together, and its tokens below."""
-    pictures = []
-    for views, start in zip(batch.views[i], batch.image_start[i].tolist(), strict=True):
-        if start >= 0:
-            pictures += [Image.fromarray(view) for view in (views[0], *_canvas(views, reader.pictures.grid))]
-    pictures = [picture.resize((round(SIDE * picture.width / picture.height), SIDE)) for picture in pictures]
-    font, lines = _font(), _layout(_words(batch, i, reader, image_tokens), _font())
-    sheet = Image.new("RGB", (WIDTH, (SIDE + MARGIN if pictures else 0) + len(lines) * LINE + MARGIN), "#f7f7f7")
-    draw, x = ImageDraw.Draw(sheet), 0
-    for picture in pictures:
-        sheet.paste(picture, (x, 0))
-        x += picture.width + MARGIN
-    y = SIDE + MARGIN if pictures else 0
-    for line in lines:
-        for x, text, color, edge in line:
-            _word(draw, x, y, text, color, font, edge)
+    """One sequence: its images, each low-res view beside its crops put together, and its tokens below."""
+    groups = [
+        _group(views, reader.pictures.grid)
+        for views, start in zip(batch.views[i], batch.image_start[i].tolist(), strict=True)
+        if start >= 0
+    ]
+    pictures, words = _lines(groups), _lines(_words(batch, i, reader, image_tokens), gap=1)
+    height = len(pictures) * (SIDE + MARGIN) + len(words) * LINE + MARGIN
+    sheet = Image.new("RGB", (WIDTH, height), "#f7f7f7")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for line in pictures:
+        for x, group in line:
+            sheet.paste(group, (x, y))
+        y += SIDE + MARGIN
+    for line in words:
+        for x, word in line:
+            _draw_word(draw, x, y, word)
         y += LINE
     return sheet
+
+
+def _group(views: np.ndarray, grid: tuple[int, ...]) -> Image.Image:
+    """Low-res view and crops, uint8[V, S, S, 3], side by side: SIDE high, and no wider than the page."""
+    room = (WIDTH - SIDE - MARGIN, SIDE)
+    pictures = [ImageOps.contain(Image.fromarray(view), room) for view in (views[0], *_canvas(views, grid))]
+    width = sum(picture.width for picture in pictures) + MARGIN * (len(pictures) - 1)
+    group, x = Image.new("RGB", (width, SIDE), "#f7f7f7"), 0
+    for picture in pictures:
+        group.paste(picture, (x, 0))
+        x += picture.width + MARGIN
+    return group
 
 
 def _canvas(views: np.ndarray, grid: tuple[int, ...]) -> list[np.ndarray]:
@@ -86,50 +127,110 @@ def _canvas(views: np.ndarray, grid: tuple[int, ...]) -> list[np.ndarray]:
     return [canvas.reshape(rows * size, columns * size, 3)]
 
 
-def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[tuple[str, str, str]]:
-    """(text, colour, colour of the mark in front) of every token; an image is one."""
-    tokenizer = reader.encode.tokenizer
+def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[Word]:
+    """The tokens of sequence i; an image is one word."""
     starts = set(batch.image_start[i][batch.image_start[i] >= 0].tolist())
     branches = np.zeros_like(batch.segments) if batch.branches is None else batch.branches
     words, at, segment, branch = [], 0, 1, 0
+    pieces: list[tuple[int, str, str]] = []  # tokens since the last image: id, colour, edge
     while at < batch.tokens.shape[1] and batch.segments[i, at]:
         new_row, new_branch = batch.segments[i, at] != segment, branches[i, at] != branch
         edge = ROW if new_row else BRANCH if new_branch else ""
         segment, branch = batch.segments[i, at], branches[i, at]
         if at in starts:
-            words.append((f"image, {image_tokens} positions", COLORS["image"], edge))
-            at += image_tokens
+            words += token_words(reader.encode.tokenizer, pieces)
+            words.append(Word(runs_of(f"image, {image_tokens} tokens"), COLORS["image"], edge))
+            pieces, at = [], at + image_tokens
             continue
-        token = int(batch.tokens[i, at])
-        text = tokenizer.decode([token]) or tokenizer.backend.id_to_token(token) or "?"
-        color = COLORS["answer" if batch.loss_mask[i, at] else "prompt"]
-        words.append((text.replace("\n", "⏎").replace(" ", "·"), color, edge))
+        pieces.append((int(batch.tokens[i, at]), COLORS["target" if batch.loss_mask[i, at] else "prompt"], edge))
         at += 1
+    return words + token_words(reader.encode.tokenizer, pieces)
+
+
+def token_words(tokenizer: Tokenizer, tokens: list[tuple[int, str, str]]) -> list[Word]:
+    """(id, colour, edge) of successive tokens as words.
+
+    Tokens that hold parts of characters are joined until their bytes are text; "x3" says that three are. Bytes that stay
+    incomplete are shown as labels, such as E4 BD.
+    """
+    words: list[Word] = []
+    held, count, color, edge = b"", 0, "", ""
+
+    def release() -> None:
+        nonlocal held, count
+        if held:
+            words.append(Word((label(held.hex(" ").upper()),), color, edge))
+        held, count = b"", 0
+
+    for token, its_color, its_edge in tokens:
+        text = tokenizer.decode([token]) or tokenizer.backend.id_to_token(token) or f"[{token}]"
+        part = token_bytes(tokenizer.backend.id_to_token(token) or "") if "\ufffd" in text else None
+        if part is None or its_edge or its_color != color:
+            release()
+        if part is None:
+            words += _split(text, its_color, its_edge)
+            continue
+        if not held:
+            color, edge = its_color, its_edge
+        held, count = held + part, count + 1
+        try:
+            text = held.decode()
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":  # no continuation can make it text
+                release()
+            continue
+        mark = (label(f"x{count}"),) if count > 1 else ()
+        words.append(Word((*runs_of(_visible(text)), *mark), color, edge))
+        held, count = b"", 0
+    release()
     return words
 
 
-def _layout(words: list[tuple[str, str, str]], font: ImageFont.FreeTypeFont) -> list[list[tuple]]:
-    """Lines of (x, text, colour, edge)."""
-    lines, x = [[]], 0
-    for text, color, edge in words:
-        width = round(font.getlength(text)) + 5
-        if x + width > WIDTH and lines[-1]:
+def token_bytes(name: str) -> bytes | None:
+    """The bytes of a token by its name in a byte-level vocabulary, or of sentencepiece's <0xE4>; None for other names."""
+    if found := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(found[1])
+    table = _byte_level()
+    return bytes(table[c] for c in name) if name and set(name) <= set(table) else None
+
+
+def _byte_level() -> dict[str, int]:
+    """GPT-2's characters for bytes: itself where it can be printed, others from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printed]
+    return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace(" ", "·")
+
+
+def _split(text: str, color: str, edge: str) -> list[Word]:
+    """A token as one word, or as several where it is wider than the page."""
+    word = Word(runs_of(_visible(text)), color, edge)
+    if word.width < WIDTH or len(text) < 2:
+        return [word]
+    half = len(text) // 2
+    return _split(text[:half], color, edge) + _split(text[half:], color, "")
+
+
+def _lines(boxes: list, gap: int = MARGIN) -> list[list[tuple]]:
+    """Things with a width in lines as wide as the page: (x, thing)."""
+    lines, x = [], WIDTH
+    for box in boxes:
+        if x + box.width > WIDTH:
             lines.append([])
             x = 0
-        lines[-1].append((x, text, color, edge))
-        x += width
+        lines[-1].append((x, box))
+        x += box.width + gap
     return lines
 
 
-def _word(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, color: str, font, edge: str = "") -> int:
-    """Draws a token; returns where it ends."""
-    end = x + round(font.getlength(text)) + 4
-    draw.rectangle((x, y, end - 1, y + LINE - 3), fill=color)
-    draw.text((x + 2, y + 1), text, fill="black", font=font)
-    if edge:
-        draw.line((x, y, x, y + LINE - 3), fill=edge, width=3)
+def _draw_word(draw: ImageDraw.ImageDraw, x: int, y: int, word: Word) -> int:
+    """Draws a word; returns where it ends."""
+    end = x + word.width
+    draw.rectangle((x, y, end - 1, y + LINE - 3), fill=word.color)
+    draw_runs(draw, x + 2, y + 1, word.runs)
+    if word.edge:
+        draw.line((x, y, x, y + LINE - 3), fill=word.edge, width=3)
     return end
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 13)
