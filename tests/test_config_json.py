@@ -44,16 +44,16 @@ def test_config_json_of_a_tower():
         (
             dict(family="clip", patch_bias=True),
             "a clip tower has class_token, patch_bias, pre_norm, layer_scale = (True, False, True, False), "
-            "this one has (True, True, True, False); it cannot be written as config.vision.family says",
+            "this one has (True, True, True, False); set config.vision.family to what the tower is",
         ),
         (
             dict(family="siglip"),
             "a siglip tower has class_token, patch_bias, pre_norm, layer_scale = (False, True, False, False), "
-            "this one has (True, False, True, False); it cannot be written as config.vision.family says",
+            "this one has (True, False, True, False); set config.vision.family to what the tower is",
         ),
         (
             dict(family="dinov2", patch_bias=True, pre_norm=False, layer_scale=True, mlp_dim=72),
-            "a dinov2 tower has mlp_dim = width times a whole number; here 72 and 48",
+            "a dinov2 tower needs an mlp_dim that is a multiple of its width; got 72 and 48",
         ),
     ],
 )
@@ -140,4 +140,4 @@ def test_llms_that_their_family_cannot_say(settings, key, family, value):
 
 def test_heads_of_a_phi3_model_make_up_its_width():
     text = refusal(llm_config_json, LLMConfig(**LLM_SIZES | dict(family="phi3", head_dim=16)), {})
-    assert text == "a phi3 model has head_dim = width / heads; here 16 and 48 / 6"
+    assert text == "a phi3 model needs head_dim = width / heads; got 16 and 48 / 6"

@@ -90,7 +90,7 @@ def test_what_is_written(converted):
     llava = json.loads((folder / "e.hf/config.json").read_text())
     assert (llava["model_type"], llava["image_token_index"], llava["text_config"]["vocab_size"]) == ("llava", 300, 320)
     assert "fresh      0 arrays, 0 parameters" in said["a.run"]
-    assert "blocks above 4, the highest that is needed: 16" in said["a.run"]
+    assert "blocks above 4, the highest one used: 16" in said["a.run"]
     assert "verified   37 arrays bit by bit, logits on a built-in batch differ by at most 0" in said["a.hf"]
     assert "as llava in float32" in said["e.hf"]
 

@@ -215,7 +215,7 @@ def test_what_no_family_can_say():
     with pytest.raises(UserError, match="config.llm.qkv_bias=True cannot be written as a mistral model"):
         export.llm_config_json(cfg.llm, {})
     cfg = tiny_config(vision={"class_token": False})
-    with pytest.raises(UserError, match="it cannot be written as config.vision.family says"):
+    with pytest.raises(UserError, match="set config.vision.family to what the tower is"):
         export.vision_config_json(cfg.vision, 5)
 
 

@@ -98,5 +98,5 @@ def test_unused_tensors(run):
     """Post-layernorm, and the last block, which is above every level: select_layer is -2."""
     case, _ = run
     unused = {what: len(names) for what, names in case.report.unused.items()}
-    assert unused == {"norm after the last block": 2, "blocks above 4, the highest that is needed": 16}
+    assert unused == {"norm after the last block": 2, "blocks above 4, the highest one used": 16}
     assert case.report.fresh == {}

@@ -159,7 +159,7 @@ def test_the_report(llama):
 def test_what_a_whole_clip_model_leaves_unused():
     report = join(vision=FOLDER / "clip", settings={"vision.select_layer": -2, "shortcuts.density": "none"}).report
     assert {what: len(names) for what, names in report.unused.items()} == {
-        "blocks above 2, the highest that is needed": 16,
+        "blocks above 2, the highest one used": 16,
         "norm after the last block": 2,
         "position ids": 1,
         "text tower": 24,
@@ -175,12 +175,12 @@ def drop(*names):
     [
         (drop("model.layers.1.mlp.up_proj.weight"), "{}: model.layers.1.mlp.up_proj.weight is missing, for llm/layers/mlp/up/kernel [3, 32, 48]"),
         (drop("model.norm.weight", "lm_head.weight"), "{}: lm_head.weight is missing, for llm/head [32, 96]; {}: model.norm.weight is missing, for llm/norm/scale [32]"),
-        (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, "{}/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias [32] has no place in the model"),
-        (lambda t: t | {"surprise": np.ones((2, 3), np.float32)}, "{}/model.safetensors: tensor surprise [2, 3] has no place in the model"),
+        (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, "{}/model.safetensors: the model has no parameter for tensor model.layers.0.self_attn.q_proj.bias [32]"),
+        (lambda t: t | {"surprise": np.ones((2, 3), np.float32)}, "{}/model.safetensors: the model has no parameter for tensor surprise [2, 3]"),
         (lambda t: t | {"model.norm.weight": np.ones(31, np.float32)}, "{}/model.safetensors: tensor model.norm.weight has shape [31], expected [32] for llm/norm/scale"),
-        (lambda t: t | {"model.layers.3.mlp.up_proj.weight": np.ones((48, 32), np.float32)}, "{}/model.safetensors: tensor model.layers.3.mlp.up_proj.weight [48, 32] has no place in the model"),
-        (lambda t: t | {"model.norm.weight": np.full(32, np.nan, np.float32)}, "{}/model.safetensors: tensor model.norm.weight has values that are NaN or infinite"),
-        (lambda t: t | {"model.norm.weight": np.ones(32, np.int8)}, "{}/model.safetensors: tensor model.norm.weight has dtype I8; expected one of F64, F32, F16, BF16 (quantised weights are read from GGUF only)"),
+        (lambda t: t | {"model.layers.3.mlp.up_proj.weight": np.ones((48, 32), np.float32)}, "{}/model.safetensors: the model has no parameter for tensor model.layers.3.mlp.up_proj.weight [48, 32]"),
+        (lambda t: t | {"model.norm.weight": np.full(32, np.nan, np.float32)}, "{}/model.safetensors: tensor model.norm.weight has NaN or infinite values; get an intact copy"),
+        (lambda t: t | {"model.norm.weight": np.ones(32, np.int8)}, "{}/model.safetensors: tensor model.norm.weight has dtype I8; expected one of F64, F32, F16, BF16 (quantised weights are only read from GGUF)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(tmp_path, change, expected):
@@ -220,9 +220,9 @@ def test_a_head_of_its_own_does_not_vanish(tmp_path):
     """config.json says that the head is tied: one with the embedding's values is left, another is an error."""
     tied = lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}
     report = join(llm=copy(tmp_path, "smollm2", tied)).report
-    assert report.unused == {"head that is tied to the embedding": ["lm_head.weight"]}
+    assert report.unused == {"head tied to the embedding": ["lm_head.weight"]}
     copy(tmp_path, "smollm2", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + np.float32(0.1)})
-    with pytest.raises(UserError, match=r"tensor lm_head.weight \[96, 32\] has no place in the model"):
+    with pytest.raises(UserError, match=r"the model has no parameter for tensor lm_head.weight \[96, 32\]"):
         join(llm=tmp_path)
 
 
@@ -257,7 +257,7 @@ def test_vocabulary_grows_only_where_asked(tmp_path):
         mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
         abstract = state.abstract_params(model, cfg, mesh)
         if not grow:
-            with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[96, 32\], expected \[128, 32\] for llm/embedding; config.init.grow_vocab=True adds rows"):  # fmt: skip
+            with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[96, 32\], expected \[128, 32\] for llm/embedding; to add rows set config.init.grow_vocab=True"):  # fmt: skip
                 load.match(abstract, cfg, found)
             continue
         params = load.read(load.match(abstract, cfg, found)[0], cfg)
@@ -273,7 +273,7 @@ def test_another_picture_size_only_where_asked():
     cfg = join(vision=FOLDER / "clip").cfg
     cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, image_size=42))
     abstract = state.abstract_params(build_model(cfg), cfg, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
-    with pytest.raises(UserError, match=r"has shape \[17, 32\], expected \[37, 32\] .*; another picture size is config.init.image_size"):  # fmt: skip
+    with pytest.raises(UserError, match=r"has shape \[17, 32\], expected \[37, 32\] .*; for another image size set config.init.image_size"):  # fmt: skip
         load.match(abstract, cfg, found)
 
 

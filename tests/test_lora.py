@@ -378,7 +378,7 @@ def test_an_adapter_as_peft_has_it(params, tmp_path):
     cfg = dataclasses.replace(cfg, stages=stages, init=InitConfig(llm="lmsys/vicuna-7b-v1.5"))
     told = adapter.write_adapter(Run("runs/x", 7, cfg, None, build_model(cfg), params, None, None), str(tmp_path))
     assert told == (
-        "runs/x, step 7, as adapters of rank 4 beside down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, "
+        "runs/x, step 7, as LoRA adapters of rank 4 for down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, "
         "v_proj, and the fusion"
     )
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
@@ -538,8 +538,8 @@ def test_exports_that_would_lose_something_are_refused(trained, folder):
     assert refusal(export.write, run, str(folder), "auto", False) == (
         f"{folder}/run has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
     )
-    assert refusal(adapter.merged, base) == f"--merge: {folder}/base has no adapters"
-    assert refusal(adapter.write_adapter, base, str(folder)) == f"--as=adapter: {folder}/base has no adapters"
+    assert refusal(adapter.merged, base) == f"--merge: {folder}/base has no LoRA adapters; leave out --merge"
+    assert refusal(adapter.write_adapter, base, str(folder)) == f"--as=adapter: {folder}/base has no LoRA adapters; use --as=llm"
     wider = dataclasses.replace(run.config.stages["instruct"], trainable=("llm/.*",))
     both = dataclasses.replace(run, config=dataclasses.replace(run.config, stages={"instruct": wider}))
     assert "trained llm/" in refusal(adapter.write_adapter, both, str(folder))

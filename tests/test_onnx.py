@@ -170,7 +170,7 @@ def test_numbers_that_are_no_floats_are_refused_when_read():
         ({"resize": RESIZE | {"mode": b"linear"}}, "/backbone/embeddings/Resize resizes .*'mode': 'linear'"),
         ({"resize": RESIZE | {"cubic_coeff_a": -0.5}}, "resizes .*'cubic_coeff_a': -0.5.*; expected"),
         ({"heads": 3}, "no node below /backbone/encoder/layer.0/attention/ splits the width of 8 into heads"),
-        ({"norm": "LayerNormalization", "activation": "Tanh"}, "no node Erf; expected gelu"),
+        ({"norm": "LayerNormalization", "activation": "Tanh"}, "no Erf node; expected exact GELU"),
     ],
 )
 def test_a_tower_of_another_kind_is_refused(graph, message):
@@ -206,14 +206,14 @@ def test_without_the_package_onnx_the_message_says_how_to_get_it(tmp_path, monke
     (tmp_path / "vit.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="vit.onnx needs the package onnx: pip install onnx"):
         open_onnx(str(tmp_path / "vit.onnx"))
-    with pytest.raises(UserError, match="nowhere.onnx is not there"):
+    with pytest.raises(UserError, match="nowhere.onnx does not exist"):
         onnx_config(str(tmp_path / "nowhere.onnx"))
 
 
 def test_what_is_no_onnx_is_refused(tmp_path):
     pytest.importorskip("onnx")
     (tmp_path / "vit.onnx").write_bytes(b"this is no ONNX file")
-    with pytest.raises(UserError, match="vit.onnx is no whole ONNX file"):
+    with pytest.raises(UserError, match="vit.onnx is not a complete ONNX file"):
         open_onnx(str(tmp_path / "vit.onnx"))
 
 

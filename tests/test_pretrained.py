@@ -155,7 +155,7 @@ def test_a_tensor_under_two_names(tmp_path):
 @pytest.mark.parametrize("part", ["vision", "llm", "model"])
 def test_a_config_is_needed_but_for_a_projector(tmp_path, part):
     path = checkpoint(tmp_path, None, *WHOLE)
-    assert refusal(opened, **{part: path}) == f"{path}/config.json is not there"
+    assert refusal(opened, **{part: path}) == f"{path}/config.json does not exist"
     assert list(opened(fusion=path)) == ["fusion"]
 
 

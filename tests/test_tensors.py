@@ -90,7 +90,7 @@ def test_values_that_are_no_numbers_are_refused_where_they_are_read(tmp_path, dt
     for index in (None, np.s_[:, 1:2]):
         with pytest.raises(UserError) as caught:
             tensor.read(index)
-        assert str(caught.value) == f"{tensor.file}: tensor table has values that are NaN or infinite"
+        assert str(caught.value) == f"{tensor.file}: tensor table has NaN or infinite values; get an intact copy"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_other_than_floating_point_is_refused_where_it_is_wanted(tmp_path, dtype
             wanted()
         assert str(caught.value) == (
             f"{tensor.file}: tensor table has dtype {dtype}; expected one of F64, F32, F16, BF16 "
-            "(quantised weights are read from GGUF only)"
+            "(quantised weights are only read from GGUF)"
         )
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     save_file({"table": TABLE}, path)
     tensor = open_safetensors(str(path))["table"]
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"model\.safetensors is no whole safetensors file: "):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file: "):
         tensor.read()
 
 
@@ -205,18 +205,18 @@ def test_names_with_spaces_and_accents(tmp_path):
 
 
 def test_what_holds_no_weights(tmp_path):
-    assert sentence(tmp_path / "gone.safetensors") == "gone.safetensors is not there"
+    assert sentence(tmp_path / "gone.safetensors") == "gone.safetensors does not exist"
     (tmp_path / "empty").mkdir()
     assert (
         sentence(tmp_path / "empty")
-        == "empty holds no .safetensors file; pickled weights (.bin) have to be converted first"
+        == "empty has no .safetensors file; pickled weights (.bin) must be converted first"
     )
     (tmp_path / "link.safetensors").symlink_to("nowhere")
-    assert sentence(tmp_path / "link.safetensors") == "link.safetensors is not there"
+    assert sentence(tmp_path / "link.safetensors") == "link.safetensors does not exist"
     for name in ("a", "b"):
         save_file({name: TABLE}, tmp_path / "empty" / f"{name}.safetensors")
     assert sentence(tmp_path / "empty") == (
-        "empty holds 2 .safetensors files, but no model.safetensors.index.json that says how they belong together"
+        "empty has 2 .safetensors files but no model.safetensors.index.json; add the index, or name one file"
     )
 
 
@@ -225,7 +225,7 @@ def test_what_holds_no_weights(tmp_path):
 
 
 ONE, TWO = "model-1.safetensors", "model-2.safetensors"
-NOT_ITS_OWN = f"{INDEX} names the file {{!r}}; expected a file of its own folder"
+NOT_ITS_OWN = f"{INDEX} names the file {{!r}}; expected a file in the same folder"
 
 
 @pytest.mark.parametrize(
@@ -237,11 +237,11 @@ NOT_ITS_OWN = f"{INDEX} names the file {{!r}}; expected a file of its own folder
         ({"a": "sub/model-1.safetensors"}, NOT_ITS_OWN.format("sub/model-1.safetensors")),
         ({"a": ".."}, NOT_ITS_OWN.format("..")),
         ({"a": ""}, NOT_ITS_OWN.format("")),
-        ({"a": "model-3.safetensors"}, "model-3.safetensors is not there"),
-        ({"a": TWO}, f"{INDEX} says that tensor a is in {TWO}, where it is not"),
-        ({"a": TWO, "b": ONE}, f"{INDEX} says that tensor a is in {TWO}, where it is not"),
-        ({"c": ONE}, f"{INDEX} says that tensor c is in {ONE}, where it is not"),
-        ({"a": 3}, f"{INDEX}: expected a 'weight_map' of tensor names to files"),
+        ({"a": "model-3.safetensors"}, "model-3.safetensors does not exist"),
+        ({"a": TWO}, f"{INDEX} lists tensor a in {TWO}, which does not contain it"),
+        ({"a": TWO, "b": ONE}, f"{INDEX} lists tensor a in {TWO}, which does not contain it"),
+        ({"c": ONE}, f"{INDEX} lists tensor c in {ONE}, which does not contain it"),
+        ({"a": 3}, f"{INDEX}: expected a 'weight_map' from tensor names to files"),
     ],
 )
 def test_an_index_that_says_what_is_not_so(tmp_path, changes, expected):
@@ -254,8 +254,8 @@ def test_an_index_that_says_what_is_not_so(tmp_path, changes, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{}", "expected a 'weight_map' of tensor names to files"),
-        ('{"weight_map": ["model.safetensors"]}', "expected a 'weight_map' of tensor names to files"),
+        ("{}", "expected a 'weight_map' from tensor names to files"),
+        ('{"weight_map": ["model.safetensors"]}', "expected a 'weight_map' from tensor names to files"),
         ("[]", "expected a JSON object, got list"),
     ],
 )
@@ -305,7 +305,7 @@ def test_pickles_are_refused_unread(tmp_path, name, protocol, zipped):
         with pytest.raises(UserError) as caught:
             open_safetensors(str(path))
         assert str(caught.value) == (
-            f"{model / name} is a pickle, which can run any code when it is loaded, and is refused; where you trust "
+            f"{model / name} is a pickle, which can run any code when loaded, and is refused; if you trust "
             "it, convert it with torch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
             "'model.safetensors')"
         )
@@ -369,7 +369,7 @@ def test_the_file_that_is_damaged_below_is_a_good_one(tmp_path):
 @pytest.mark.parametrize("data", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files_are_refused_at_once(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
-    assert sentence(tmp_path / "model.safetensors").startswith("model.safetensors is no whole safetensors file: ")
+    assert sentence(tmp_path / "model.safetensors").startswith("model.safetensors is not a complete safetensors file: ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -385,14 +385,14 @@ def test_read_json(tmp_path):
 @pytest.mark.parametrize(
     ("data", "start"),
     [
-        (b"", " is no JSON: Expecting value"),
-        (b'{"a": 1', " is no JSON: Expecting ',' delimiter"),
-        (b'{"a": "\xff"}', " is no JSON: 'utf-8' codec can't decode byte 0xff"),
-        (b'{"a": ' + b"[" * 100_000, " is no JSON: maximum recursion depth exceeded"),
+        (b"", " is not valid JSON: Expecting value"),
+        (b'{"a": 1', " is not valid JSON: Expecting ',' delimiter"),
+        (b'{"a": "\xff"}', " is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"a": ' + b"[" * 100_000, " is not valid JSON: maximum recursion depth exceeded"),
         (b"[1]", ": expected a JSON object, got list"),
         (b"null", ": expected a JSON object, got NoneType"),
         (b'"config"', ": expected a JSON object, got str"),
-        (None, " is not there"),
+        (None, " does not exist"),
     ],
 )
 def test_what_is_no_json_object(tmp_path, data, start):

@@ -1,4 +1,4 @@
-"""A run with adapters as others read it: merged into its LLM, or the adapters alone in PEFT's layout."""
+"""Exports LoRA adapters: merged into the LLM, or alone in PEFT's format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ PREFIX = "base_model.model."
 
 
 def merged(run: Run) -> Run:
-    """The run with every adapter added to its linear, in the linear's dtype. Raises UserError if it has none."""
+    """The run with every adapter merged into its linear layer, in that layer's dtype.
+
+    Raises:
+      UserError: the run has no adapters.
+    """
     lora = run.config.lora
     if not lora.rank:
-        raise UserError(f"--merge: {run.workdir} has no adapters")
+        raise UserError(f"--merge: {run.workdir} has no LoRA adapters; leave out --merge")
     none = dataclasses.replace(lora, rank=0)
     flat = merge(traverse_util.flatten_dict(run.params, sep="/"), lora)
     return dataclasses.replace(
@@ -37,21 +41,21 @@ def merged(run: Run) -> Run:
 def write_adapter(run: Run, folder: str) -> str:
     """Writes adapter_model.safetensors and adapter_config.json for PEFT, and the fusion as fusion.safetensors.
 
-    They belong to the LLM that the run started from, as `--as=llm` or its source has it.
+    The adapters apply to the LLM that the run started from. Returns a sentence on what was written.
 
     Raises:
-      UserError: the run has no adapters, PEFT cannot say them, or it trained more than they and the fusion hold.
+      UserError: the run has no adapters, PEFT cannot represent them, or the run trained other parameters too.
     """
     cfg, lora = run.config, run.config.lora
     if not lora.rank:
-        raise UserError(f"--as=adapter: {run.workdir} has no adapters")
+        raise UserError(f"--as=adapter: {run.workdir} has no LoRA adapters; use --as=llm")
     flat = traverse_util.flatten_dict(run.params, sep="/")
     patterns = [pattern for name in cfg.run_stages for pattern in cfg.stages[name].trainable]
     for path in flat:
         lost = not is_adapter(path) and not path.startswith("fusion/")
         if lost and any(re.fullmatch(pattern, path) for pattern in patterns):
             raise UserError(
-                f"--as=adapter: {run.workdir} trained {path} too, which is neither adapter nor fusion; --merge keeps it"
+                f"--as=adapter: {run.workdir} also trained {path}, which is neither adapter nor fusion; use --merge, which keeps it"
             )
     rules = {rule.path.removesuffix("/kernel"): rule for rule in rules_of("llm", cfg)}
     tensors, modules = {}, set()
@@ -60,8 +64,8 @@ def write_adapter(run: Run, folder: str) -> str:
         rule, leaf = rules[base], np.asarray(flat[path])
         if rule.parts:
             raise UserError(
-                f"--as=adapter: a {cfg.llm.family} model has {base} and others in one tensor, and PEFT one adapter for it; "
-                "give --merge"
+                f"--as=adapter: a {cfg.llm.family} model stores {base} and others in one tensor, for which PEFT has a single "
+                "adapter; use --merge"
             )
         modules.add(_module(rule).rpartition(".")[2])
         for i, value in enumerate(leaf if "{i}" in rule.name else leaf[None]):
@@ -84,7 +88,7 @@ def write_adapter(run: Run, folder: str) -> str:
     write_json(os.path.join(folder, "adapter_config.json"), config)
     fusion = {path: leaf for path, leaf in flat.items() if path.startswith("fusion/")}
     write_tensors(tensors_of(fusion, cfg, "fusion"), folder, cfg, "fusion")
-    return f"{run.workdir}, step {run.step}, as adapters of rank {lora.rank} beside {', '.join(sorted(modules))}, and the fusion"
+    return f"{run.workdir}, step {run.step}, as LoRA adapters of rank {lora.rank} for {', '.join(sorted(modules))}, and the fusion"
 
 
 def _module(rule: Rule) -> str:

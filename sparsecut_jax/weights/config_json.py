@@ -1,4 +1,4 @@
-"""The settings of tower and LLM -> config.json of Hugging Face; architecture.py goes the other way."""
+"""Converts the settings of tower and LLM to Hugging Face's config.json; architecture.py does the reverse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsecut_jax.types import UserError
 
 
 def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
-    """config.json of a tower with its first `depth` blocks. Raises UserError if its family cannot say these settings."""
+    """config.json of a tower cut to its first `depth` blocks. Raises UserError if its family lacks one of the settings."""
     family = cfg.family
     says = {
         "clip": (True, False, True, False), "siglip": (False, True, False, False),
@@ -19,7 +19,7 @@ def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
     if has != says:
         raise UserError(
             f"a {family} tower has class_token, patch_bias, pre_norm, layer_scale = {says}, this one has {has}; "
-            "it cannot be written as config.vision.family says"
+            "set config.vision.family to what the tower is"
         )
     config = {
         "model_type": family if family == "dinov2" else f"{family}_vision_model",
@@ -41,7 +41,7 @@ def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
     if family == "dinov2":
         if cfg.mlp_dim % cfg.width:
             raise UserError(
-                f"a dinov2 tower has mlp_dim = width times a whole number; here {cfg.mlp_dim} and {cfg.width}"
+                f"a dinov2 tower needs an mlp_dim that is a multiple of its width; got {cfg.mlp_dim} and {cfg.width}"
             )
         config |= {"mlp_ratio": cfg.mlp_dim // cfg.width, "qkv_bias": True, "use_swiglu_ffn": False}
         config["use_mask_token"] = False
@@ -51,7 +51,7 @@ def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
 
 
 def llm_config_json(cfg: LLMConfig, special: dict[str, int | None]) -> dict[str, Any]:
-    """config.json of the LLM. Raises UserError if its family cannot say these settings."""
+    """config.json of the LLM. special: ids of special tokens. Raises UserError if its family lacks one of the settings."""
     family, rope = cfg.family, cfg.rope
     says = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
     if family == "llama":
@@ -65,7 +65,9 @@ def llm_config_json(cfg: LLMConfig, special: dict[str, int | None]) -> dict[str,
                 "set config.llm.family to what the model is"
             )
     if family == "phi3" and cfg.head_dim * cfg.heads != cfg.width:
-        raise UserError(f"a phi3 model has head_dim = width / heads; here {cfg.head_dim} and {cfg.width} / {cfg.heads}")
+        raise UserError(
+            f"a phi3 model needs head_dim = width / heads; got {cfg.head_dim} and {cfg.width} / {cfg.heads}"
+        )
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": cfg.rope_theta}
     config = {
         "model_type": family,
@@ -78,7 +80,7 @@ def llm_config_json(cfg: LLMConfig, special: dict[str, int | None]) -> dict[str,
         "num_key_value_heads": cfg.kv_heads,
         "hidden_act": _their_activation(cfg.activation),
         "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,  # for readers of the older spelling
+        "rope_theta": cfg.rope_theta,  # for programs that expect the older format
         "rope_parameters": parameters,
         "tie_word_embeddings": cfg.tie_embeddings,
         **special,

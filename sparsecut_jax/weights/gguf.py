@@ -1,7 +1,7 @@
-"""GGUF, llama.cpp's file format: an LLM of the Llama family, quantised or not.
+"""Reads GGUF, llama.cpp's file format: an LLM of the Llama family, quantised or not.
 
-The `gguf` package reads headers and dequantises. What this file adds are the Hugging Face names, the order of rows
-that llama.cpp changed, and a config.json; gguf_tokenizer.py reads the tokenizer from the same header.
+The `gguf` package reads headers and dequantises. This file adds Hugging Face names, undoes llama.cpp's permutation of
+rows, and makes a config.json. gguf_tokenizer.py reads the tokenizer from the same header.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.tensors import Tensor, decimal
 
 UNQUANTISED = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
-CHUNK = 256  # rows dequantised at a time, which bounds the memory that a big embedding needs besides its result
+CHUNK = 256  # rows dequantised at a time, which bounds the extra memory for a large embedding
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -34,20 +34,20 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# What llama.cpp would compute otherwise than a plain Llama, if the file gives it and it is not 0.
+# Metadata with which, if not 0, llama.cpp computes something else than a plain Llama.
 FOREIGN = ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale", "residual_scale")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the data: metadata, and (name, type, shape, offset, bytes) of every tensor."""
+    """The header of a file: metadata, and (name, type, shape, offset, bytes) of every tensor."""
 
     file: str
     fields: dict[str, Any]
     tensors: tuple[tuple[str, Any, tuple[int, ...], int, int], ...]
 
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """A value of the metadata. Raises UserError if it is of another kind, or missing without a `default`."""
+        """A metadata value. Raises UserError if it is of another type, or missing without a `default`."""
         if key not in self.fields and default is not ...:
             return default
         value = self.fields.get(key)
@@ -58,12 +58,12 @@ class Header:
 
 
 def open_gguf(path: str) -> dict[str, Tensor]:
-    """The LLM's tensors by their Hugging Face names, in torch's layout (out, in), dequantised when read.
+    """The LLM's tensors by Hugging Face name, in torch's layout (out, in), dequantised when read.
 
-    A quantised tensor reads as float32. One that a plain Llama does not have keeps the name it has in the file.
+    A quantised tensor reads as float32. A tensor that a plain Llama does not have keeps its name in the file.
 
     Raises:
-      UserError: no GGUF, a truncated one, no plain Llama, or a quantisation the gguf package cannot undo.
+      UserError: not a GGUF file, a truncated one, not a plain Llama, or a type that the gguf package cannot dequantise.
     """
     header, config = read_header(path), gguf_config(path)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -90,10 +90,10 @@ def open_gguf(path: str) -> dict[str, Tensor]:
 
 
 def gguf_config(path: str) -> dict[str, Any]:
-    """What config.json would say of this LLM, with model_type "llama".
+    """The config.json of this LLM, with model_type "llama".
 
     Raises:
-      UserError: no GGUF, another architecture, or something that a plain Llama does not have.
+      UserError: not a GGUF file, another architecture, or a feature that a plain Llama does not have.
     """
     header = read_header(path)
     architecture = header.get("general.architecture", str)
@@ -106,8 +106,8 @@ def gguf_config(path: str) -> dict[str, Any]:
     shapes = {name: shape for name, _, shape, _, _ in header.tensors}
     if "rope_freqs.weight" in shapes:
         raise UserError(
-            f"{path}: tensor rope_freqs.weight holds rotary frequencies that were scaled when the file was written "
-            "(as Llama 3.1 does), which is not supported: take the safetensors of this model"
+            f"{path}: tensor rope_freqs.weight holds pre-scaled rotary frequencies (as in Llama 3.1), which is not "
+            "supported; use the safetensors of this model"
         )
     if "token_embd.weight" not in shapes:
         raise UserError(f"{path} has no tensor token_embd.weight")
@@ -116,13 +116,15 @@ def gguf_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: llama.attention.head_count is {heads}; expected at least 1")
     head_dim = get("attention.key_length", int, width // heads)
     if head_dim < 2 or head_dim % 2:
-        raise UserError(f"{path}: heads are {head_dim} wide; expected an even number, as rotary embeddings need pairs")
+        raise UserError(
+            f"{path}: heads are {head_dim} wide; expected an even width, because rotary embeddings need pairs"
+        )
     for key in ("rope.dimension_count", "attention.value_length"):
         if get(key, int, head_dim) != head_dim:
             raise UserError(f"{path}: llama.{key} is {get(key, int)}; expected the width of a head, {head_dim}")
     return {
         "model_type": "llama",
-        "vocab_size": shapes["token_embd.weight"][0],  # llama.vocab_size is not always there, and not always right
+        "vocab_size": shapes["token_embd.weight"][0],  # llama.vocab_size may be missing or wrong
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length", int),
         "num_hidden_layers": get("block_count", int),
@@ -141,35 +143,35 @@ def gguf_config(path: str) -> dict[str, Any]:
 
 
 def read_header(path: str) -> Header:
-    """Raises UserError if `path` is no whole GGUF file."""
+    """The header of the file at `path`. Raises UserError if it is not a complete GGUF file."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not there")
+        raise UserError(f"{path} does not exist")
     stat = os.stat(path)
     return _parse(path, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=1)  # a vocabulary takes seconds, and tensors, config and tokenizer each want it
+@functools.lru_cache(maxsize=1)  # a vocabulary takes seconds to read, and tensors, config and tokenizer all need it
 def _parse(path: str, changed: int, size: int) -> Header:
-    """Everything is copied out of the reader: a view that outlives it would keep the whole file mapped."""
+    """Copies everything out of the reader, because a view that outlives it would keep the whole file mapped."""
     try:
         reader = GGUFReader(path)
         if reader.byte_order != "I":
-            raise ValueError("its bytes are in the order of another machine")
+            raise ValueError("it has the byte order of another machine")
         fields = {key: field.contents() for key, field in reader.fields.items()}
         tensors = tuple(
             (t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
             for t in reader.tensors
         )
-    except Exception as error:  # what gguf raises depends on where the file ends
-        raise UserError(f"{path} is no whole GGUF file: {error}") from error
+    except Exception as error:  # gguf raises different errors depending on where the file ends
+        raise UserError(f"{path} is not a complete GGUF file: {error}") from error
     return Header(path, fields, tensors)
 
 
 def _interleaved(rows: int, heads: int) -> np.ndarray:
-    """int[rows]: where in the file the rows of Hugging Face's q or k are.
+    """int[rows]: index in the file of each row of Hugging Face's q or k.
 
-    Rotary embeddings turn pairs of a head's elements. Hugging Face pairs element i with i + H/2, llama.cpp 2i with
-    2i + 1, and so it stores the rows of both halves alternately.
+    Rotary embeddings rotate pairs of a head's elements. Hugging Face pairs element i with i + H/2, llama.cpp pairs 2i with
+    2i + 1 and therefore stores the rows of both halves alternately.
     """
     return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
 
@@ -185,11 +187,11 @@ def _check_dequantises(path: str, name: str, kind: Any) -> None:
 def _read(
     path: str, kind: Any, shape: tuple[int, ...], offset: int, stride: int, order: np.ndarray, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """tensor[index]. Only its rows are read: blocks of quantised numbers run along the last axis.
+    """tensor[index], reading only the rows it needs: quantised blocks run along the last axis.
 
     Args:
-      offset, stride: bytes before the first row, and of each row. The elements of a vector are rows of one.
-      order: int[rows]; where in the file each row is.
+      offset, stride: bytes before the first row, and bytes per row. A vector has rows of one element.
+      order: int[rows], index in the file of each row.
     """
     dtype = UNQUANTISED.get(kind.name)
     rows, columns = order[index[0]], index[1] if len(shape) == 2 else slice(None)
@@ -206,7 +208,7 @@ def _read(
 
 
 def _rope(header: Header) -> dict[str, Any]:
-    """`rope_parameters` of config.json."""
+    """`rope_parameters` for config.json."""
     theta = {"rope_theta": decimal(header.get("llama.rope.freq_base", float, 10000.0))}
     kind = header.get("llama.rope.scaling.type", str, "linear")
     old = header.get("llama.rope.scale_linear", float, 1.0)  # its name in early files

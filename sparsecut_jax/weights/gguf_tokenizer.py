@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes in its metadata, as a `tokenizers` object."""
+"""Builds the tokenizer that a GGUF file describes in its metadata, with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.gguf import Header, read_header
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # token types
-# The expression that GPT-4's tokenizer introduced, with the number of digits that stay together left open.
+# The regex of GPT-4's tokenizer, with a placeholder for the number of digits that stay together.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -18,13 +18,13 @@ WORDS = (
 
 
 def gguf_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer that the metadata describe. Its bos is -1 where no text starts with one.
+    """The tokenizer that the metadata describe. Its bos is -1 if texts do not start with one.
 
-    transformers could build one too, but reads the file with torch, and splits as GPT-2 does where it does not know
-    `tokenizer.ggml.pre`: SmolLM's digits would stay together.
+    transformers can build one too, but it reads the file with torch, and splits as GPT-2 does if `tokenizer.ggml.pre` is
+    unknown to it: SmolLM's digits would stay together.
 
     Raises:
-      UserError: no GGUF, or a kind of tokenizer that is not known here.
+      UserError: not a GGUF file, or an unsupported kind of tokenizer.
     """
     header = read_header(path)
     get = lambda key, *args: header.get(f"tokenizer.ggml.{key}", *args)
@@ -36,19 +36,19 @@ def gguf_tokenizer(path: str) -> Tokenizer:
     types = get("token_type", list, [1] * len(tokens))
     vocab = {token: i for i, token in enumerate(tokens)}
     if not len(vocab) == len(tokens) == len(types):
-        raise UserError(f"{path}: expected as many token_type as different tokens, got {len(types)} and {len(vocab)}")
+        raise UserError(f"{path}: expected one token_type per distinct token, got {len(types)} for {len(vocab)} tokens")
     try:
         backend = kinds[model](header, vocab, types)
     except UserError:
         raise
-    except Exception as error:  # the tokenizers library raises nothing more special
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{path}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
     kept = [
         (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     backend.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED) for token, kind in kept])
     eos = get("eos_token_id", int)
-    # Where the file does not say whether texts start with a bos, llama.cpp puts it for these two.
+    # If the file does not say whether texts start with a bos, llama.cpp adds it for these two.
     starts = get("add_bos_token", bool, model == "llama" or get("pre", str, "") == "llama-bpe")
     ids = {"pad": get("padding_token_id", int, eos), "bos": get("bos_token_id", int, -1) if starts else -1, "eos": eos}
     for name, i in ids.items():
@@ -58,7 +58,7 @@ def gguf_tokenizer(path: str) -> Tokenizer:
 
 
 def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
-    """BPE over bytes, each written as one printable character."""
+    """BPE over bytes, each represented by one printable character."""
     by_words = lambda digits: pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS.replace("DIGITS", digits)), "isolated"),
@@ -66,7 +66,7 @@ def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Back
         ]
     )
     as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # llama.cpp writes "default" or nothing where it does not know how a text is to be split: no guess is made here.
+    # llama.cpp writes "default" or nothing if it does not know how to split text; this is refused rather than guessed.
     splits = {
         "gpt-2": as_gpt2,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2]),
@@ -86,15 +86,15 @@ def _byte_level(header: Header, vocab: dict[str, int], types: list[int]) -> Back
 
 
 def _sentencepiece(header: Header, vocab: dict[str, int], types: list[int]) -> Backend:
-    """BPE of sentencepiece: "▁" for a space, bytes for unknown characters.
+    """SentencePiece BPE: "▁" for a space, bytes for unknown characters.
 
-    It has scores instead of merges: of the neighbours that make up a token, those with the best one merge first.
-    Pairs for the same token come in the order of their ids, as in Hugging Face's conversion of Llama's tokenizer.
+    It has scores instead of merges: of the adjacent pieces that form a token, those with the best score merge first. Pairs
+    for the same token are ordered by their ids, as in Hugging Face's conversion of Llama's tokenizer.
     """
     scores = header.get("tokenizer.ggml.scores", list)
     if len(scores) != len(vocab):
         raise UserError(f"{header.file}: expected tokenizer.ggml.scores of {len(vocab)} tokens, got {len(scores)}")
-    # Text must never merge into one of these.
+    # Text must never merge into an unknown, control or byte token.
     pieces = {token: i for token, i in vocab.items() if types[i] not in (UNKNOWN, CONTROL, BYTE)}
     ranked = []
     for token, i in pieces.items():

@@ -1,4 +1,4 @@
-"""Tensors from files straight into their shardings: every device's slice is read for itself, and nothing else is."""
+"""Loads tensors from files directly into their shardings: each device's slice is read separately, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SHOWN = 6  # names in an error message
 
 @dataclasses.dataclass
 class Report:
-    """What was loaded, is fresh, and was left in the files.
+    """What was loaded, what is freshly initialised, and what the model does not use.
 
     Attributes:
-      loaded: {part: (path of its source, arrays, numbers)}.
+      loaded: {part: (path of its source, number of arrays, number of parameters)}.
       fresh: {path: shape} of the parameters that no file had.
-      unused: {what it is: names} of tensors that the model has no use for.
+      unused: {description: names} of tensors that the model does not use.
     """
 
     loaded: dict[str, tuple[str, int, int]]
@@ -57,7 +57,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Filling:
-    """How one parameter is read: its rule, and the tensor of every layer (one for what is not stacked)."""
+    """How one parameter is read: its rule, and the tensor of every layer (one if it is not stacked)."""
 
     leaf: jax.ShapeDtypeStruct
     rule: Rule
@@ -65,18 +65,23 @@ class Filling:
     stacked: bool
 
     def shape(self) -> tuple[int, ...]:
-        """Of one layer."""
+        """Shape of one layer."""
         return self.leaf.shape[1:] if self.stacked else self.leaf.shape
 
 
 def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[str, Filling], Report]:
-    """Which tensors fill which parameters, from the headers (and where a head is said to be tied, its values).
+    """Decides which tensors fill which parameters, from headers alone (and the values of a head declared as tied).
 
     Args:
       abstract: the parameter tree as ShapeDtypeStructs.
+      cfg: the config, with the sizes of the model.
+      sources: {part: its files}.
+
+    Returns:
+      {path: `Filling`} of the parameters to read, and a report.
 
     Raises:
-      UserError: tensors that are missing, left over, or of another shape, with their names and shapes.
+      UserError: a tensor is missing, unused or has another shape; names and shapes are given.
     """
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     fillings: dict[str, Filling] = {}
@@ -108,7 +113,7 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
             tensor.check()
         fillings[path] = filling
     unused, extra = _left_over(sources, used, cfg, abstract)
-    problems += [f"{t.file}: tensor {t.name} {list(t.shape)} has no place in the model" for t in extra]
+    problems += [f"{t.file}: the model has no parameter for tensor {t.name} {list(t.shape)}" for t in extra]
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError("; ".join(problems[:SHOWN]) + more)
@@ -124,14 +129,14 @@ def read(fillings: dict[str, Filling], cfg: Config) -> dict[str, jax.Array]:
     """{path: parameter}, each in the dtype and sharding of its leaf.
 
     Raises:
-      UserError: a file that ends early, or a value that is not finite.
+      UserError: a file is truncated, or a value is not finite.
     """
     bar = tqdm(fillings.items(), desc="reading weights", unit="array", leave=False, disable=None)
     return {path: _place(filling, cfg) for path, filling in bar}
 
 
 def files_dtype(fillings: dict[str, Filling]) -> str:
-    """ "bfloat16" if every tensor is, else "float32"."""
+    """The dtype of the files: "bfloat16" if every tensor has it, else "float32"."""
     dtypes = {tensor.dtype for filling in fillings.values() for tensor in filling.tensors}
     return "bfloat16" if dtypes == {"BF16"} else "float32"
 
@@ -139,7 +144,7 @@ def files_dtype(fillings: dict[str, Filling]) -> str:
 def _place(filling: Filling, cfg: Config) -> jax.Array:
     leaf, placed, last, value = filling.leaf, [], None, None
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    # Devices that hold the same slice come one after the other, so that it is read once.
+    # Sorted, so that devices with the same slice follow each other and it is read once.
     where = sharding.addressable_devices_indices_map(leaf.shape)
     for device, index in sorted(where.items(), key=lambda item: str(item[1])):
         if index != last:
@@ -169,7 +174,7 @@ def _put(out: np.ndarray, value: np.ndarray, tensor: Tensor) -> None:
 
 def _one(filling: Filling, tensor: Tensor, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
     rule, shape = filling.rule, filling.shape()
-    if tensor.shape != their_shape(shape, rule, cfg):  # `match` let only those pass that can be resized
+    if tensor.shape != their_shape(shape, rule, cfg):  # `match` has only accepted shapes that can be resized
         whole = to_ours(tensor.read(), rule, cfg)
         if rule.path == "vision/position_embedding":
             side = cfg.vision.image_size // cfg.vision.patch_size
@@ -182,7 +187,7 @@ def _one(filling: Filling, tensor: Tensor, index: tuple[slice, ...], cfg: Config
 
 
 def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """Memory that a CPU device takes over as it is: JAX copies what does not begin at a multiple of 64 bytes."""
+    """An uninitialised array aligned to 64 bytes, which a CPU device takes over without a copy."""
     dtype = jnp.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
@@ -191,7 +196,7 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
-    """A sentence for the first tensor whose shape is neither right nor to be resized."""
+    """A sentence for the first tensor whose shape is neither right nor may be resized; [] if there is none."""
     expected = their_shape(filling.shape(), filling.rule, cfg)
     for tensor in filling.tensors:
         got, hint = tensor.shape, ""
@@ -202,11 +207,11 @@ def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
             tokens = got[-2] - int(cfg.vision.class_token)
             if cfg.init.image_size and tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
                 continue
-            hint = "; another picture size is config.init.image_size"
+            hint = "; for another image size set config.init.image_size"
         if path in ("llm/embedding", "llm/head") and same and got[0] < expected[0]:
             if cfg.init.grow_vocab:
                 continue
-            hint = "; config.init.grow_vocab=True adds rows"
+            hint = "; to add rows set config.init.grow_vocab=True"
         return [
             f"{tensor.file}: tensor {tensor.name} has shape {list(got)}, expected {list(expected)} for {path}{hint}"
         ]
@@ -216,7 +221,7 @@ def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
 def _left_over(
     sources: dict[str, Source], used: set[tuple[str, str]], cfg: Config, abstract: Any
 ) -> tuple[dict[str, list[str]], list[Tensor]]:
-    """({what it is: names} of tensors that may be left, those that may not)."""
+    """({description: names} of tensors that may remain unused, tensors that may not)."""
     unused: dict[str, list[str]] = defaultdict(list)
     extra = []
     depth = abstract["vision"]["blocks"]["norm1"]["scale"].shape[0]
@@ -230,11 +235,11 @@ def _left_over(
                 what = next((text for pattern, text in known if re.fullmatch(pattern, name)), "")
                 block = re.match(r"encoder\.layers?\.(\d+)\.", name)
                 if part is not None and part not in parts:
-                    what = f"{part}, which is not taken from here"
+                    what = f"{part}, which is loaded from elsewhere or fresh"
                 elif part == "vision" and block and depth <= int(block[1]) < cfg.vision.layers:
-                    what = f"blocks above {depth - 1}, the highest that is needed"
+                    what = f"blocks above {depth - 1}, the highest one used"
                 elif name == "lm_head.weight" and cfg.llm.tie_embeddings and _is_tied(tensor, tensors):
-                    what = "head that is tied to the embedding"
+                    what = "head tied to the embedding"
                 if what:
                     unused[what].append(tensor.name)
                 else:
@@ -243,7 +248,7 @@ def _left_over(
 
 
 def _is_tied(head: Tensor, tensors: dict[str, Tensor]) -> bool:
-    """Whether the head is the embedding, as config.json says; a head of its own must not vanish silently."""
+    """Whether the head equals the embedding, as config.json claims; a different head must not be dropped silently."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None or embedding.shape != head.shape:
         return False

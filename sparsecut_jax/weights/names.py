@@ -1,8 +1,8 @@
-"""Hugging Face names <-> our parameter paths: one table per family, read both ways.
+"""Maps Hugging Face tensor names to our parameter paths and back: one table per family.
 
-Torch keeps a linear weight as (out, in); here kernels are (in, out), attention kernels have separate head axes, and
-the layers of a stack share one array with a leading layer axis. How a tensor is laid out is an einops pattern,
-theirs -> ours; exporting reads it backwards.
+Torch stores a linear weight as (out, in); here kernels are (in, out), attention kernels have separate head axes, and the
+layers of a stack share one array with a leading layer axis. The change of layout is an einops pattern, theirs -> ours;
+export applies it in reverse.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Rule:
     """One parameter and the tensor that holds it.
 
     Attributes:
-      path: of the parameter; stacked ones lie under "blocks" or "layers".
-      name: of the tensor, canonical (see `canonical`); {i} is the layer, {k} the level where each has its own fusion.
-      layout: einops pattern, theirs -> ours; "" for the same.
-      part, parts: the tensor holds `parts` of these one after the other along its rows, and this is number `part`.
+      path: path of the parameter; stacked ones are under "blocks" or "layers".
+      name: canonical name of the tensor (see `canonical`); {i} is the layer, {k} the level if each has its own fusion.
+      layout: einops pattern, theirs -> ours; "" if they are the same.
+      part, parts: the tensor concatenates several parameters along its rows (how many and how large: `parts`, see
+        `part_rows`), and this is number `part`; "" if it holds only this one.
     """
 
     path: str
@@ -70,7 +71,7 @@ CLIP = [
     *_linear(f"{_BLOCK}/fc1", f"{_CLIP}.mlp.fc1"),
     *_linear(f"{_BLOCK}/fc2", f"{_CLIP}.mlp.fc2"),
 ]
-SIGLIP2 = [  # its patches are cut by the image processor, already in our order
+SIGLIP2 = [  # its image processor cuts the patches, already in our order
     Rule(rule.path, rule.name, LINEAR) if rule.path == "vision/patch_embedding/kernel" else rule for rule in CLIP
 ]
 _DINO = "encoder.layer.{i}"
@@ -116,7 +117,7 @@ _FUSE = "fusion/fuse"
 
 
 def _projector(prefix: str, fc1: str, fc2: str) -> list[Rule]:
-    """Projector of every fusion, and what `cross_attention` has besides (PyTorch's MultiheadAttention)."""
+    """The projector of every fusion, and the further tensors of `cross_attention` (PyTorch's MultiheadAttention)."""
     return [
         *_linear(f"{_FUSE}/projector/fc1", f"{prefix}.{fc1}"),
         *_linear(f"{_FUSE}/projector/fc2", f"{prefix}.{fc2}"),
@@ -138,14 +139,14 @@ def _projector(prefix: str, fc1: str, fc2: str) -> list[Rule]:
 
 
 PROJECTORS = {
-    "mm_projector": _projector("mm_projector", "0", "2"),  # official; `mlp.` in front of the number is dropped
+    "mm_projector": _projector("mm_projector", "0", "2"),  # official; a `mlp.` before the number is dropped
     "multi_modal_projector": _projector("multi_modal_projector", "linear_1", "linear_2"),  # llava-hf, and ours
     "multi_modal_projector.{k}": _projector("multi_modal_projector.{k}", "linear_1", "linear_2"),  # shared=False
 }
 TOWERS = {"clip": CLIP, "siglip": CLIP, "siglip2": SIGLIP2, "dinov2": DINOV2}
 LLMS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "phi3": PHI3}
 
-# What stands in front of a name in the files that people have, by part; the rest is the canonical name.
+# Prefixes of names in common checkpoints, by part; the rest is the canonical name.
 PREFIXES = {
     "vision": r"(?:model\.)?(?:(?:vision_tower|backbone|dinov2)\.)*(?:vision_model\.)?"
     r"(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|layernorm|head)\.)",
@@ -153,7 +154,7 @@ PREFIXES = {
     r"(?=model\.(?:layers|norm|embed_tokens|rotary_emb)\.|lm_head\.))",
     "fusion": r"(?:model\.)?(?=mm_projector\.|multi_modal_projector\.)",
 }
-# Tensors that may be in a file and that no model here has: what they are, for the report.
+# Tensors that a file may have and no model here uses, with a description for the report.
 LEFT = {
     "vision": [
         (r"(post_layernorm|layernorm)\..*", "norm after the last block"),
@@ -171,7 +172,7 @@ OTHERS = [
 
 
 def canonical(name: str) -> tuple[str | None, str]:
-    """(part, canonical name) of a tensor's name in a file; part None where it belongs to no part of ours."""
+    """(part, canonical name) of a tensor's name in a file; the part is None if it belongs to none of ours."""
     for part, prefix in PREFIXES.items():
         if match := re.match(prefix, name):
             rest = name[match.end() :]
@@ -184,7 +185,7 @@ def canonical(name: str) -> tuple[str | None, str]:
 
 
 def rules_of(part: str, cfg: Config, names: Sequence[str] = ()) -> list[Rule]:
-    """The table that names a part's tensors. `names`, canonical, tell the kinds of projector files apart."""
+    """The table for a part's tensors. names: canonical names, which tell the kinds of projector files apart."""
     if part == "vision":
         return TOWERS[cfg.vision.family]
     if part == "llm":
@@ -195,7 +196,7 @@ def rules_of(part: str, cfg: Config, names: Sequence[str] = ()) -> list[Rule]:
 
 
 def axis_sizes(path: str, cfg: Config) -> dict[str, int]:
-    """Sizes of the einops axes that a tensor's shape does not tell."""
+    """Sizes of the einops axes that do not follow from a tensor's shape."""
     if path.startswith("vision"):
         return {"h": cfg.vision.width // cfg.vision.heads, "y": cfg.vision.patch_size, "x": cfg.vision.patch_size}
     if path.startswith("fusion"):
@@ -204,7 +205,7 @@ def axis_sizes(path: str, cfg: Config) -> dict[str, int]:
 
 
 def part_rows(rule: Rule, cfg: Config) -> list[int]:
-    """Rows of each of the parameters that share the rule's tensor; [] if it has it alone."""
+    """Rows of each parameter that shares the rule's tensor; [] if the tensor holds only this one."""
     if not rule.parts:
         return []
     q, kv = cfg.llm.heads * cfg.llm.head_dim, cfg.llm.kv_heads * cfg.llm.head_dim
@@ -212,7 +213,7 @@ def part_rows(rule: Rule, cfg: Config) -> list[int]:
 
 
 def to_theirs(value: np.ndarray, rule: Rule, cfg: Config) -> np.ndarray:
-    """A parameter (of one layer) as torch lays it out."""
+    """A parameter (of one layer) in torch's layout."""
     if not rule.layout:
         return value
     theirs, ours = rule.layout.split(" -> ")
@@ -220,11 +221,12 @@ def to_theirs(value: np.ndarray, rule: Rule, cfg: Config) -> np.ndarray:
 
 
 def to_ours(value: np.ndarray, rule: Rule, cfg: Config) -> np.ndarray:
+    """A tensor (of one layer) in our layout; the inverse of `to_theirs`."""
     return einops.rearrange(value, rule.layout, **_known(rule, cfg)) if rule.layout else value
 
 
 def their_shape(shape: Sequence[int], rule: Rule, cfg: Config) -> tuple[int, ...]:
-    """Shape of the tensor for a parameter of `shape` (of one layer), its neighbours in the tensor included."""
+    """Shape of the whole tensor that holds a parameter of `shape` (of one layer)."""
     if rule.layout:
         left, right = _sides(rule.layout)
         sizes = _sizes(right, shape, _known(rule, cfg))
@@ -236,9 +238,9 @@ def their_shape(shape: Sequence[int], rule: Rule, cfg: Config) -> tuple[int, ...
 def their_slices(
     index: tuple[slice, ...], shape: Sequence[int], rule: Rule, cfg: Config
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Which slice of their tensor holds `index` of our parameter, and what of that, once laid out, to keep.
+    """(slices of their tensor to read for `index` of our parameter, slices to keep of that in our layout).
 
-    Slices of axes that their layout cannot follow are read whole and cut afterwards.
+    Axes that cannot be sliced in their layout are read whole and sliced afterwards.
     """
     index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
     if rule.layout:
@@ -248,7 +250,7 @@ def their_slices(
         theirs, followed = [], set()
         for group in left:
             inner = math.prod(sizes[letter] for letter in group[1:])
-            # Of a merged axis only the outer part can be cut, or the axis that stands alone.
+            # Only the outermost axis of a merged group can be sliced, or an axis of its own.
             if group and group[0] in wanted:
                 start, stop = wanted[group[0]].start, wanted[group[0]].stop
                 theirs.append(slice(start * inner, stop * inner))
@@ -273,7 +275,7 @@ def _known(rule: Rule, cfg: Config) -> dict[str, int]:
 
 
 def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
-    """ "(q h) c -> c q h" -> ([["q", "h"], ["c"]], [["c"], ["q"], ["h"]]); a "1" is an empty group."""
+    """Parses "(q h) c -> c q h" into ([["q", "h"], ["c"]], [["c"], ["q"], ["h"]]); a "1" is an empty group."""
     parse = lambda side: [
         [letter for letter in group.strip("()").split() if letter != "1"]
         for group in re.findall(r"\([^)]*\)|\S+", side)
@@ -283,12 +285,12 @@ def _sides(layout: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def _sizes(groups: list[list[str]], shape: Sequence[int], known: dict[str, int]) -> dict[str, int]:
-    """Sizes of all axes, from the shape of one side and what is known."""
+    """Sizes of all axes, from the shape of one side and the known sizes."""
     sizes = dict(known)
     for group, size in zip(groups, shape, strict=True):
         unknown = [letter for letter in group if letter not in sizes]
         if len(unknown) > 1:
-            raise UserError(f"axes {group} of size {size} cannot be told apart")
+            raise UserError(f"the sizes of axes {group}, {size} together, cannot be determined")
         for letter in unknown:
             sizes[letter] = size // math.prod(sizes[other] for other in group if other != letter)
     return sizes

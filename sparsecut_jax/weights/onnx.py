@@ -1,7 +1,7 @@
-"""ONNX: the vision tower of a model that PyTorch exported, where it has the shape of Hugging Face's Dinov2Model.
+"""Reads ONNX: the vision tower of a model exported by PyTorch, if it has the structure of Hugging Face's Dinov2Model.
 
-An export keeps the names of most parameters, but not of those it changes: linear weights are transposed, the table of
-position embeddings is cut into class token and grid. What these are is told by the nodes that read them.
+An export keeps the names of most parameters, but not of those it changes: linear weights are transposed, and the table of
+position embeddings is split into class token and grid. These are identified by the nodes that read them.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from sparsecut_jax.weights.tensors import Tensor, decimal
 DTYPES = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}  # TensorProto.DataType
 PROJECTION = "embeddings.patch_embeddings.projection.weight"
 POSITIONS = "embeddings.position_embeddings"
-# How torch's `interpolate(mode="bicubic", align_corners=False)` is written, which weights/resize.py does.
+# torch's `interpolate(mode="bicubic", align_corners=False)` as ONNX attributes; weights/resize.py computes the same.
 RESIZE = {"mode": "cubic", "coordinate_transformation_mode": "half_pixel", "cubic_coeff_a": -0.75}
 ToArray = Callable[[Any], np.ndarray]
 
 
 def open_onnx(path: str) -> dict[str, Tensor]:
-    """The tower's tensors by their Hugging Face names, in torch's layout (out, in); all others by their own.
+    """The tower's tensors by Hugging Face name, in torch's layout (out, in); all others by their name in the file.
 
     The position embeddings are those of the grid the tower was trained with, (1, 1 + N, C), not the resized ones.
 
     Raises:
-      UserError: no ONNX, or no tower of this shape in it.
+      UserError: not an ONNX file, or it has no tower of this structure.
     """
     return _parsed(path, tower_tensors)
 
 
 def onnx_config(path: str) -> dict[str, Any]:
-    """What config.json would say of this tower, with model_type "dinov2".
+    """The config.json of this tower, with model_type "dinov2".
 
     Raises:
-      UserError: no ONNX, or no tower of this shape in it.
+      UserError: not an ONNX file, or it has no tower of this structure.
     """
     return _parsed(path, tower_config)
 
 
 def tower_tensors(path: str, graph: Any, to_array: ToArray) -> dict[str, Tensor]:
-    """`open_onnx` of a GraphProto. `to_array` turns a TensorProto into an array."""
+    """`open_onnx` for a GraphProto. `to_array` converts a TensorProto to an array."""
     prefix = _prefix(path, graph)
     stored = {t.name: t for t in graph.initializer}
     found = {name.removeprefix(prefix): _tensor(path, name, t, to_array) for name, t in stored.items()}
@@ -54,7 +54,7 @@ def tower_tensors(path: str, graph: Any, to_array: ToArray) -> dict[str, Tensor]
         weight = node.input[1] if node.op_type == "MatMul" else None
         module = node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
         if weight in stored and module.startswith(prefix):
-            found.pop(weight, None)  # one that was equal to another may be read twice
+            found.pop(weight, None)  # equal tensors are stored once and may be read by several nodes
             name = f"{module}.weight"
             found[name.removeprefix(prefix)] = _tensor(path, name, stored[weight], to_array, transposed=True)
     if POSITIONS not in found:
@@ -68,7 +68,7 @@ def tower_tensors(path: str, graph: Any, to_array: ToArray) -> dict[str, Tensor]
 
 
 def tower_config(path: str, graph: Any, to_array: ToArray) -> dict[str, Any]:
-    """`onnx_config` of a GraphProto. `to_array` turns a TensorProto into an array."""
+    """`onnx_config` for a GraphProto. `to_array` converts a TensorProto to an array."""
     tensors = tower_tensors(path, graph, to_array)
     block = f"{_scope(_prefix(path, graph))}encoder/layer.0/"
     constants = {
@@ -86,7 +86,7 @@ def tower_config(path: str, graph: Any, to_array: ToArray) -> dict[str, Any]:
     if side**2 + 1 != tensors[POSITIONS].shape[1]:
         raise UserError(f"{path}: {POSITIONS} has {tensors[POSITIONS].shape[1]} rows; expected 1 + a square")
     if not any(n.op_type == "Erf" and n.name.startswith(f"{block}mlp/") for n in graph.node):
-        raise UserError(f"{path}: the MLPs of the tower have no node Erf; expected gelu as activation")
+        raise UserError(f"{path}: the MLPs of the tower have no Erf node; expected exact GELU as activation")
     return {
         "model_type": "dinov2",
         "hidden_size": width,
@@ -103,7 +103,7 @@ def tower_config(path: str, graph: Any, to_array: ToArray) -> dict[str, Any]:
 
 
 def _parsed(path: str, parse: Callable[[str, Any, ToArray], dict]) -> dict:
-    """`parse` of the graph in the file. Raises UserError where nodes or tensors of it are damaged."""
+    """`parse` applied to the graph in the file. Raises UserError if its nodes or tensors are damaged."""
     try:
         return parse(path, *_load(path))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -111,11 +111,11 @@ def _parsed(path: str, parse: Callable[[str, Any, ToArray], dict]) -> dict:
 
 
 def _load(path: str) -> tuple[Any, ToArray]:
-    """(graph, function that makes an array of one of its tensors)."""
+    """(graph, function that converts one of its tensors to an array)."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not there")
+        raise UserError(f"{path} does not exist")
     try:
-        import onnx  # not among the requirements: few towers come so
+        import onnx  # optional: few towers come as ONNX
         from onnx import numpy_helper
     except ImportError as error:
         raise UserError(f"{path} needs the package onnx: pip install onnx") from error
@@ -128,12 +128,12 @@ def _load(path: str) -> tuple[Any, ToArray]:
 
     try:
         return onnx.load(path).graph, to_array
-    except Exception as error:  # of protobuf, or of onnx where tensors lie in files of their own
-        raise UserError(f"{path} is no whole ONNX file: {error}") from error
+    except Exception as error:  # from protobuf, or from onnx if tensors are in separate files
+        raise UserError(f"{path} is not a complete ONNX file: {error}") from error
 
 
 def _prefix(path: str, graph: Any) -> str:
-    """What stands before the names of the tower's parameters, such as "backbone."."""
+    """The prefix of the tower's parameter names, such as "backbone."."""
     found = [t.name.removesuffix(PROJECTION) for t in graph.initializer if t.name.endswith(PROJECTION)]
     if len(found) != 1:
         raise UserError(f"{path} has {len(found)} tensors named {PROJECTION}; expected one vision tower")
@@ -141,7 +141,7 @@ def _prefix(path: str, graph: Any) -> str:
 
 
 def _scope(prefix: str) -> str:
-    """What the names of the tower's nodes begin with, such as "/backbone/"."""
+    """The prefix of the tower's node names, such as "/backbone/"."""
     return "/" + prefix.replace(".", "/")
 
 
@@ -158,8 +158,7 @@ def _tensor(path: str, name: str, tensor: Any, to_array: ToArray, transposed: bo
 def _positions(path: str, graph: Any, stored: dict[str, Any], prefix: str) -> list[Any]:
     """The parts (1, 1, C) and (1, N, C) of the position embeddings, class token first.
 
-    The export has computed the slices of the table, so they have lost its name; the nodes of the embeddings that read
-    them have not.
+    The export stores slices of the table under other names; they are found through the embedding nodes that read them.
     """
     nodes = [node for node in graph.node if node.name.startswith(f"{_scope(prefix)}embeddings/")]
     for node in nodes:
@@ -176,7 +175,7 @@ def _positions(path: str, graph: Any, stored: dict[str, Any], prefix: str) -> li
 
 
 def _heads(path: str, graph: Any, constants: dict[str, np.ndarray], scope: str, width: int) -> int:
-    """Heads are split by a reshape to (batch, tokens, heads, width of a head), the last two being constant."""
+    """The number of heads, from the reshape to (batch, tokens, heads, head width), whose last two sizes are constants."""
     for node in graph.node:
         if node.op_type == "Concat" and node.name.startswith(scope) and len(node.input) == 4:
             heads, size = (constants.get(name) for name in node.input[2:])
@@ -186,7 +185,7 @@ def _heads(path: str, graph: Any, constants: dict[str, np.ndarray], scope: str, 
 
 
 def _epsilon(path: str, graph: Any, constants: dict[str, np.ndarray], scope: str) -> float:
-    """The number that a LayerNormalization adds to the variance, or the Add that stands for one before opset 17."""
+    """The epsilon of a LayerNormalization node, or of the Add that implements it before opset 17."""
     for node in graph.node:
         if node.op_type == "LayerNormalization" and node.name.startswith(scope):
             return decimal(next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))

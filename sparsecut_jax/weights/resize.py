@@ -1,4 +1,4 @@
-"""Weights that have to grow with the picture or the vocabulary."""
+"""Resizes weights: position embeddings to another image size, embeddings to a larger vocabulary."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def bicubic_matrix(old: int, new: int) -> np.ndarray:
-    """float64[new, old]: one row per new sample, as PyTorch interpolates ("bicubic", align_corners=False, no antialias).
+    """float64[new, old], one row per new sample: PyTorch's "bicubic" interpolation (align_corners=False, no antialias).
 
-    Cubic convolution with a = -0.75 (Keys 1981); samples beyond the border repeat it.
+    Cubic convolution with a = -0.75 (Keys 1981); samples beyond the border repeat the edge.
     """
     a = -0.75
 
@@ -27,7 +27,7 @@ def bicubic_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resize_positions(table: np.ndarray, side: int, class_token: bool) -> np.ndarray:
-    """Position embeddings for side x side tokens: [P, C] -> [P', C], the class token's kept in front."""
+    """Position embeddings for side x side tokens: [P, C] -> [P', C] in the same dtype; the class token's stays first."""
     front, grid = table[: int(class_token)], table[int(class_token) :]
     old = round(len(grid) ** 0.5)
     matrix = bicubic_matrix(old, side)
@@ -37,6 +37,6 @@ def resize_positions(table: np.ndarray, side: int, class_token: bool) -> np.ndar
 
 
 def grow_rows(table: np.ndarray, rows: int) -> np.ndarray:
-    """[V, D] -> [rows, D]: the new rows are the mean of the old."""
+    """[V, D] -> [rows, D] in the same dtype: each new row is the mean of the old ones."""
     mean = table.mean(0, dtype=np.float64).astype(table.dtype)
     return np.concatenate([table, np.broadcast_to(mean, (rows - len(table), table.shape[1]))])

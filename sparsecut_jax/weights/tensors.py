@@ -1,7 +1,7 @@
-"""Tensors in files, by their Hugging Face names, read slice by slice. Nothing is read before it is asked for.
+"""Tensors in files, by Hugging Face name, read lazily and slice by slice.
 
-A checkpoint is a dict {name: Tensor}. `open_safetensors` makes it of a folder or a file; gguf.py and onnx.py make
-the same of their formats. Pickles are refused: loading one runs whatever its author put there.
+A checkpoint is a dict {name: Tensor}. `open_safetensors` reads one from a folder or a file; gguf.py and onnx.py do the
+same for their formats. Pickles are refused, because loading one can run any code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is still in its file.
+    """A tensor in a file, not read yet.
 
     Attributes:
-      file, name: where it stands, for messages.
-      dtype: a name as safetensors writes it, "F32", "BF16", ...
-      slices: reads `tensor[index]`, one slice per axis; use `read`, which checks what comes.
+      file, name: its location, for messages.
+      shape: its shape in torch's layout.
+      dtype: its dtype as safetensors names it: "F32", "BF16", ...
+      slices: reads `tensor[index]`, one slice per axis; use `read`, which also checks the values.
     """
 
     file: str
@@ -42,29 +43,29 @@ class Tensor:
         """The tensor or a part of it, in its own dtype.
 
         Raises:
-          UserError: it holds no floating-point numbers, or one of them is NaN or infinite.
+          UserError: its dtype is not floating-point, or a value is NaN or infinite.
         """
         self.check()
         index = tuple(slice(None) for _ in self.shape) if index is None else index
         value = self.slices(index)
         if not np.isfinite(value).all():
-            raise UserError(f"{self.file}: tensor {self.name} has values that are NaN or infinite")
+            raise UserError(f"{self.file}: tensor {self.name} has NaN or infinite values; get an intact copy")
         return value
 
     def check(self) -> None:
-        """Raises UserError if this is no tensor of floating-point numbers."""
+        """Raises UserError if the dtype is not floating-point."""
         if self.dtype not in FLOATS:
             raise UserError(
                 f"{self.file}: tensor {self.name} has dtype {self.dtype}; expected one of {', '.join(FLOATS)} "
-                "(quantised weights are read from GGUF only)"
+                "(quantised weights are only read from GGUF)"
             )
 
 
 def open_safetensors(path: str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of a folder with one or with several and their index.
+    """All tensors of a safetensors file, or of a folder with one such file or with several and their index.
 
     Raises:
-      UserError: there is none, it is a pickle, it is truncated, or its header or index says what is not so.
+      UserError: no such file, a pickle, a truncated file, or an inconsistent header or index.
     """
     if not os.path.isdir(path):
         return _open_file(path)
@@ -76,64 +77,62 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
         pickles = sorted(f for f in os.listdir(path) if f.endswith(PICKLES))
         if pickles:
             refuse_pickle(os.path.join(path, pickles[0]))
-        raise UserError(f"{path} holds no .safetensors file; pickled weights (.bin) have to be converted first")
+        raise UserError(f"{path} has no .safetensors file; pickled weights (.bin) must be converted first")
     if "model.safetensors" in files:
         return _open_file(os.path.join(path, "model.safetensors"))
     if len(files) > 1:
-        raise UserError(
-            f"{path} holds {len(files)} .safetensors files, but no {INDEX} that says how they belong together"
-        )
+        raise UserError(f"{path} has {len(files)} .safetensors files but no {INDEX}; add the index, or name one file")
     return _open_file(os.path.join(path, files[0]))
 
 
 def refuse_pickle(file: str) -> None:
-    """Raises UserError that tells how to convert `file`."""
+    """Raises UserError, which tells how to convert `file`."""
     raise UserError(
-        f"{file} is a pickle, which can run any code when it is loaded, and is refused; where you trust it, convert it "
+        f"{file} is a pickle, which can run any code when loaded, and is refused; if you trust it, convert it "
         "with torch: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
     )
 
 
 def read_json(path: str) -> dict:
-    """The object in a JSON file. Raises UserError if there is none."""
+    """The object in a JSON file. Raises UserError if the file does not exist or holds no JSON object."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except FileNotFoundError:
-        raise UserError(f"{path} is not there") from None
+        raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
 
 
 def decimal(value: float) -> float:
-    """The shortest decimal number that is the same in float32, in which the file holds it: 1e-05."""
+    """The shortest decimal number with the same float32 value, which is how the file stores it: 1e-05."""
     return float(str(np.float32(value)))
 
 
 def _open_shards(folder: str, index: str) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index}: expected a 'weight_map' of tensor names to files")
+        raise UserError(f"{index}: expected a 'weight_map' from tensor names to files")
     found: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
         if os.path.basename(file) != file or file in ("", ".", ".."):
-            raise UserError(f"{index} names the file {file!r}; expected a file of its own folder")
+            raise UserError(f"{index} names the file {file!r}; expected a file in the same folder")
         for name, tensor in _open_file(os.path.join(folder, file)).items():
             if name in found:
                 raise UserError(f"{tensor.file}: tensor {name} is also in {found[name].file}")
             found[name] = tensor
     for name, file in where.items():
         if name not in found or os.path.basename(found[name].file) != file:
-            raise UserError(f"{index} says that tensor {name} is in {file}, where it is not")
+            raise UserError(f"{index} lists tensor {name} in {file}, which does not contain it")
     return found
 
 
 def _open_file(file: str) -> dict[str, Tensor]:
     if not os.path.isfile(file):
-        raise UserError(f"{file} is not there")
+        raise UserError(f"{file} does not exist")
     with open(file, "rb") as opened:
         start = opened.read(4)
     if file.endswith(PICKLES) or start[:2] == b"PK" or start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
@@ -146,17 +145,17 @@ def _open_file(file: str) -> dict[str, Tensor]:
                 for name, view in views.items()
             }
     except SafetensorError as error:
-        raise UserError(f"{file} is no whole safetensors file: {error}") from error
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def _reader(file: str, name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """The file is opened anew for every tensor: it is mapped into memory, and its pages would count until closed."""
+    """Reopens the file for every tensor: it is memory-mapped, and its pages count as used until it is closed."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         try:
             with safe_open(file, "np") as opened:
                 return opened.get_slice(name)[index] if index else opened.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{file} is no whole safetensors file: {error}") from error
+            raise UserError(f"{file} is not a complete safetensors file: {error}") from error
 
     return read
