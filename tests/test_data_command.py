@@ -24,12 +24,13 @@ from sparsecut_jax.data.pipeline import BatchReader, closing, train_batches
 from sparsecut_jax.data.plan import make_plan
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
-from sparsecut_jax.data.stats import stats
+from sparsecut_jax.data.stats import bin_edges, stats
 from sparsecut_jax.data.walk import walk
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.train import make_stage_plan, print_data, train
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.loop import StageSpan
+from sparsecut_jax.training.plots import plt
 from sparsecut_jax.types import UserError
 
 STAGE = StageConfig(template="qa", seq_len=32, batch_size=8, epochs=1.0)
@@ -187,6 +188,35 @@ def test_stats(opened, tmp_path, capsys):
     assert "packed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("longest", "edges"),
+    [
+        (0, [-0.5, 0.5]),
+        (2, [-0.5, 0.5, 1.5, 2.5]),
+        (59, [i - 0.5 for i in range(61)]),
+        (60, [2 * i - 0.5 for i in range(32)]),
+    ],
+)
+def test_bins_of_stats_hold_whole_numbers(longest, edges):
+    assert bin_edges(longest).tolist() == edges
+
+
+def test_stats_draw_rows_of_one_length(tmp_path, monkeypatch):
+    """The bar is a token wide on an axis from 0 to that length, not a hair within seq_len."""
+    rows = [row(i, "good.png", answer="red") for i in range(10)]
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set={"data.mix": {}})))
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    stats(opened.readers, opened.cfg)
+    axes = figures[0].axes[0]
+    bars = [bar for bar in axes.patches if bar.get_height()]
+    assert [(bar.get_height(), bar.get_width()) for bar in bars] == [(10, 1), (10, 1)]  # with images, text alone
+    longest = max(bar.get_x() + 0.5 for bar in bars)
+    assert axes.get_xlim() == pytest.approx((-0.5, longest + 0.5), abs=1)
+
+
 @pytest.mark.parametrize("batching", ["rows", "packed"])
 def test_preview(folder, tmp_path, capsys, batching):
     settings = {"stages.instruct.batching": batching, "stages.instruct.seq_len": 64}
@@ -296,7 +326,10 @@ def test_a_run_says_at_its_start_what_is_cut(warned, tmp_path, capsys):
     assert samples.cut == {"instruct": (2, 1)} and samples.counts() == {}
     span = StageSpan("instruct", cfg.stages["instruct"], 0, 1)
     print_data(warned.source, [span], {"instruct": plan}, samples)
-    assert "\ncut        instruct: 2 answers, of 1 rows, do not fit into seq_len=32 and are dropped\n" in capsys.readouterr().out
+    assert (
+        "\ncut        instruct: 2 answers, of 1 rows, do not fit into seq_len=32 and are dropped\n"
+        in capsys.readouterr().out
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

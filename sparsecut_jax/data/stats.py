@@ -1,4 +1,4 @@
-"""`data stats`: how long rows are, how many images they have, and how full each way of batching makes the sequences."""
+"""`data stats`: row lengths, images per row, and the share of non-padding tokens by batching."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import dataclasses
 import os
 from typing import get_args, get_type_hints
 
-import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-
-from sparsecut_jax.data.pipeline import Reader  # noqa: E402
+from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.plan import Lengths
-from sparsecut_jax.data.walk import stage_plan, walk  # noqa: E402
-from sparsecut_jax.settings import Config, StageConfig  # noqa: E402
-from sparsecut_jax.training.report import Progress, table  # noqa: E402
-from sparsecut_jax.training.workdir import write_json  # noqa: E402
+from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.settings import Config, StageConfig
+from sparsecut_jax.training.plots import plt
+from sparsecut_jax.training.report import Progress, table
+from sparsecut_jax.training.workdir import write_json
 
 BATCHINGS = get_args(get_type_hints(StageConfig)["batching"])
+BINS = 60  # of a histogram, at most
 
 
 def stats(readers: dict[str, Reader], cfg: Config) -> None:
@@ -67,10 +66,12 @@ def _print(name: str, stage: StageConfig, told: dict) -> None:
         f"\nstage {name}: {told['rows']:,} rows, {told['left_out']:,} left out, {told['text_only']:.1%} without an image"
     )
     if told["cut_answers"]:
-        print(f"cut: {told['cut_answers']:,} answers, of {told['cut_rows']:,} rows, do not fit into seq_len and are dropped")
+        print(
+            f"cut: {told['cut_answers']:,} answers, of {told['cut_rows']:,} rows, do not fit into seq_len and are dropped"
+        )
     keys = ("min", "median", "mean", "p95", "max")
-    rows = [[label, *(f"{told[key][k]:,.4g}" for k in keys)] for label, key in
-            (("positions of a row", "tokens"), ("of them text", "text_tokens"), ("images of a row", "images"))]  # fmt: skip
+    rows = [[label, *(f"{told[key][k]:,.1f}".removesuffix(".0") for k in keys)] for label, key in
+            (("tokens per row", "tokens"), ("text tokens per row", "text_tokens"), ("images per row", "images"))]  # fmt: skip
     print(table(["", *keys], rows))
     rows = [
         [
@@ -81,24 +82,36 @@ def _print(name: str, stage: StageConfig, told: dict) -> None:
         ]
         for batching, f in told["batching"].items()
     ]
-    print(table([f"at seq_len={stage.seq_len}", "useful", "batches an epoch", "image slots"], rows))
+    print(table([f"at seq_len={stage.seq_len}", "non-padding", "batches per epoch", "image slots"], rows))
+
+
+def bin_edges(longest: int) -> np.ndarray:
+    """Edges of at most BINS bins over the whole numbers from 0 to `longest`, halfway between two of them."""
+    width = -(-(longest + 1) // BINS)
+    return np.arange(0, longest + 1 + width, width) - 0.5
 
 
 def _draw(path: str, lengths: dict, written: dict, cfg: Config) -> None:
-    """A row of histograms for every stage."""
+    """Histograms of row lengths and images per row, and bars of non-padding tokens; one line per stage."""
     figure, grid = plt.subplots(len(lengths), 3, figsize=(13, 3.6 * len(lengths)), dpi=110, squeeze=False)
     for (name, (kept, text)), axes in zip(lengths.items(), grid, strict=True):
-        axes[0].hist(kept.tokens, bins=60, color="#4477aa", label="with images")
-        axes[0].hist(text, bins=60, color="#ee6677", alpha=0.7, label="text alone")
-        axes[0].axvline(cfg.stages[name].seq_len, color="black", linewidth=1, linestyle="--", label="seq_len")
-        axes[0].set(title=f"{name}: positions of a row", xlabel="positions", ylabel="rows")
-        axes[0].legend()
-        axes[1].hist(kept.images, bins=np.arange(kept.images.max() + 2) - 0.5, color="#4477aa", rwidth=0.8)
-        axes[1].set(title="images of a row", xlabel="images", ylabel="rows")
+        seq_len, longest = cfg.stages[name].seq_len, int(kept.tokens.max())
+        edges = bin_edges(longest)
+        axes[0].hist(kept.tokens, bins=edges, color="#4477aa", label="image and text tokens")
+        axes[0].hist(text, bins=edges, color="#ee6677", alpha=0.7, label="text tokens")
+        if seq_len <= 2 * longest:  # further right it would squeeze the bars
+            axes[0].axvline(seq_len, color="black", linewidth=1, linestyle="--", label="seq_len")
+        axes[0].set(title=f"{name}: row lengths (seq_len = {seq_len:,})", xlabel="tokens per row", ylabel="rows")
+        axes[0].margins(y=0.35)  # room for the legend
+        axes[0].legend(loc="upper left")
+        axes[1].hist(kept.images, bins=bin_edges(int(kept.images.max())), color="#4477aa", rwidth=0.8)
+        axes[1].set(title="images per row", xlabel="images", ylabel="rows")
+        for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis, axes[1].yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         filled = written[name]["batching"]
         bars = axes[2].bar(list(filled), [100 * f["useful"] for f in filled.values()], color="#228833")
         axes[2].bar_label(bars, fmt="%.1f %%")
-        axes[2].set(title="useful positions by batching", ylabel="%", ylim=(0, 110))
+        axes[2].set(title="non-padding tokens by batching", ylabel="%", ylim=(0, 110))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
