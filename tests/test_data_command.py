@@ -208,6 +208,7 @@ def test_stats_draw_rows_of_one_length(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set={"data.mix": {}})))
     figures = []
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(plt, "close", figures.append)
     stats(opened.readers, opened.cfg)
     axes = figures[0].axes[0]
