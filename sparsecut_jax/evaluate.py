@@ -39,7 +39,8 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
     for test, part in tests.items():
         limit = vqa.answer_limit(run, part)
         progress, found, broken = Progress(len(part), 0, f"rows of {test}"), [], []
-        for some in vqa.answer_part(run, part, test, limit):
+        answers = vqa.answer_part(run, part, test, limit)
+        for some in progress.awaiting("answering the first rows, compilation included", answers):
             found += some.answered
             broken += some.broken
             progress.update(some.rows)

@@ -8,6 +8,7 @@ Without --image the question is text only; --image may be given several times, u
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from absl import flags
@@ -15,6 +16,7 @@ from absl import flags
 from sparsecut_jax import cli
 from sparsecut_jax.inference.answering import Reply, check_asked, check_local, reply
 from sparsecut_jax.inference.run import FRESH_FUSION, Run, load_run
+from sparsecut_jax.training.report import busy
 
 FLAGS = flags.FLAGS
 
@@ -25,7 +27,9 @@ def main() -> None:
     check_asked(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template, dashes="--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
-    found = reply(run, FLAGS.prompt, FLAGS.image, *how)
+    # Only a person sees the seconds counted: a script gets the answer alone.
+    with busy("compiling and answering", sys.stderr) if sys.stderr.isatty() else contextlib.nullcontext():
+        found = reply(run, FLAGS.prompt, FLAGS.image, *how)
     print(found.text, flush=True)
     for note in notes(run, bool(FLAGS.image), found, FLAGS.max_new_tokens):
         print(f"note: {note}", file=sys.stderr)

@@ -19,6 +19,7 @@ from absl import flags
 from sparsecut_jax import cli
 from sparsecut_jax.planning import answer, compiler, hardware, tables
 from sparsecut_jax.settings import Config
+from sparsecut_jax.training import report
 from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
@@ -48,11 +49,12 @@ def plan(cfg: Config) -> None:
     folder = make_folder("--out", FLAGS.out or os.path.join("runs/plan", file_name(cfg, stage)))
 
     # ------------------------------------------------------------------ the answers
-    tell = lambda text: print(text, flush=True)
-    found = [
-        {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, tell)}
-        for question in questions
-    ]
+    with open(os.dup(2), "w") as stderr:  # the compiler's own noise is kept from the other one
+        during = lambda what: report.busy(what, stderr)
+        found = [
+            {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, during)}
+            for question in questions
+        ]
 
     # ------------------------------------------------------------------ output
     from sparsecut_jax.planning import chart, scaling  # here: matplotlib takes a third of a second

@@ -1,8 +1,14 @@
 """What is shown and written while a run goes on."""
 
 import json
+import os
+import pty
+import re
+
+import pytest
 
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.training import report
 from sparsecut_jax.training.report import MetricsWriter, Progress, plan_table, read_metrics, shortcut_names, table
 
 PLAN = Plan(pairs=((4, 0), (2, 3), (0, 6), (1, 6)), main_level=3, vit_depth=5, llm_depth=7)
@@ -47,5 +53,31 @@ def test_progress_without_a_terminal_is_lines(capsys):
     progress.write("step 2: held-out loss 0.4")
     progress.update()
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "step 2: held-out loss 0.4"
-    assert out[1].startswith("align 3/3 [") and out[1].endswith("loss 0.5")
+    assert out[0].startswith("align 2/3 [") and out[0].endswith("] loss 0.5")  # the figures of the first step, at once
+    assert out[1] == "step 2: held-out loss 0.4"
+    assert out[2].startswith("align 3/3 [") and out[2].endswith("loss 0.5")
+
+
+def test_what_takes_long_is_told_before_and_after(capsys):
+    progress = Progress(total=3, initial=0, name="align")
+    with progress.busy("compiling the step") as remarks:
+        assert capsys.readouterr().out == "compiling the step ...\n"
+        remarks.append("from the cache")
+    assert re.fullmatch(r"compiling the step: \d+\.\d s, from the cache\n", capsys.readouterr().out)
+    assert list(progress.awaiting("asking", iter("abc"))) == ["a", "b", "c"]
+    assert re.fullmatch(r"asking \.\.\.\nasking: \d+\.\d s\n", capsys.readouterr().out)
+    with pytest.raises(KeyError), progress.busy("compiling the step"):
+        raise KeyError
+    assert capsys.readouterr().out == "compiling the step ...\n"
+
+
+def test_on_a_terminal_the_seconds_are_counted_on_one_line(monkeypatch):
+    monkeypatch.setattr(report, "TICK", 0.01)
+    ours, theirs = pty.openpty()
+    said = b""
+    with open(theirs, "w") as terminal, report.busy("compiling", terminal) as remarks:
+        while not said.endswith(b" s"):
+            said += os.read(ours, 1000)
+        remarks.append("done")
+    said += os.read(ours, 10_000)
+    assert re.fullmatch(rb"(\r\x1b\[Kcompiling \.\.\.( \d s)?)+\r\x1b\[Kcompiling: \d\.\d s, done\r\n", said)

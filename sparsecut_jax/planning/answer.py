@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,6 +24,7 @@ from sparsecut_jax.weights import pretrained
 
 SHOWN = 6  # settings that a search returns
 MOST_ROWS = 10**12
+During = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Question:
                 raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
 
 
-def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """The plan of one stage, as JSON-compatible data. `tell` is called before each slow step.
+def answer(cfg: Config, question: Question, during: During = contextlib.nullcontext) -> dict[str, Any]:
+    """The plan of one stage, as JSON-compatible data. What is slow runs inside `during(what it is)`.
 
     Raises:
       UserError: the topology does not support the mesh, batch, remat policy or backend, or its compiler is missing.
@@ -79,7 +81,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
     parameters = Parameters(cfg, name)
     checked_rates(parameters.shapes, cfg.stages[name], name)
     expected = memory.estimate(cfg, name, sizes, platform, parameters)
-    needed, source, crossing = _needed(cfg, question, expected, tell)
+    needed, source, crossing = _needed(cfg, question, expected, during)
     fits = isinstance(needed, Bytes) and needed.total <= topology.memory
     work = flops.work(products := step_products(cfg, name, parameters))
     line = roofline(cfg, name, topology, sizes, products, parameters) if topology.chip.flops else None
@@ -97,8 +99,7 @@ def answer(cfg: Config, question: Question, tell: Callable[[str], None] = lambda
         "notes": notes + _share_note(topology, needed) + _time_note(topology),
     }
     if question.search or not fits:
-        tell("searching  for settings that fit")
-        made["search"] = _search(cfg, question, parameters, tell)
+        made["search"] = _search(cfg, question, parameters, during)
     return made
 
 
@@ -116,14 +117,14 @@ def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
 
 
 def _needed(
-    cfg: Config, question: Question, expected: Bytes, tell: Callable
+    cfg: Config, question: Question, expected: Bytes, during: During
 ) -> tuple[Bytes | compiler.TooLarge, str, list[Collective] | None]:
     """Memory of the step, the source of that figure, and the step's collectives, if it was compiled."""
     if question.topology.chip.platform != "tpu":
         return expected, "analytic model", None
-    tell(f"compiling  for {question.topology.text}, which takes a minute or two")
     began = time.monotonic()
-    found, crossing = compiler.ask(cfg, question.stage, question.topology, expected)
+    with during(f"compiling  for {question.topology.text}"):
+        found, crossing = compiler.ask(cfg, question.stage, question.topology, expected)
     return found, f"TPU compiler, {time.monotonic() - began:.0f} s", crossing
 
 
@@ -207,16 +208,17 @@ def _time_note(topology: Topology) -> list[str]:
     return [] if topology.chip.flops else [f"{topology.chip.name} has no published peak rate: no time and no price"]
 
 
-def _search(cfg: Config, question: Question, parameters: Parameters, tell: Callable) -> dict[str, Any]:
+def _search(cfg: Config, question: Question, parameters: Parameters, during: During) -> dict[str, Any]:
     """Settings that fit, best first; if none fits, the next larger topology on which one does."""
     name, topology = question.stage, question.topology
-    options = search(cfg, name, topology, parameters)[:SHOWN]
+    with during(f"searching  for settings that fit {topology.text}"):
+        options = search(cfg, name, topology, parameters)[:SHOWN]
     made: dict[str, Any] = {"options": [_option(option, name) for option in options]}
     if topology.chip.platform == "tpu":
         for shown, option in list(zip(made["options"], options, strict=True))[: question.checked]:
-            tell(f"compiling  with {option.flags}")
             tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
-            found, crossing = compiler.ask(tried, name, topology, option.bytes)
+            with during(f"compiling  for {topology.text} with {option.flags}"):
+                found, crossing = compiler.ask(tried, name, topology, option.bytes)
             shown["compiled"] = found.total if isinstance(found, Bytes) else found.reason
             if isinstance(found, Bytes):
                 shown["compiled_seconds"] = max(option.seconds, _collectives(crossing, topology)["seconds"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -24,6 +25,7 @@ from sparsecut_jax.training.report import MetricsWriter, Progress, Startup, shor
 from sparsecut_jax.types import Batch, TrainState, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
+RECENT = 20  # steps whose speed is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,11 @@ def run_stage(
 
     def evaluate(step: int) -> None:
         if stage.holdout_loss is not None and step not in evaluated:
-            evaluated[step] = stage.holdout_loss(state.params)
+            first = (
+                log.progress.busy("first evaluation on held-out rows") if not evaluated else contextlib.nullcontext()
+            )
+            with first:
+                evaluated[step] = stage.holdout_loss(state.params)
             log.held_out(step, evaluated[step])
 
     def save() -> None:
@@ -165,7 +171,8 @@ def run_stage(
             batch, bad = next_batch(stage.data)
             log.waited += time.monotonic() - began
             stage.note_bad(bad)
-            state, metrics = stage.step(state, batch)
+            with log.compiling(batch):
+                state, metrics = stage.step(state, batch)
             if one_at_a_time:
                 jax.block_until_ready(metrics)
             at += 1
@@ -207,6 +214,8 @@ class _Log:
         self.names = shortcut_names(plan)
         self.now, self.supervised = time.monotonic(), stage.supervised
         self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the line before
+        self.compiled: set[tuple[int, ...]] = set()  # shapes of batches that the step has seen
+        self.recent: collections.deque = collections.deque(maxlen=RECENT)  # (tokens, FLOPs, seconds) of steps
         self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which has the compilation
 
     def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
@@ -220,6 +229,8 @@ class _Log:
         self.flops += self.stage.flops(positions)
         before, self.now = self.now, time.monotonic()
         self.seconds.append(max(self.now - before, 1e-9))
+        if self.progress.done > self.progress.initial:  # the first step has the compilation
+            self.recent.append((int(values["tokens"]), self.stage.flops(positions), self.seconds[-1]))
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if values["supervised_tokens"] == 0:
             if not placing.gather(np.array(bad_rows)).any():
@@ -237,7 +248,34 @@ class _Log:
             self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")
         if step % self.cfg.log_every == 0 or step == self.span.last or step == self.span.first + 1:
             self._write(step, values)
+        self.progress.note(self._figures(values))
         self.progress.update()
+
+    def compiling(self, batch: Batch) -> contextlib.AbstractContextManager[Any]:
+        """Around a step: tells that it is compiled where it meets a batch of a new shape."""
+        shape = batch.tokens.shape
+        if shape in self.compiled:
+            return contextlib.nullcontext()
+        more = f" for sequences of {shape[1]}" if self.compiled else ""
+        self.compiled.add(shape)
+        return self._compiling(f"compiling the training step{more}")
+
+    @contextlib.contextmanager
+    def _compiling(self, what: str) -> Iterator[None]:
+        before, cached = self.compilations.count, self.compilations.cached
+        with self.progress.busy(what) as remarks:
+            yield
+            if 0 < self.compilations.count - before == self.compilations.cached - cached:
+                remarks.append("taken from the compilation cache")
+
+    def _figures(self, values: dict[str, Any]) -> str:
+        """Of this step, and the speed of the last ones."""
+        figures = [f"loss {values['loss']:.4f}"]
+        if self.recent:
+            tokens, work, seconds = map(sum, zip(*self.recent, strict=True))
+            figures += [f"{tokens / seconds:,.0f} tokens/s"]
+            figures += [f"{work / seconds / self.stage.peak:.1%} MFU"] if self.stage.peak else []
+        return " | ".join([*figures, f"{self.supervised:,} supervised"])
 
     def held_out(self, step: int, loss: float) -> None:
         self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
@@ -272,10 +310,6 @@ class _Log:
             "compilations_cached": self.compilations.cached,
         }
         self.writer.write(step, line)
-        used = f"{line['mfu']:.1%} MFU | " if line["mfu"] is not None else ""
-        self.progress.note(
-            f"loss {values['loss']:.4f} | {line['tokens_per_second']:,.0f} tokens/s | {used}{self.supervised:,} supervised"
-        )
         if step > self.span.first + 1:
             self.all_waited, self.all_seconds = self.all_waited + self.waited, self.all_seconds + self.seconds
         self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,9 @@ from sparsecut_jax import hosts
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.training.holdings import Holding, holdings
 from sparsecut_jax.types import TrainState
+
+T = TypeVar("T")
+TICK = 1.0  # seconds after which a count on a terminal goes on
 
 
 def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
@@ -116,12 +122,13 @@ class Progress:
         self.bar = tqdm(total=total, initial=initial, desc=name, file=sys.stdout, bar_format=form) if terminal else None
 
     def update(self, n: int = 1) -> None:
-        if self.done == self.initial:  # the first one carried the compilation: it tells nothing about the rest
+        first = self.done == self.initial
+        if first:  # it carried the compilation: it tells nothing about the rest
             self.steady = time.monotonic()
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
-        elif time.monotonic() - self.shown >= self.seconds or self.done == self.total:
+        elif first and self.text or time.monotonic() - self.shown >= self.seconds or self.done == self.total:
             self._line()
 
     def note(self, text: str) -> None:
@@ -133,6 +140,19 @@ class Progress:
         """A line of its own, above the bar."""
         self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
 
+    def busy(self, what: str) -> contextlib.AbstractContextManager[list[str]]:
+        """As the function `busy`; on a terminal the seconds are counted behind the bar."""
+        if self.bar is None:
+            return busy(what, sys.stdout)
+        return _counting(what, lambda text: self.bar.set_postfix_str(text or self.text), self.write)
+
+    def awaiting(self, what: str, items: Iterable[T]) -> Iterator[T]:
+        """The items; while the first one is awaited it is told that this is `what` takes the time."""
+        items = iter(items)
+        with self.busy(what):
+            first = list(itertools.islice(items, 1))
+        yield from itertools.chain(first, items)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -143,6 +163,43 @@ class Progress:
         pace = (self.shown - self.steady) / steps if steps > 0 else 0.0
         left = f", {pace * (self.total - self.done):.0f}s left" if steps > 0 else ""
         print(f"{self.name} {self.done}/{self.total} [{self.shown - self.started:.0f}s{left}] {self.text}", flush=True)
+
+
+def busy(what: str, file: IO[str]) -> contextlib.AbstractContextManager[list[str]]:
+    """Tells what a block does and for how long: on a terminal a line counts the seconds, elsewhere a line at the start.
+
+    Both end with a line that has the seconds, and the remarks that the block appends to the list it gets.
+    """
+    tell = lambda text: print(text, file=file, flush=True)
+    if not file.isatty():
+        tell(f"{what} ...")
+        return _counting(what, None, tell)
+    clear = "\r\x1b[K"
+    return _counting(what, lambda text: print(clear + text, end="", file=file, flush=True), tell)
+
+
+@contextlib.contextmanager
+def _counting(what: str, show: Callable[[str], None] | None, tell: Callable[[str], None]) -> Iterator[list[str]]:
+    """`show` is called every second, and with an empty text at the end; `tell` after a block that did not fail."""
+    began, ended, remarks = time.monotonic(), threading.Event(), []
+    seconds = lambda: time.monotonic() - began
+
+    def count() -> None:
+        while not ended.wait(TICK):
+            show(f"{what} ... {seconds():.0f} s")
+
+    counter = threading.Thread(target=count, daemon=True) if show else None
+    if counter:
+        show(f"{what} ...")
+        counter.start()
+    try:
+        yield remarks
+    finally:
+        ended.set()
+        if counter:
+            counter.join()
+            show("")
+    tell(", ".join([f"{what}: {seconds():.1f} s", *remarks]))
 
 
 class Startup:
