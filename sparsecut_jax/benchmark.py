@@ -70,6 +70,8 @@ def _show(timed: list[Timed]) -> None:
     head = ["part", "median ms", "best ms", "floor ms", "floor / median", "rate", "first call s"]
     if rows:
         print("\n" + table(head, rows), flush=True)
+    if any(t.disturbed for t in timed):
+        print(f"\n{_warning([t for t in timed if t.disturbed])}", flush=True)
     for t in timed:
         if t.where:
             print(f"\nwhere the time goes, {t.label}\n{where.text(t.where)}", flush=True)
@@ -78,7 +80,17 @@ def _show(timed: list[Timed]) -> None:
 def _floor(t: Timed) -> list[str]:
     if not t.floor:
         return ["-", "-"]
-    return [f"{t.floor * 1e3:,.1f} ({t.bound})", f"{t.floor / t.median:.0%}"]
+    return [f"{t.floor * 1e3:,.1f} ({t.bound})", f"{t.floor / t.median:.0%}{' disturbed' if t.disturbed else ''}"]
+
+
+def _warning(disturbed: list[Timed]) -> str:
+    text = (
+        f"disturbed  {', '.join(t.label for t in disturbed)}: faster than the floor, so other work on this machine slowed "
+        "the measurement of its peak rates; measure again when it is idle"
+    )
+    if any(t.bound == "memory" for t in disturbed):
+        text += ". A memory floor is no bound either where the data fit in the caches"
+    return text
 
 
 def _first(t: Timed) -> str:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import runs
+from sparsecut_jax import benchmark
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.benchmarking import where
-from sparsecut_jax.benchmarking.parts import Bench
+from sparsecut_jax.benchmarking.parts import Bench, Timed
 from sparsecut_jax.benchmarking.peaks import Peak
 from sparsecut_jax.planning import flops
 
@@ -89,6 +90,25 @@ def test_floors(folder, one_device):
     weights = 3 * (4 * 16 * 16 + 3 * 16 * 32) + words
     assert timed["decode"].flops == 2 * weights + 4 * 3 * 16 * 34
     assert timed["decode"].bytes == 4 * (weights + 2 * 3 * 16 * 34)
+
+
+@pytest.mark.parametrize(
+    ("floor", "bound", "column", "sentence"),
+    [
+        (0.9, "compute", "45%", ""),
+        (1.5, "compute", "75% disturbed", "measure again when it is idle\n"),
+        (3.0, "memory", "150% disturbed", "fit in the caches\n"),
+        (0.0, "", "-", ""),
+    ],
+)
+def test_a_part_faster_than_its_floor_is_marked(floor, bound, column, sentence, capsys):
+    """Calls of 1, 2 and 3 seconds."""
+    timed = Timed("step", "training step", [2.0, 1.0, 3.0], floor=floor, bound=bound)
+    assert timed.as_json()["disturbed"] is bool(sentence)
+    benchmark._show([timed])
+    out = capsys.readouterr().out
+    assert f" {column} " in out and out.endswith(sentence)
+    assert out.count("disturbed  training step: faster than the floor") == bool(sentence)
 
 
 def test_an_answer_too_short_to_tell(folder, one_device):

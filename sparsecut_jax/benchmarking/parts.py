@@ -77,8 +77,15 @@ class Timed:
     def best(self) -> float:
         return min(self.seconds)
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether a call took less than the floor: then the peak rates were measured too low."""
+        return self.floor > self.best
+
     def as_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "median": self.median, "best": self.best}
+        return {
+            **dataclasses.asdict(self), "median": self.median, "best": self.best, "disturbed": self.disturbed,
+        }  # fmt: skip
 
 
 def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
