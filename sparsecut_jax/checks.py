@@ -169,6 +169,13 @@ def check_values(cfg: Config) -> None:
     _check_data(cfg, need)
     init = cfg.init
     _check_regexes("config.init.fresh", init.fresh)
+    for key in init.keep:
+        try:
+            operator.attrgetter(key)(cfg)
+        except AttributeError:
+            raise UserError(
+                f"config.init.keep has {key!r}, which is no setting; for example 'shortcuts.density'"
+            ) from None
     need(init.image_size >= 0, f"config.init.image_size={init.image_size}: expected 0 or more")
     if cfg.profile:
         window = re.fullmatch(r"(\d+):(\d+)", cfg.profile)

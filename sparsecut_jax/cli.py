@@ -17,6 +17,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import absl.logging
 import jax
@@ -134,19 +135,24 @@ def run(
         _fail(2, reason, debug)
 
 
-def typed_config(required: bool = True, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
+def typed_config(required: bool = True, also: Mapping[str, Any] | None = None) -> Config:
     """The checked config of --config and its overrides; all defaults where none is given and none `required`.
 
     With --print_config it is printed, and the command ends.
 
-    change: what other flags change in it.
+    also: settings that flags of the command's own give, {"init.llm": "DIR"}.
     """
     raw = flags.FLAGS.config
     if raw is None and _config_file():
         raise UserError(f"config file {_config_file()!r}: get_config() returned None; it must return the config")
     if required:
         need("--config=configs/base.py")
-    cfg = change(Config() if raw is None else config_lib.check(raw))
+    given = list(also or ()) + ([] if raw is None else list(config_flags.get_override_values(flags.FLAGS["config"])))
+    raw = (config_lib.default() if raw is None else raw).to_dict()
+    for name, value in (also or {}).items():
+        group, _, key = name.partition(".")
+        raw.setdefault(group, {})[key] = value
+    cfg = config_lib.asked(raw, given)
     if flags.FLAGS.print_config:
         _print_config(cfg)
         sys.exit(0)
@@ -155,9 +161,9 @@ def typed_config(required: bool = True, change: Callable[[Config], Config] = lam
 
 def _print_config(cfg: Config) -> None:
     """On stdout as JSON; on stderr whether sizes are those of the weights that config.init names."""
-    from sparsecut_jax.weights import pretrained  # here: it imports transformers
+    from sparsecut_jax.weights.resolve import resolve_here  # here: it imports transformers
 
-    cfg, here, away = pretrained.resolve_here(cfg)
+    cfg, _, here, away = resolve_here(cfg)
     print(config_lib.to_json(cfg), flush=True)
     for note, paths in {
         "sizes are those of": here, "not on this machine, so the config's sizes are used": away

@@ -10,13 +10,17 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from sparsecut_jax import effects
 from sparsecut_jax.checks import check_values, nearest
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
+
+PARTS = ("vision.", "llm.", "fusion.", "shortcuts.", "data.image_fit")  # settings that say what a part computes
 
 
 def default() -> ConfigDict:
@@ -61,6 +65,22 @@ def check(raw: ConfigDict | dict) -> Config:
     cfg = _build(Config, raw, "config")
     check_values(cfg)
     return cfg
+
+
+def asked(raw: ConfigDict | dict, given: Iterable[str]) -> Config:
+    """`check`, for what a user asks for: settings without effect are refused, and what was given wins over files.
+
+    Args:
+      given: settings of the command line, as "stages.align.lr".
+
+    Raises:
+      UserError: as `check`, or a setting that would do nothing.
+    """
+    cfg, given = check(raw), set(given)
+    effects.check(cfg, given)
+    kept = {key for key in given if cfg.init.decides(key) or cfg.init_from and key.startswith(PARTS)}
+    init = dataclasses.replace(cfg.init, keep=tuple(sorted({*cfg.init.keep, *kept})))
+    return dataclasses.replace(cfg, init=init)
 
 
 def to_json(cfg: Config) -> str:

@@ -13,7 +13,6 @@ with LoRA is written with its adapters in the LLM (--merge), or as adapters and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import adapter, export, load, verify
 from sparsecut_jax.weights import pretrained as weights
+from sparsecut_jax.weights.resolve import differences
 
 FLAGS = flags.FLAGS
 EXAMPLES = {
@@ -73,7 +73,8 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
             checkpoints.save_params(params, meta)
         write_run_files(folder, resolved, tokenizer, joined.model.plan)
     print(report.heading(joined.mesh, joined.model.plan, joined.abstract, {}, resolved.param_dtype))
-    print(f"\n{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
+    print("\n" + "".join(f"{line}\n" for line in differences(cfg, joined.sources)), end="")
+    print(f"{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
     print(f"written to {out} as {resolved.param_dtype}; shortcuts.png shows its plan")
     return told
 
@@ -130,7 +131,9 @@ def main(command: str) -> None:
             "--help explains both"
         )
     if command == "from-hf":
-        cfg = cli.typed_config(required=False, change=with_flags)
+        given = {f"init.{part}": getattr(FLAGS, part) for part in ("model", *weights.PARTS)}
+        given["tokenizer.path"] = FLAGS.tokenizer
+        cfg = cli.typed_config(required=False, also={key: path for key, path in given.items() if path})
         if not any(getattr(cfg.init, part) for part in ("model", *weights.PARTS)):
             raise UserError(f"no weights are named; for example: {cli.shell_line('from-hf', *EXAMPLES['from-hf'])}")
         cli.need("--out=runs/joined")
@@ -139,14 +142,6 @@ def main(command: str) -> None:
         cli.need(*EXAMPLES["to-hf"])
         kind = getattr(FLAGS, "as")
         to_hf(FLAGS.workdir, FLAGS.checkpoint, FLAGS.out, kind, FLAGS.drop_shortcuts, FLAGS.merge, FLAGS.verify)
-
-
-def with_flags(cfg: Config) -> Config:
-    """The config with the sources that from-hf's own flags name."""
-    given = {part: getattr(FLAGS, part) for part in ("model", *weights.PARTS) if getattr(FLAGS, part)}
-    tokenizer = dataclasses.replace(cfg.tokenizer, path=FLAGS.tokenizer or cfg.tokenizer.path)
-    cfg = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **given), tokenizer=tokenizer)
-    return config_lib.check(dataclasses.asdict(cfg))
 
 
 def run() -> None:

@@ -177,10 +177,15 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Pretrained weights that the parts start from; their config.json decides the sizes of `vision` and `llm`.
+    """Pretrained weights that the parts start from.
 
     Each source is a folder in Hugging Face layout, a file (.safetensors; .gguf for the LLM, .onnx for the tower) or a
     hub id. A part without a source is randomly initialised.
+
+    A source's config.json says sizes and more: of `vision` and `llm`, and for the fusion and whole models also `fusion`,
+    `shortcuts`, `vision.select_layer` and `data.image_fit`. It replaces defaults and what a config file in configs/
+    says, since such a file describes models with and without sources. What is given on the command line, or listed in
+    `keep`, is a demand: it replaces what config.json says, or is refused where the weights have another size.
     """
 
     model: str = setting(
@@ -198,6 +203,19 @@ class InitConfig:
     grow_vocab: bool = setting(
         False, "Add rows to the embedding for ids that only the tokenizer has, each the mean of the old rows."
     )
+    keep: tuple[str, ...] = setting(
+        (), "Settings that replace what a source's config.json says; those of the command line are added by themselves."
+    )
+
+    def decides(self, key: str) -> bool:
+        """Whether a source's config.json may say this setting, as "llm.width"."""
+        groups = {
+            "vision": ("vision.",),
+            "llm": ("llm.",),
+            "fusion": ("fusion.", "shortcuts.", "vision.select_layer"),
+            "model": ("vision.", "llm.", "fusion.", "shortcuts.", "data.image_fit"),
+        }
+        return any(getattr(self, part) and key.startswith(start) for part, start in groups.items())
 
 
 @dataclass(frozen=True)
@@ -258,7 +276,9 @@ class DataConfig:
     holdout: int = setting(
         200, "Training rows kept out for evaluation; -1: one in 20, 10 to 500 of them, but at most one in 5."
     )
-    test: str = setting("", "Rows to test on at the end, as source; empty: the official test split or the held-out rows.")
+    test: str = setting(
+        "", "Rows to test on at the end, as source; empty: the official test split or the held-out rows."
+    )
     test_images: str = setting("", "Folder that image paths in `test` start from; empty: `images`.")
     threads: int = setting(2, "Reading threads per worker process; they do not change the order of rows.")
     workers: int = setting(0, "Extra processes that read data; they do not change the order of rows.")

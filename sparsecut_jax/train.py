@@ -45,6 +45,7 @@ from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained as weights
+from sparsecut_jax.weights.resolve import differences, resolve
 
 
 def train(cfg: Config) -> dict[str, float]:
@@ -74,7 +75,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ pretrained parts
     parts = weights.open_sources(cfg.init) if meta is None else {}
-    cfg = weights.resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
+    cfg = resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
     checks.check_room(cfg)
     sharding.check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))
@@ -118,7 +119,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         if resumed is None:
             params, told = state.initial_params(model, cfg, abstract, parts)
             if parts:
-                print(told)
+                print("\n".join([*differences(asked, parts), str(told)]))
             if cfg.init_from:
                 params, told = state.init_from(cfg, params)
                 print(told)

@@ -16,6 +16,7 @@ from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
+from sparsecut_jax.weights.resolve import resolve
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("a_cross_mlp_llama", "e_plain_llava_llama")
@@ -44,7 +45,7 @@ def load_case(name: str) -> Case:
     raw.init.update(sources_of(name))
     cfg = config.check(raw)
     found = pretrained.open_sources(cfg.init)
-    cfg = pretrained.resolve(cfg, found)
+    cfg = resolve(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)

@@ -15,6 +15,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
+from sparsecut_jax.weights.resolve import resolve
 from tiny import random_params
 
 FOLDER = Path(__file__).parent / "parity"
@@ -49,7 +50,7 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
         group[last] = value
     cfg = config.check(raw)
     found = pretrained.open_sources(cfg.init)
-    cfg = pretrained.resolve(cfg, found)
+    cfg = resolve(cfg, found)
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model = build_model(cfg, intermediates=INTERMEDIATES)
     abstract = state.abstract_params(model, cfg, mesh)

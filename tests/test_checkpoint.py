@@ -152,9 +152,25 @@ def test_what_may_change_on_resume():
     from sparsecut_jax.config import check, default, to_json
 
     raw = default()
-    old = {"stage": "align", "asked": json.loads(to_json(check(raw)))}
+    old = dict.fromkeys(("asked", "config"), json.loads(to_json(check(raw)))) | {"stage": "align"}
     raw.mesh.data, raw.log_every, raw.data.threads = 4, 3, 1
     check_resumable(old, check(raw), "runs/x")
     raw.stages.align.lr = 0.5
     with pytest.raises(UserError, match=r"runs/x holds a run with config.stages.align.lr=2e-05, now it is 0.5"):
         check_resumable(old, check(raw), "runs/x")
+
+
+def test_flags_of_a_resumption_that_the_files_overruled_at_the_start():
+    """The config file said 12 layers, config.json 6: the run has 6, and no flag changes that now."""
+    began = {"stage": "align", "asked": {"init": {"llm": "DIR"}}, "config": {"llm": {"layers": 6, "vocab_size": 64}}}
+    resumed = lambda **llm: config_lib.asked({"init": {"llm": "DIR"}, "llm": llm}, [f"llm.{key}" for key in llm])
+    check_resumable(began, resumed(), "runs/x")
+    check_resumable(began, resumed(vocab_size=0, remat="full"), "runs/x")
+    with pytest.raises(UserError) as error:
+        check_resumable(began, resumed(layers=12), "runs/x")
+    assert str(error.value) == (
+        "runs/x holds a run with config.llm.layers=6 from the files of config.init, now 12 is given; leave it out, or "
+        "give another --config.workdir"
+    )
+    began["config"]["llm"]["layers"] = 12
+    check_resumable(began, resumed(layers=12), "runs/x")

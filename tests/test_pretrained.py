@@ -17,7 +17,9 @@ from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.settings import Config, FusionConfig, InitConfig
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
-from sparsecut_jax.weights.pretrained import open_sources, resolve, source_tokenizer, whole_settings
+from sparsecut_jax.weights.architecture import whole_settings
+from sparsecut_jax.weights.pretrained import open_sources, source_tokenizer
+from sparsecut_jax.weights.resolve import resolve
 
 CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 24, "image_size": 20, "intermediate_size": 40,

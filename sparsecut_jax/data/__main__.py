@@ -35,6 +35,7 @@ from sparsecut_jax.training import report
 from sparsecut_jax.training.workdir import make_folder
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained as weights
+from sparsecut_jax.weights.resolve import differences, resolve
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
@@ -56,7 +57,9 @@ class Opened:
 
 def open_data(cfg: Config) -> Opened:
     parts = weights.open_sources(cfg.init)
-    cfg = weights.resolve(cfg, parts)
+    for line in differences(cfg, parts):
+        print(line)
+    cfg = resolve(cfg, parts)
     checks.check_room(cfg)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, holdout=0))
     source = sources.load_source(cfg)

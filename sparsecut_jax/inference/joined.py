@@ -19,6 +19,7 @@ from sparsecut_jax.training import state
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
+from sparsecut_jax.weights.resolve import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def join(cfg: Config) -> Joined:
     sources = weights.open_sources(cfg.init)
     if not sources:
         raise UserError("nothing to convert: give --model, or --vision and --llm (a part that is not given is fresh)")
-    cfg = weights.resolve(cfg, sources)
+    cfg = resolve(cfg, sources)
     tokenizer = weights.source_tokenizer(cfg, sources)
     if tokenizer is not None:
         cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)

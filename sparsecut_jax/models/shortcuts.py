@@ -60,8 +60,8 @@ def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
       select_layer: HF index of the main feature; -2 is the output of the last block but one.
 
     Raises:
-      UserError: a level or layer that does not exist, a pair twice, lists of unequal length, a setting
-        that would have no effect; the sentence names both depths and the pair.
+      UserError: a level or layer that does not exist, a pair twice, lists of unequal length, more levels than
+        layers; the sentence names both depths and the pair.
     """
     depths = f"the vision tower has {vit_depth} blocks (0 to {vit_depth - 1}) and the LLM {llm_depth} layers (0 to {llm_depth - 1})"
     levels, layers = _lists(cfg, vit_depth, llm_depth, depths)
@@ -85,16 +85,10 @@ def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
 
 def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> tuple[list[int], list[int]]:
     """Levels and layers of a plan, pair by pair, not yet checked against the depths."""
-    explicit = cfg.vit_levels or cfg.llm_layers
-    if explicit and cfg.density != "explicit":
-        raise UserError(
-            f"shortcuts.vit_levels and llm_layers are given, but shortcuts.density={cfg.density!r} ignores them; "
-            "set shortcuts.density='explicit'"
-        )
     if cfg.density == "none":
         return [], []
     if cfg.density == "explicit":
-        if len(cfg.vit_levels) != len(cfg.llm_layers) or not explicit:
+        if len(cfg.vit_levels) != len(cfg.llm_layers) or not cfg.vit_levels:
             raise UserError(
                 f"shortcuts.vit_levels has {len(cfg.vit_levels)} entries and shortcuts.llm_layers {len(cfg.llm_layers)}; "
                 f"expected two lists of equal length, at least 1: {depths}"
@@ -103,6 +97,12 @@ def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> 
     count = vit_depth if cfg.density == "dense" else cfg.count
     if not 1 <= count <= vit_depth:
         raise UserError(f"shortcuts.count={count} levels cannot be picked: {depths}; expected 1 to {vit_depth}")
+    if cfg.distribution != "uniform" and count > llm_depth:
+        which = "first" if cfg.distribution == "bottom" else "last"
+        raise UserError(
+            f"shortcuts.distribution={cfg.distribution!r} enters the {which} {count} layers, one level each: {depths}; "
+            f"expected at most {llm_depth} levels, or shortcuts.distribution='uniform'"
+        )
     levels = evenly(count, vit_depth)
     if cfg.distribution == "uniform":
         layers = evenly(count, llm_depth)

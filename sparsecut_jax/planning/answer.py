@@ -20,7 +20,7 @@ from sparsecut_jax.planning.search import Option, search, smallest, step_product
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import pretrained
+from sparsecut_jax.weights.resolve import resolve_here
 
 SHOWN = 6  # settings that a search returns
 MOST_ROWS = 10**12
@@ -105,8 +105,8 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
 
 def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
     """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
-    cfg, _, away = pretrained.resolve_here(cfg)
-    notes = [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
+    cfg, notes, _, away = resolve_here(cfg)
+    notes += [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
     if not cfg.llm.vocab_size:
         vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64
         notes.append(f"config.llm.vocab_size comes from the tokenizer; {vocabulary} is assumed")

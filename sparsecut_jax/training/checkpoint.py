@@ -7,7 +7,7 @@ half-written one is never seen.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ META_SINCE = {"supervised_tokens": 0}  # what checkpoints of earlier versions la
 FREE_ON_RESUME = (
     "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
     "workdir", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
-    "data.follow_links", "data.test", "data.test_images", "data.max_bad_fraction",
+    "data.follow_links", "data.test", "data.test_images", "data.max_bad_fraction", "init.keep",
 )  # fmt: skip
 
 
@@ -223,10 +223,11 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
             f"{workdir} holds converted weights, not a run; give another --config.workdir, and "
             f"--config.init_from={workdir} to start from them"
         )
-    new = _flat(json.loads(config_lib.to_json(cfg)))
-    old = _flat(json.loads(config_lib.to_json(config_lib.check(meta["asked"]))))  # with settings that came later
+    # Settings that came into being after the checkpoint have their defaults.
+    new, old, resolved = (_flat(c) for c in (cfg, config_lib.check(meta["asked"]), config_lib.check(meta["config"])))
+    free = lambda key: any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
     for key in sorted(set(new) | set(old)):
-        if any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME):
+        if free(key):
             continue
         if key.startswith("data.mix.") and key.endswith((".images", ".data_dir")):
             continue
@@ -235,10 +236,17 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
                 f"{workdir} holds a run with config.{key}={old.get(key)!r}, now it is {new.get(key)!r}; resume with the "
                 "same value, or give another --config.workdir (and --config.init_from to start from this run's parts)"
             )
+    for key in cfg.init.keep:
+        if not free(key) and new[key] != resolved[key] and (key, new[key]) != ("llm.vocab_size", 0):
+            raise UserError(
+                f"{workdir} holds a run with config.{key}={resolved[key]!r} from the files of config.init, now "
+                f"{new[key]!r} is given; leave it out, or give another --config.workdir"
+            )
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep=".")
+def _flat(cfg: Config) -> dict[str, Any]:
+    """{"stages.align.lr": 1e-3, ...}"""
+    return traverse_util.flatten_dict(dataclasses.asdict(cfg), sep=".")
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face -> the settings of tower and LLM, so that nobody retypes widths.
+"""config.json of Hugging Face -> the settings of tower, LLM, fusion and shortcuts, so that nobody retypes widths.
 
 config_json.py goes the other way.
 
@@ -31,6 +31,7 @@ ACTIVATIONS = {
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ROPE_NAMES = {"original_length": "original_max_position_embeddings"}
+OFFICIAL_FUSIONS = {"cross_mlp": "channel", "cross_attention": "cross_attention", "mlp2x_gelu": "mlp"}
 PIXELS = {"siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET}  # mean and std where no preprocessor_config.json is
 
 
@@ -156,6 +157,77 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
         values["attention_factor"] = _positive(rope, "attention_factor", file, default)
     as_floats = lambda x: tuple(map(float, x)) if isinstance(x, (list, tuple)) else float(x)
     return values | {name: as_floats(values[name]) for name in found if name != "original_length"}
+
+
+def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
+    """What the config.json beside an official projector says of fusion, main feature and shortcuts; {} if nothing."""
+    found: dict[str, dict[str, Any]] = {}
+    if "mm_projector_type" in config:
+        kind = config["mm_projector_type"]
+        if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
+            known = ", ".join(OFFICIAL_FUSIONS)
+            raise UserError(f"{file}: mm_projector_type {kind!r} is not supported; supported are {known}")
+        found["fusion"] = {"name": OFFICIAL_FUSIONS[kind]}
+    if "mm_vision_select_layer" in config:
+        found["vision"] = {"select_layer": config["mm_vision_select_layer"]}
+    if "vit_levels" in config and "llm_layers" in config:
+        levels, layers = config["vit_levels"], config["llm_layers"]
+        if not isinstance(levels, list) or not isinstance(layers, list):
+            raise UserError(f"{file}: expected lists vit_levels and llm_layers, got {levels!r} and {layers!r}")
+        found["shortcuts"] = {
+            "density": "explicit" if levels else "none",
+            "vit_levels": levels,
+            "llm_layers": layers,
+            "feature_order_reverse": config.get("feature_order_reverse", False),
+        }
+    return found
+
+
+def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:
+    """Fusion and shortcuts of a whole model: LLaVA's are `mlp` and none, ours stand in its config.json.
+
+    class_token: whether the tower has one; it is never shown to the LLM, and no other token is left out.
+    """
+    kind, select = config.get("model_type"), config.get("vision_feature_layer", -2)
+    if kind == "llava" and isinstance(config.get("text_config"), dict):
+        if type(select) is not int:
+            raise UserError(f"{file}: vision_feature_layer={select!r} is not supported; expected one layer")
+        if config.get("projector_hidden_act", "gelu") != "gelu":
+            raise UserError(f"{file}: projector_hidden_act={config['projector_hidden_act']!r}; expected 'gelu'")
+        strategy = config.get("vision_feature_select_strategy", "default")
+        expected = "default" if class_token else "full"  # all tokens but the class token
+        if strategy != expected:
+            raise UserError(
+                f"{file}: vision_feature_select_strategy={strategy!r} is not supported here; expected {expected!r}"
+            )
+        none = {"density": "none", "vit_levels": (), "llm_layers": (), "feature_order_reverse": False}
+        return {
+            "fusion": {"name": "mlp", "shared": True},
+            "shortcuts": none,
+            "vision": {"select_layer": select},
+        }
+    if kind != "sparsecut":
+        raise UserError(
+            f"{file}: model_type {kind!r} is no whole model of LLaVA's layout; give its parts as config.init.vision, "
+            ".llm and .fusion"
+        )
+    try:
+        fusion, shortcuts = config["fusion"], config["shortcuts"]
+        levels, layers = tuple(shortcuts["vit_levels"]), tuple(shortcuts["llm_layers"])
+        return {
+            "fusion": {"name": fusion["name"], "shared": fusion["shared"], "grid": fusion.get("grid", (2, 2))},
+            "shortcuts": {
+                "density": "explicit" if levels else "none",
+                "vit_levels": levels,
+                "llm_layers": layers,
+                "position": shortcuts["position"],
+                "feature_order_reverse": False,
+            },
+            "vision": {"select_layer": select},
+            "data": {"image_fit": config["image_fit"]},
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: 'fusion' or 'shortcuts' is not as convert to-hf writes it: {error!r}") from error
 
 
 def refuse_remote_code(config: dict[str, Any], file: str) -> None:

@@ -18,6 +18,7 @@ from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch, UserError
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.export import portable
+from sparsecut_jax.weights.resolve import resolve
 from sparsecut_jax.weights.tensors import read_json
 
 
@@ -36,7 +37,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     before = build_model(cfg)
     init = InitConfig(**{part: folder})
     found = pretrained.open_sources(init)
-    cfg = pretrained.resolve(dataclasses.replace(cfg, init=init), found)
+    cfg = resolve(dataclasses.replace(cfg, init=init), found)
     after = build_model(cfg)
     old = traverse_util.flatten_dict(expected, sep="/")
     abstract = state.abstract_params(

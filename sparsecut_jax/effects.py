@@ -1,0 +1,231 @@
+"""Settings that would do nothing, because another one switches them off: each is refused with a sentence.
+
+A setting given on the command line is always looked at. One that a config file changes from its default is looked at as
+well, unless the command line has turned the switch: a file describes a whole run, and its `lora.dropout` is no mistake
+where somebody tries `--config.lora.rank=0`. Rules with `files=False` leave config files alone, because these build on
+one another: configs/base.py says how many shortcuts there are, also to a file of yours that has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from sparsecut_jax.checks import ROPE_FIELDS
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """When settings have no effect.
+
+    Attributes:
+      keys: the settings, without "config."; `*` is any stage, or any source of config.data.mix.
+      why: function of the config and the group that holds the setting (the stage, say): what switches the setting off
+        and, behind a semicolon, what to do if not to leave it out. "" where the setting has an effect.
+      switches: settings that `why` looks at.
+      files: whether a config file's value counts, or only one of the command line.
+    """
+
+    keys: tuple[str, ...]
+    why: Callable[[Config, Any], str]
+    switches: tuple[str, ...]
+    files: bool = True
+
+
+PAIRS = {
+    "none": "with config.shortcuts.density='none'",
+    "explicit": "with config.shortcuts.density='explicit', whose pairs are vit_levels and llm_layers",
+}
+DRAWN = ("easy_vqa", "scenes")  # sources with pictures of their own
+
+
+def _plan(cfg: Config, _: Any) -> str:
+    return PAIRS.get(cfg.shortcuts.density, "")
+
+
+def _count(cfg: Config, _: Any) -> str:
+    return "with config.shortcuts.density='dense', which takes all levels" * (cfg.shortcuts.density == "dense")
+
+
+def _no_shortcuts(cfg: Config, _: Any) -> str:
+    return PAIRS["none"] * (cfg.shortcuts.density == "none")
+
+
+def _one_fusion(cfg: Config, _: Any) -> str:
+    return "" if cfg.fusion.shared else _no_shortcuts(cfg, _)
+
+
+def _lists(cfg: Config, _: Any) -> str:
+    density = cfg.shortcuts.density
+    return "" if density == "explicit" else f"with config.shortcuts.density={density!r}; set that to 'explicit'"
+
+
+def _main_feature(cfg: Config, _: Any) -> str:
+    reverse = cfg.shortcuts.feature_order_reverse
+    return "with config.shortcuts.feature_order_reverse=True, whose main feature is the first block's output" * reverse
+
+
+def _grid(cfg: Config, _: Any) -> str:
+    drawn = "scenes" in _paths(cfg) and not cfg.data.scenes.size  # the pictures are as large as the grid
+    return "with config.fusion.name='mlp', which reads no crops" * (cfg.fusion.name == "mlp" and not drawn)
+
+
+def _window(cfg: Config, _: Any) -> str:
+    llm = cfg.llm
+    if not llm.sliding_window:
+        return "without config.llm.sliding_window"
+    return f"beyond the window's reach: the LLM has layers 0 to {llm.layers - 1}" * (llm.sliding_from >= llm.layers)
+
+
+def _rope(name: str) -> Callable[[Config, Any], str]:
+    def why(_: Config, rope: Any) -> str:
+        kinds = [kind for kind, names in ROPE_FIELDS.items() if name in names]
+        return (
+            "" if rope.kind in kinds else f"with config.llm.rope.kind={rope.kind!r}; set that to {' or '.join(kinds)}"
+        )
+
+    return why
+
+
+def _replicas(cfg: Config, _: Any) -> str:
+    return "with config.mesh.tensor=1" * (cfg.mesh.tensor == 1)
+
+
+def _lora(_: Config, lora: Any) -> str:
+    return "with config.lora.rank=0, which is no adapters" * (lora.rank == 0)
+
+
+def _no_source(*parts: str) -> Callable[[Config, Any], str]:
+    def why(_: Config, init: Any) -> str:
+        names = [f"config.init.{part}" for part in ("model", *parts)]
+        return "" if any(getattr(init, part) for part in ("model", *parts)) else f"without {' or '.join(names)}"
+
+    return why
+
+
+def _no_run(cfg: Config, _: Any) -> str:
+    return "" if cfg.init_from else "without config.init_from"
+
+
+def _mixed(cfg: Config, _: Any) -> str:
+    return "with config.data.mix, whose sources are described there" * bool(cfg.data.mix)
+
+
+def _own_pictures(cfg: Config, data: Any) -> str:
+    name = data.source
+    own = not data.mix and (name in DRAWN or name.startswith("tfds:"))
+    return f"with config.data.source={name!r}, which has pictures of its own" * own
+
+
+def _drawn(_: Config, source: Any) -> str:
+    return f"with path={source.path!r}, which has rows of its own" * (source.path in DRAWN)
+
+
+def _no_scenes(cfg: Config, _: Any) -> str:
+    return "" if "scenes" in _paths(cfg) else "without the source 'scenes'"
+
+
+def _tokenizer(cfg: Config, tokenizer: Any) -> str:
+    if tokenizer.path:
+        return f"with config.tokenizer.path={tokenizer.path!r}, which is trained already"
+    return "with a pretrained LLM, which brings its tokenizer" * bool(cfg.init.model or cfg.init.llm)
+
+
+def _buckets(_: Config, stage: Any) -> str:
+    return "" if stage.batching == "buckets" else f"with batching={stage.batching!r}; set that to 'buckets'"
+
+
+def _epochs(_: Config, stage: Any) -> str:
+    return f"with max_steps={stage.max_steps}; set that to 0" * bool(stage.max_steps)
+
+
+def _no_holdout(cfg: Config, _: Any) -> str:
+    return "with config.data.holdout=0, which keeps no rows to evaluate on" * (cfg.data.holdout == 0)
+
+
+RULES = (
+    Rule(("shortcuts.order", "shortcuts.distribution"), _plan, ("shortcuts.density",)),
+    Rule(("shortcuts.count",), _plan, ("shortcuts.density",), files=False),
+    Rule(("shortcuts.count",), _count, ("shortcuts.density",), files=False),
+    Rule(("shortcuts.position",), _no_shortcuts, ("shortcuts.density",)),
+    Rule(("shortcuts.vit_levels", "shortcuts.llm_layers"), _lists, ("shortcuts.density",)),
+    Rule(("fusion.shared",), _one_fusion, ("shortcuts.density",)),
+    Rule(("fusion.grid",), _grid, ("fusion.name",)),
+    Rule(("vision.select_layer",), _main_feature, ("shortcuts.feature_order_reverse",)),
+    Rule(("llm.sliding_from",), _window, ("llm.sliding_window", "llm.layers")),
+    *(
+        Rule((f"llm.rope.{name}",), _rope(name), ("llm.rope.kind",))
+        for name in dict.fromkeys(name for names in ROPE_FIELDS.values() for name in names)
+    ),
+    Rule(("llm.replicate_kv",), _replicas, ("mesh.tensor",)),
+    Rule(("lora.alpha", "lora.dropout", "lora.targets"), _lora, ("lora.rank",)),
+    Rule(("init.image_size",), _no_source("vision"), ("init.model", "init.vision")),
+    Rule(("init.grow_vocab",), _no_source("llm"), ("init.model", "init.llm")),
+    Rule(
+        ("init.fresh",),
+        _no_source("vision", "llm", "fusion"),
+        ("init.model", "init.vision", "init.llm", "init.fusion"),
+    ),
+    Rule(("init_parts",), _no_run, ("init_from",)),
+    Rule(("data.source", "data.images"), _mixed, (), files=False),
+    Rule(("data.images",), _own_pictures, ("data.source",)),
+    Rule(tuple(f"data.mix.*.{name}" for name in ("images", "split", "data_dir", "image", "question", "answer")),
+         _drawn, ("data.mix.*.path",)),
+    Rule(tuple(f"data.scenes.{name}" for name in ("size", "train", "test", "seed", "levels", "scales")), _no_scenes,
+         ("data.source",)),
+    Rule(("tokenizer.vocab_size",), _tokenizer, ("tokenizer.path", "init.model", "init.llm"), files=False),
+    Rule(("stages.*.buckets",), _buckets, ("stages.*.batching",)),
+    Rule(("stages.*.epochs",), _epochs, ("stages.*.max_steps",), files=False),
+    Rule(("eval.every",), _no_holdout, ("data.holdout",), files=False),
+)  # fmt: skip
+
+
+def check(cfg: Config, given: Collection[str], files: bool = True) -> None:
+    """Raises UserError, one sentence, for the first setting that was asked for and would do nothing.
+
+    Args:
+      given: settings of the command line, as "stages.align.lr".
+      files: whether to look at what differs from the defaults besides. Left out is what the config.json of a source
+        may say: that is looked at once it has been read.
+    """
+    for key in given:
+        group, _, stage = key.partition(".")
+        stage = stage.partition(".")[0]
+        if group == "stages" and stage not in cfg.run_stages:
+            raise UserError(f"config.{key} has no effect: config.run_stages={cfg.run_stages} leaves that stage out")
+    for rule in RULES:
+        for key, name in _settings(rule.keys, cfg):
+            if files and cfg.init.decides(key):
+                continue
+            group = _at(cfg, key.rpartition(".")[0])
+            value, default = getattr(group, key.rpartition(".")[2]), getattr(type(group)(), key.rpartition(".")[2])
+            asked = key in given and (value or value != default)  # --config.lora.dropout=0 asks for nothing
+            turned = any(switch.replace("*", name) in given for switch in rule.switches)
+            asked = asked or (files and rule.files and value != default and not turned)
+            if asked and (why := rule.why(cfg, group)):
+                reason, _, instead = why.partition("; ")
+                raise UserError(
+                    f"config.{key}={value!r} has no effect {reason}; leave it out{', or ' * bool(instead)}{instead}"
+                )
+
+
+def _paths(cfg: Config) -> list[str]:
+    return [source.path for source in cfg.data.mix.values()] or [cfg.data.source]
+
+
+def _settings(keys: tuple[str, ...], cfg: Config) -> Iterator[tuple[str, str]]:
+    """(setting, what `*` stands for) for each of `keys`."""
+    for key in keys:
+        before, star, _ = key.partition("*")
+        for name in _at(cfg, before.rstrip(".")) if star else [""]:
+            yield key.replace("*", name), name
+
+
+def _at(cfg: Config, path: str) -> Any:
+    """The group at `path`, such as "stages.align" or ""."""
+    for name in filter(None, path.split(".")):
+        cfg = cfg[name] if isinstance(cfg, dict) else getattr(cfg, name)
+    return cfg

@@ -1,0 +1,160 @@
+"""What the config.json of pretrained parts says of the settings, and who is right where the user says otherwise.
+
+The rule stands at `InitConfig`: a file's word replaces what a config file of ours or a default says, and what was given
+on the command line (`InitConfig.keep`) replaces the file's, or is refused where the weights are of that size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import os
+from typing import Any
+
+from flax import traverse_util
+
+from sparsecut_jax import checks, effects
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights.architecture import llm_settings, official_settings, vision_settings, whole_settings
+from sparsecut_jax.weights.pretrained import PARTS, Source, open_sources
+
+# Settings that the tensors themselves are of. All others can be changed: the same weights then compute another function.
+OF_WEIGHTS = {
+    "vision": ("family", "image_size", "patch_size", "width", "layers", "heads", "mlp_dim", "class_token", "patch_bias",
+               "pre_norm", "layer_scale"),
+    "llm": ("family", "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "qkv_bias",
+            "qk_norm", "tie_embeddings"),
+    "fusion": ("name", "shared", "grid"),
+}  # fmt: skip
+LISTS = ("shortcuts.vit_levels", "shortcuts.llm_layers")
+PLAN = {"shortcuts.density", "shortcuts.count", "shortcuts.distribution", "shortcuts.order", *LISTS}  # one, together
+HINTS = {"vision.image_size": "; config.init.image_size sets another size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A setting, as "llm.rope.factor", its value by a source's config.json, and that file."""
+
+    key: str
+    value: Any
+    file: str
+
+
+def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
+    """The config with what the sources say of it.
+
+    Raises:
+      UserError: an architecture that is not supported, settings that do not go with it or have no effect, or one of
+        `cfg.init.keep` that the weights contradict.
+    """
+    raw = dataclasses.asdict(cfg)
+    for claim in claims(cfg, sources):
+        if not _wins(claim.key, cfg):
+            *path, name = claim.key.split(".")
+            group = raw
+            for part in path:
+                group = group[part]
+            group[name] = claim.value
+        elif _of_weights(claim.key, raw["fusion"]["name"]) and _differs(claim, cfg):
+            raise UserError(
+                f"config.{claim.key}={_value(cfg, claim.key)!r} does not go with the weights of {claim.file}, where it "
+                f"is {claim.value!r}; leave it out{HINTS.get(claim.key, '')}"
+            )
+    resolved = config_lib.check(raw)
+    checks.check_rope(resolved)
+    effects.check(resolved, resolved.init.keep, files=False)
+    return resolved
+
+
+def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
+    """A line for each setting that was kept against a source's config.json, and one for each file that replaced some.
+
+    cfg: as it was asked for, before `resolve`.
+    """
+    lines, replaced, default = [], {}, Config()
+    found = {claim.key: claim for claim in claims(cfg, sources)}
+    plan = [key for key in sorted(PLAN & set(cfg.init.keep)) if key not in found and "shortcuts.density" in found]
+    for claim in found.values():
+        if not _differs(claim, cfg):
+            continue
+        if _wins(claim.key, cfg):
+            if claim.key in cfg.init.keep:
+                said = _value(cfg, claim.key)
+                lines.append(f"kept       config.{claim.key}={said!r} as given; {claim.file} says {claim.value!r}")
+        elif _value(cfg, claim.key) != _value(default, claim.key):
+            replaced.setdefault(claim.file, []).append(f"{claim.key}={claim.value!r}, not {_value(cfg, claim.key)!r}")
+    for key in plan:
+        file = found["shortcuts.density"].file
+        lines.append(f"kept       config.{key}={_value(cfg, key)!r} as given; {file} lists its pairs")
+    return lines + [f"replaced   by {file}: {'; '.join(texts)}" for file, texts in replaced.items()]
+
+
+def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
+    """`resolve` with the sources that are on this machine, its `differences`, and the paths that are here and are not.
+
+    Nothing is downloaded, and of files only headers are read.
+    """
+    paths = {part: getattr(cfg.init, part) for part in ("model", *PARTS)}
+    here = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
+    found = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **here))
+    sources = open_sources(found.init)
+    resolved = dataclasses.replace(resolve(found, sources), init=cfg.init)
+    away = [path for part, path in paths.items() if path and not here[part]]
+    return resolved, differences(found, sources), [path for path in here.values() if path], away
+
+
+def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
+    """All that the sources say. Raises UserError for an architecture that is not supported."""
+    init, found = cfg.init, []
+
+    def say(file: str, **groups: dict[str, Any]) -> None:
+        found.extend(Claim(key, value, file) for key, value in traverse_util.flatten_dict(groups, sep=".").items())
+
+    class_token = cfg.vision.class_token
+    if "vision" in sources:
+        source = sources["vision"]
+        values = vision_settings(source.config, source.file, source.processor)
+        if init.image_size and values["family"] == "siglip2":
+            raise UserError(
+                f"{source.file}: config.init.image_size is not supported for siglip2 towers of any resolution"
+            )
+        class_token = values["class_token"]
+        say(source.file, vision=values | {"image_size": init.image_size or values["image_size"]})
+    if "llm" in sources:
+        source = sources["llm"]
+        say(source.file, llm=llm_settings(source.config, source.file))
+    if init.model and "llm" in sources:
+        say(source.file, **whole_settings(source.config, source.file, class_token))
+    elif "fusion" in sources:
+        source = sources["fusion"]
+        say(source.file, **official_settings(source.config, source.file))
+    return found
+
+
+def _wins(key: str, cfg: Config) -> bool:
+    """Whether the config's value stands, whatever a file says.
+
+    A shortcut plan is one thing: who gives a part of it gets the config's, of which explicit lists that are empty are
+    the file's.
+    """
+    if key in PLAN and not PLAN.isdisjoint(cfg.init.keep):
+        return not (key in LISTS and cfg.shortcuts.density == "explicit" and not _value(cfg, key))
+    return key in cfg.init.keep and not (key == "llm.vocab_size" and not cfg.llm.vocab_size)
+
+
+def _of_weights(key: str, fusion: str) -> bool:
+    if key == "fusion.grid" and fusion != "channel":  # only `channel` joins the crops' channels
+        return False
+    group, _, name = key.partition(".")
+    return name in OF_WEIGHTS.get(group, ())
+
+
+def _value(cfg: Config, key: str) -> Any:
+    return operator.attrgetter(key)(cfg)
+
+
+def _differs(claim: Claim, cfg: Config) -> bool:
+    plain = lambda x: tuple(x) if isinstance(x, list) else x
+    return plain(claim.value) != plain(_value(cfg, claim.key))
