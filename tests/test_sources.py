@@ -554,7 +554,7 @@ def test_source_that_is_not_there(tmp_path):
 
 
 def test_a_folder_without_a_dataset(tmp_path):
-    with pytest.raises(UserError, match="is no folder of a prepared TFDS dataset"):
+    with pytest.raises(UserError, match="is not the folder of a prepared TFDS dataset"):
         load_source(Config(data=DataConfig(source=str(tmp_path))))
 
 

@@ -275,32 +275,35 @@ def test_blocks_that_transformers_knows():
 @pytest.mark.parametrize(
     ("jinja", "reason"),
     [
-        ("", "is not there"),
+        ("", "does not exist"),
         ("{% for %}", "fails: Expected an expression"),
         ("{{ raise_exception('no chat') }}", "fails: no chat"),
         ("{{ messages.append(1) }}", "fails: access to attribute 'append' of 'list' object is unsafe."),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__' of 'str' object is unsafe."),
         ("{% include '/etc/passwd' %}", "fails: no loader for this environment specified"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
-        ("User: ", "does not write what is said, once and in order"),
-        (CHATML.replace("m['content']", "(m['content'] | upper | replace('1', '2'))"), "does not write what is said"),
-        (CHATML.replace("m['content']", "m['content'] + m['content']"), "does not write what is said"),
+        ("User: ", "does not render each message once and in order"),
+        (
+            CHATML.replace("m['content']", "(m['content'] | upper | replace('1', '2'))"),
+            "does not render each message once",
+        ),
+        (CHATML.replace("m['content']", "m['content'] + m['content']"), "does not render each message once"),
         (CHATML.replace("m['content']", "m['content'][0].text"), "fails: 'str object' has no attribute 'text'"),
-        (CHATML.replace("in messages", "in messages | reverse"), "does not write what is said"),
-        (CHATML.replace("in messages", "in messages[:2]"), "does not write what is said"),
+        (CHATML.replace("in messages", "in messages | reverse"), "does not render each message once"),
+        (CHATML.replace("in messages", "in messages[:2]"), "does not render each message once"),
         (CHATML.replace("im_end", "done"), "ends an answer with '<|done|>\\n', without a special token"),
         (
             CHATML.replace("'<|im_end|>'", "''") + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
-            "writes the rounds of a conversation in different ways",
+            "renders the rounds of a conversation differently",
         ),
-        (CHATML.replace("m['role']", "(m['role'] ~ loop.index)"), "asks with "),
+        (CHATML.replace("m['role']", "(m['role'] ~ loop.index)"), "prompts with "),
         (
             CHATML.replace("m['role']", "((m['role'] ~ loop.index) if loop.index > 2 else m['role'])"),
-            "writes the rounds of a conversation in different ways",
+            "renders the rounds of a conversation differently",
         ),
         (
             CHATML.replace("assistant\n", "assistant\n<think>\n"),
-            "asks with '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n', but writes '<|im_end|>\\n<|im_start|>assistant\\n' "
+            "prompts with '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n', but writes '<|im_end|>\\n<|im_start|>assistant\\n' "
             "before an answer",
         ),
     ],
@@ -310,7 +313,7 @@ def test_a_template_that_cannot_be_used(jinja, reason):
         get_template(OWN, tokenizer_of(jinja))
     sentence = str(caught.value)
     assert sentence.startswith(f"the tokenizer's chat template {reason}")
-    assert sentence.endswith("; choose another one for config.stages.*.template: " + ", ".join(TEMPLATES))
+    assert sentence.endswith("; set config.stages.*.template to one of " + ", ".join(TEMPLATES))
     assert "\n" not in sentence
 
 
@@ -330,8 +333,8 @@ def test_a_tokenizer_without_the_end_token(name):
     with pytest.raises(UserError) as caught:
         get_template(name, llama())
     assert str(caught.value) == (
-        f"template {name!r} ends an answer with {TEMPLATES[name].end}, which is no special token of this tokenizer; "
-        "choose another one for config.stages.*.template, such as 'vicuna_v1' or 'qa'"
+        f"template {name!r} ends an answer with {TEMPLATES[name].end}, which is not a special token of this tokenizer; "
+        "choose another config.stages.*.template, such as 'vicuna_v1' or 'qa'"
     )
 
 

@@ -183,8 +183,8 @@ def test_examples_that_make_no_row(load, settings, i, cause, sentence):
         ),
         (dict(answer="raw"), "expected a text, a label, a number or a list of them"),
         (dict(answer="objects/box"), "expected a text, a label, a number or a list of them"),
-        (dict(image=""), "question='' asks about a picture, but image='' names none"),
-        (dict(image="", question="<image> Why?"), "asks about a picture, but image='' names none"),
+        (dict(image=""), "question='' asks about a picture, but image='' names no feature"),
+        (dict(image="", question="<image> Why?"), "asks about a picture, but image='' names no feature"),
         (dict(split="trian"), "tfds:foreign has no split 'trian'; did you mean 'train'?; known: test, train"),
         (dict(split="train["), "tfds:foreign: split 'train[' cannot be read: "),
         (dict(split="train[6:]"), "tfds:foreign: split 'train[6:]' cannot be read: "),
@@ -192,10 +192,10 @@ def test_examples_that_make_no_row(load, settings, i, cause, sentence):
         (dict(path="tfds:foreign:3.0.0"), "tfds:foreign:3.0.0 is not prepared in "),
         (
             dict(path="tfds:mnist"),
-            "and nothing is downloaded here; set data_dir to where it is, or run `tfds build mnist ",
+            "and nothing is downloaded here; set data_dir to its folder, or run `tfds build mnist ",
         ),
         (dict(path="tfds:a b"), "tfds:a b cannot be read as a TFDS dataset: "),
-        (dict(path="/not/there"), "/not/there is no folder of a prepared TFDS dataset: it has no dataset_info.json"),
+        (dict(path="/not/there"), "/not/there is not the folder of a prepared TFDS dataset: it has no dataset_info.json"),
     ],
 )
 def test_settings_that_do_not_fit(load, settings, sentence):
@@ -239,7 +239,7 @@ def test_damaged_datasets(load, copy):
     with pytest.raises(UserError, match="foreign-train.array_record-00000-of-00001 cannot be read: "):
         load(path=str(copy))
     shard.unlink()
-    with pytest.raises(UserError, match="is not whole: .*foreign-train.array_record-00000-of-00001 is not there"):
+    with pytest.raises(UserError, match="is incomplete: .*foreign-train.array_record-00000-of-00001 does not exist"):
         load(path=str(copy))
     (copy / "features.json").unlink()
     with pytest.raises(UserError, match="cannot be read as a TFDS dataset: "):
@@ -288,7 +288,7 @@ def test_metadata_that_are_no_json(load, copy):
 
 def test_a_pipe_in_the_folder_is_not_waited_for(load, copy):
     os.mkfifo(copy / "pipe")
-    with pytest.raises(UserError, match="pipe is no regular file"):
+    with pytest.raises(UserError, match="pipe is not a regular file"):
         load(path=str(copy))
 
 

@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI `easy-vqa`, MIT): synthetic pictures of one shape, and questions about them, as LLaVA rows."""
+"""easy-VQA (PyPI `easy-vqa`, MIT): synthetic pictures of one shape and questions about them, as rows in LLaVA's format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def kind(answer: str) -> str:
-    """The kind of question an answer belongs to."""
+    """The kind of question that an answer belongs to: "yes/no", "color" or "shape"."""
     return "yes/no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape"
 
 
 def load(split: str) -> tuple[list[dict[str, Any]], str]:
-    """Rows of the official split ("train" or "test"), one per image with all its questions; and the image folder."""
+    """Rows of an official split ("train" or "test"), one per image with all its questions, and the image folder."""
     import easy_vqa
 
     read = easy_vqa.get_train_questions if split == "train" else easy_vqa.get_test_questions
@@ -39,7 +39,7 @@ def _row(name: str, image: str, questions: Iterable[tuple[str, str]]) -> dict[st
 
 
 def captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Caption rows ("a red circle") made from what the answers of `rows` say; rows that do not say it are left out."""
+    """Caption rows ("a red circle") derived from the answers of `rows`; rows that do not determine one are omitted."""
     made = []
     for row in rows:
         turns = row["conversations"]
@@ -54,8 +54,7 @@ def captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _find(words: tuple[str, ...], turns: list[dict[str, str]]) -> str | None:
     """The one of `words` that the turns show to be true of the picture, or None.
 
-    Told by an answer ("red"), by the question ("what color is the circle?"), by a yes, or by the noes
-    leaving one word only.
+    It follows from an answer ("red"), a question ("what color is the circle?"), a yes, or noes that leave a single word.
     """
     ruled_out = set()
     for human, gpt in zip(turns[::2], turns[1::2], strict=True):

@@ -1,5 +1,5 @@
-"""Rows in, Batch out. A batch is found by its number in the stage's plan, so a run resumes at any step with nothing to
-remember; hosts, worker processes and threads change who reads, never what is read."""
+"""Reads rows and makes batches. A batch is identified by its number in the stage's plan, so a run resumes at any step
+without iterator state; hosts, worker processes and threads change who reads, never what is read."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import EMPTY_SLOT, BadSample, Batch, UserError
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process
-READY = 2  # batches that wait on the device
+READY = 2  # batches read ahead onto the device
 
 
 class Images:
-    """Pictures as uint8[V, S, S, 3]; remembers as many as fit into CACHE_BYTES."""
+    """Reads pictures as uint8[V, S, S, 3]; caches as many as fit into CACHE_BYTES."""
 
     def __init__(self, cfg: Config):
         self.size, self.fit = cfg.vision.image_size, cfg.data.image_fit
@@ -40,7 +40,7 @@ class Images:
         count = views_of(cfg.fusion)
         self.grid = cfg.fusion.grid if count > 1 else None
         self.shape = (count, self.size, self.size, 3)
-        self.forget = False  # to measure reading, not remembering
+        self.forget = False  # True disables the cache, to measure reading
         self._remember()
 
     def _remember(self) -> None:
@@ -54,7 +54,7 @@ class Images:
         self._remember()
 
     def read(self, part: Part, entry: str | bytes) -> np.ndarray:
-        """Views of a picture of a row. Raises BadSample."""
+        """Views of a picture of a row, uint8[V, S, S, 3]. Raises BadSample if it cannot be read."""
         return self._read(part, entry) if self.forget or isinstance(entry, bytes) else self._cached(part, entry)
 
     def _read(self, part: Part, entry: str | bytes) -> np.ndarray:
@@ -64,7 +64,7 @@ class Images:
         return images.views(picture, self.size, self.grid, self.fit, self.border)
 
 
-Sequence = list[tuple[Example, list[np.ndarray]]]  # what stands in one sequence: examples and their images
+Sequence = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, each with its images
 
 
 def collate(
@@ -75,7 +75,7 @@ def collate(
     branched: bool = True,
     most_segments: int = 0,
 ) -> Batch:
-    """One Batch of numpy arrays; the examples of a sequence follow one another as segments 1, 2, ..., then padding."""
+    """One Batch of numpy arrays; the examples of a sequence become segments 1, 2, ..., followed by padding."""
     b = len(sequences)
     columns = {name: np.zeros((b, seq_len), np.int32) for name in ("tokens", "segments", "branches", "positions")}
     loss_mask = np.zeros((b, seq_len), np.uint8)
@@ -104,7 +104,10 @@ class Reader:
     """Reads rows of a split as sequences.
 
     Attributes:
-      flip, shift: how training images are augmented.
+      split: the rows.
+      encode: tokenises a row.
+      pictures: reads its images.
+      flip, shift: augmentation of training images.
     """
 
     split: Split
@@ -114,10 +117,10 @@ class Reader:
     shift: int = 0
 
     def example(self, part: Part, row: Row, rng: np.random.Generator | None) -> tuple[Example, list[np.ndarray]]:
-        """A row and its pictures. The generator shuffles independent turns and augments images; None does neither.
+        """A row and its pictures. rng shuffles independent turns and augments images; None does neither.
 
         Raises:
-          BadSample: it does not fit, or a picture cannot be read.
+          BadSample: the row does not fit, or a picture cannot be read.
         """
         order = rng.permutation(len(row["conversations"]) // 2) if rng is not None else None
         example = self.encode(row, order)
@@ -127,7 +130,7 @@ class Reader:
         return example, found
 
     def branched(self) -> bool:
-        """Whether any row has questions that do not see one another."""
+        """Whether any row has independent questions."""
         for i in range(len(self.split)):
             part, local = self.split.find(i)
             with contextlib.suppress(BadSample):
@@ -136,7 +139,7 @@ class Reader:
         return False
 
     def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Sequence, list[Bad]]:
-        """The rows that can be read, and the bad ones."""
+        """The rows that can be read as one sequence, and the bad ones."""
         found, bad = [], []
         for i in rows:
             part, local = self.split.find(i)
@@ -151,12 +154,13 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchReader:
-    """Function from the number of a batch in the plan to this process's rows of it, and the bad rows met.
+    """Function from the number of a batch in the plan to this process's rows of it, and the bad rows among them.
 
-    A sequence's random numbers come from its place in the plan: they are the same whoever reads it.
+    The random numbers of a sequence are derived from its place in the plan, so they are the same whoever reads it.
 
     Attributes:
-      here: int64[n], places in a batch of the rows to read.
+      reader, plan, seed: the rows, the batch plan, and the seed of shuffling and augmentation.
+      here: int64[n], indices within a batch of the sequences to read.
     """
 
     reader: Reader
@@ -188,9 +192,12 @@ def train_batches(
     """Iterator of (Batch, bad rows) from batch `first` of the plan on.
 
     Args:
+      reader, plan: the rows and the batch plan.
+      cfg: with data.threads and data.workers.
       seed: of shuffled turns and augmentation.
-      here: int64[n], places in a batch of the rows to read; None: all.
-      place: puts a batch on the devices; done ahead of time, for READY batches.
+      first: number of the first batch.
+      here: int64[n], indices within a batch of the sequences to read; None: all.
+      place: moves a batch to the devices; called ahead of time, for READY batches.
     """
     read = BatchReader(reader, plan, seed, np.arange(plan.batch_size) if here is None else here)
     numbers = grain.MapDataset.range(first, len(plan))
@@ -199,7 +206,7 @@ def train_batches(
     if cfg.data.workers:
         processes = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(processes, worker_init_fn=_serve)
-        # Copies, so that the memory shared with a worker is free at once and not when a step is done with the batch.
+        # Copies the arrays, so that memory shared with a worker is freed at once and not after the step.
         batches = batches.map(
             functools.partial(jax.tree.map, lambda x: np.array(x) if isinstance(x, np.ndarray) else x)
         )
@@ -208,7 +215,7 @@ def train_batches(
 
 
 def next_batch(batches: Iterator[tuple[Batch, list[Bad]]]) -> tuple[Batch, list[Bad]]:
-    """The next of them. Raises UserError if a process that reads them has died."""
+    """The next batch. Raises UserError if a data worker died."""
     try:
         return next(batches)
     except RuntimeError as error:
@@ -216,8 +223,8 @@ def next_batch(batches: Iterator[tuple[Batch, list[Bad]]]) -> tuple[Batch, list[
         if not code:
             raise
         raise UserError(
-            f"a process that reads the data ended with exit code {code[1]} (-9: killed, often for want of memory); "
-            "lower config.data.workers; the same command goes on from the last checkpoint"
+            f"a data worker ended with exit code {code[1]} (-9: killed, often out of memory); lower config.data.workers, "
+            "then run the same command to resume from the last checkpoint"
         ) from error
 
 
@@ -228,11 +235,11 @@ def closing(batches: grain.DatasetIterator) -> Iterator[None]:
         yield
     finally:
         batches.close()
-        gc.collect()  # Grain's iterators refer to one another, and to memory shared with processes that are gone
+        gc.collect()  # Grain's iterators form reference cycles that hold memory shared with ended processes
 
 
 def _serve(*_: int) -> None:
-    """A worker process reads on until the one that started it has no more use for it, whatever signal both get."""
+    """Makes a data worker ignore SIGTERM and end with the process that started it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()
 
@@ -240,9 +247,9 @@ def _serve(*_: int) -> None:
 def fixed_batches(
     reader: Reader, size: int, seq_len: int, slots: int, here: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """All rows, once and in order; broken ones, and those that fill up the last batch, are empty sequences.
+    """Batches of all rows, once and in order; broken rows, and those that fill the last batch, are empty sequences.
 
-    here: int64[n], places in a batch of the rows to read; None: all.
+    here: int64[n], indices within a batch of the rows to read; None: all.
     """
     count, branched = len(reader.split), reader.branched()
     for first in range(0, count, size):

@@ -1,8 +1,8 @@
-"""Which rows stand in which batch: decided for a whole stage before its first step, from lengths alone.
+"""The batch plan: which rows go into which batch, for a whole stage before its first step, from lengths alone.
 
-The plan is a pure function of the rows' lengths, the stage and the seed. So a batch is found by its number: nothing
-has to be remembered to resume, no packing buffer either; every host and every worker process sees the same order.
-A row whose image turns out broken leaves a hole in its sequence and moves nothing.
+The plan is a pure function of the rows' lengths, the stage and the seed, so any batch can be computed from its number.
+Resuming needs no iterator state and no packing buffer, and every host and worker process sees the same order. A row whose
+image turns out to be broken leaves a gap in its sequence and shifts nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.types import UserError
 
-WINDOW = 8192  # rows in their drawn order among which packing and buckets may choose
-TRIES = 64  # sizes that are tried as the smaller of two
-MOST = 2**30  # rows of a plan
+WINDOW = 8192  # shuffled rows among which packing and buckets may choose
+TRIES = 64  # sizes tried for the smaller row of a pair
+MOST = 2**30  # maximum rows of a plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Plan:
     """The batches of a stage.
 
     Attributes:
-      rows: int32[total], numbers of rows, sequence after sequence.
+      rows: int32[total], row numbers, sequence by sequence.
       starts: int64[batches * batch_size + 1], where each sequence begins in `rows`.
-      lengths: int32[batches], positions that the sequences of a batch are padded to.
-      batch_size: sequences of a batch; the last batch may end in empty ones.
-      slots: image slots of a sequence (M).
-      useful: share of positions that hold a token.
-      branched: whether any row has questions that do not see one another.
+      lengths: int32[batches], positions to which the sequences of a batch are padded.
+      batch_size: sequences per batch; the last batch may end in empty ones.
+      slots: image slots per sequence (M).
+      useful: share of non-padding tokens.
+      branched: whether any row has independent questions.
     """
 
     rows: MappedArray
@@ -45,14 +45,14 @@ class Plan:
 
     @property
     def most_segments(self) -> int:
-        """Rows of a sequence, at most."""
+        """Maximum number of rows in a sequence."""
         return int(np.diff(self.starts.values).max())
 
     def __len__(self) -> int:
         return len(self.lengths.values)
 
     def sequence(self, batch: int, i: int) -> list[int]:
-        """Rows of sequence `i` of a batch."""
+        """Row numbers of sequence `i` of a batch."""
         at = batch * self.batch_size + i
         start, end = self.starts.values[at : at + 2]
         return self.rows.values[start:end].tolist()
@@ -60,12 +60,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What is known of rows before their images are opened.
+    """Lengths of rows, known before their images are opened.
 
     Attributes:
-      tokens: int32[n], positions a row takes, images included; 0 for a row that is left out.
-      images: int32[n].
-      branched: whether any row has questions that do not see one another.
+      tokens: int32[n], positions of each row, images included; 0 for a row that is skipped.
+      images: int32[n], images of each row.
+      branched: whether any row has independent questions.
     """
 
     tokens: np.ndarray
@@ -74,7 +74,7 @@ class Lengths:
 
     @property
     def usable(self) -> np.ndarray:
-        """int64[m], numbers of the rows that are not left out."""
+        """int64[m], numbers of the rows that are not skipped."""
         return np.flatnonzero(self.tokens)
 
 
@@ -84,14 +84,18 @@ def make_plan(
     """The plan of a stage.
 
     Args:
-      groups: of each source its usable rows and how often an epoch has each of them.
+      lengths: lengths of all rows.
+      groups: for each source, its usable rows and how often each occurs per epoch.
+      stage: batching, batch size, sequence length, epochs or max_steps.
+      max_images: image slots of a single row.
+      seed: of the order.
 
     Raises:
-      UserError: no row is left, or the stage is too long.
+      UserError: no usable row, less than one row to draw, or more than MOST.
     """
     epoch = sum(len(rows) * weight for rows, weight in groups)
     if not epoch:
-        raise UserError("no row is left to train on")
+        raise UserError("there is no usable row to train on; run data check to see why")
     if epoch < 1:
         raise UserError(
             f"an epoch would draw {epoch:.3g} rows, expected at least 1; raise the weights in config.data.mix"
@@ -127,7 +131,7 @@ def make_plan(
     rows, sizes = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     sizes = sizes[: wanted or None]
     batches = -(-len(sizes) // stage.batch_size)
-    sizes = np.append(sizes, np.zeros(batches * stage.batch_size - len(sizes), np.int32))  # the last batch, filled up
+    sizes = np.append(sizes, np.zeros(batches * stage.batch_size - len(sizes), np.int32))  # fills up the last batch
     rows = rows[: sizes.sum()]
     padded = np.concatenate(batch_lengths)[:batches] if batch_lengths else np.full(batches, stage.seq_len)
     useful = lengths.tokens[rows].sum(dtype=np.int64) / (padded.sum(dtype=np.int64) * stage.batch_size)
@@ -137,17 +141,18 @@ def make_plan(
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, slots: int) -> list[list[int]]:
-    """Rows into sequences of at most `seq_len` positions and `slots` images.
+    """Packs rows into sequences of at most `seq_len` positions and `slots` images.
 
-    Taking the longest rows first and filling up with what fits best would leave rows of a middling length, two of which
-    fill no sequence and three are too many. So every sequence takes as many rows as the remaining ones allow on
-    average: the longest, some of a like length, and the two that fill the rest best.
+    Best fit with the longest rows first would leave rows of medium length, of which two do not fill a sequence and three
+    do not fit. So every sequence takes as many rows as the remaining ones allow on average: the longest one, some of
+    similar length, and the pair that fills the rest best.
 
     Args:
-      tokens, images: int[n] of each row, which fits alone.
+      tokens, images: int[n], positions and images of each row; each row fits into a sequence alone.
+      seq_len, slots: limits of a sequence.
 
     Returns:
-      The numbers of the rows of each sequence, in the order they were put in.
+      The row numbers of each sequence, in the order in which they were added.
     """
     shelves = _Shelves(tokens, images)
     positions, count = int(tokens.sum()), len(tokens)
@@ -178,7 +183,7 @@ Kind = tuple[int, int]  # positions and images of a row
 
 
 class _Shelves:
-    """Rows by kind. For every number of images, the bits of a number say which sizes there are."""
+    """Rows by kind. For every number of images, the set bits of an integer are the available sizes."""
 
     def __init__(self, tokens: np.ndarray, images: np.ndarray):
         self.rows: dict[Kind, list[int]] = {}
@@ -201,7 +206,7 @@ class _Shelves:
         return [(size, images)] if size > 0 else []
 
     def pair(self, room: int, free: int) -> list[Kind]:
-        """The kinds of two rows that fill `room` best, found in TRIES steps for each number of images."""
+        """The kinds of the two rows that fill `room` best, searched in TRIES steps for each number of images."""
         best, filled = [], 0
         for images in self.sizes:
             small = room // 2
@@ -225,7 +230,7 @@ class _Shelves:
 
 
 def _windows(groups: list[tuple[np.ndarray, float]], epochs: float, size: int, seed: int) -> Iterator[np.ndarray]:
-    """int64[size] row numbers in the order they are drawn, epoch after epoch; the last epoch may be a part."""
+    """int64[size] row numbers in shuffled order, epoch by epoch; the last epoch may be partial."""
     per_epoch = sum(len(rows) * weight for rows, weight in groups)
     left = np.inf if np.isinf(epochs) else round(epochs * per_epoch)
     pending, epoch = np.zeros(0, np.int64), 0
@@ -243,7 +248,7 @@ def _windows(groups: list[tuple[np.ndarray, float]], epochs: float, size: int, s
 
 
 def _draw(rows: np.ndarray, weight: float, epoch: int, seed: list[int]) -> np.ndarray:
-    """The rows of one source in an epoch: pass after pass over all of them, each in an order of its own."""
+    """The rows of one source in an epoch: repeated passes over all of them, each in its own order."""
     n = len(rows)
     begin, end = round(epoch * weight * n), round((epoch + 1) * weight * n)
     pieces = [rows[:0]]
@@ -258,17 +263,17 @@ def _draw(rows: np.ndarray, weight: float, epoch: int, seed: list[int]) -> np.nd
 def _bucket(
     window: np.ndarray, tokens: np.ndarray, stage: StageConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a window as batches of a like length, in a drawn order; and the length of each batch."""
+    """The rows of a window as batches of similar length, in shuffled order, and the padded length of each batch."""
     sizes = np.array(sorted({*(stage.buckets or (stage.seq_len // 4, stage.seq_len // 2)), stage.seq_len}))
     ordered = window[np.argsort(tokens[window], kind="stable")]
     batches = np.split(ordered, np.arange(stage.batch_size, len(ordered), stage.batch_size))
-    order = rng.permutation(len(batches) - 1).tolist() + [len(batches) - 1]  # one that is not full must be the last
+    order = rng.permutation(len(batches) - 1).tolist() + [len(batches) - 1]  # a partial batch must be the last
     rows = np.concatenate([rng.permutation(batches[i]) for i in order])
     return rows, sizes[np.searchsorted(sizes, [tokens[batches[i]].max() for i in order])]
 
 
 def _slots(lengths: Lengths, groups: list[tuple[np.ndarray, float]], stage: StageConfig, max_images: int) -> int:
-    """Image slots of a sequence: those of a row; for packed rows what full sequences have on average, rounded up."""
+    """Image slots per sequence: those of a row; with packing the average of full sequences, rounded up."""
     if stage.batching != "packed":
         return max_images
     tokens = sum(weight * lengths.tokens[rows].sum() for rows, weight in groups)

@@ -1,15 +1,15 @@
-"""Scenes: drawn pictures without end, and questions that tell apart what levels and views of a tower are good for.
+"""Scenes: generated pictures, and questions that separate the effects of tower levels and of views.
 
-Two things are crossed in the questions, so that neither stands for the other:
+The questions cross two factors, so that neither stands in for the other:
 
     level   low: direction of lines, color, sharpness, grain     high: what it is, how many, where
-    scale   coarse: the low-res view shows it                    fine: only the hi-res crops do
+    scale   coarse: visible in the low-res view                  fine: visible only in the hi-res crops
 
-Pictures come in pairs, 2k and 2k + 1: alike in all but the answers, of which every one differs. Answers of a question
-are equally frequent, and independent of those of other questions but for one thing: in each of the four cells the
-first two questions are coupled. Combinations of their answers (a, b) with a + b divisible by 4, counted from 0, are
-never drawn in "train" and "test", and the only ones in "heldout", the second half of the test pictures. The coupling
-stays within a cell, so what is coarse tells nothing about what is fine, nor a low level about a high one.
+Pictures 2k and 2k + 1 form a pair: they are alike except for the answers, all of which differ. The answers to a question
+are equally frequent and independent of those to other questions, with one exception: in each of the four cells the first
+two questions are coupled. Combinations of their answers (a, b), counted from 0, with a + b divisible by 4 never occur in
+"train" and "test", and only these occur in "heldout", the second half of the test pictures. The coupling stays within a
+cell, so coarse answers say nothing about fine ones, nor low levels about high ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DIRECTIONS, COLORS, COUNTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A question, and what may be its answer."""
+    """A question and its possible answers."""
 
     name: str
     level: Literal["low", "high"]
@@ -76,26 +76,27 @@ TEMPLATES = tuple(
         ("order", "high", "fine", "is the letter left or right of the digit?", ("left", "right")),
     ]
 )
-CELL = 3  # templates in each cell; the first two of them are coupled
-PAIRS_PER_BLOCK = 84  # in so many pairs every pair of answers occurs equally often, and so does every combination
+CELL = 3  # templates per cell, of which the first two are coupled
+PAIRS_PER_BLOCK = 84  # pairs in which every pair of answers and every combination occurs equally often
 
 
 def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int) -> Scenes:
-    """The rows of a split, and their pictures.
+    """The rows of a split, with their pictures.
 
     Args:
       cfg: checked settings.
-      size: side of a picture in pixels where `cfg.size` is 0.
-      low: side of the low-res view, in which nothing fine is to be seen.
+      split: "train" or "test"; the latter includes the held-out combinations.
+      size: side of a picture in pixels if `cfg.size` is 0.
+      low: side of the low-res view in pixels, in which fine details are invisible.
 
     Raises:
-      UserError: a size that leaves no room for what is fine.
+      UserError: the pictures or the low-res view are too small for fine details.
     """
     size = cfg.size or size
     if size < 2 * low:
         raise UserError(
             f"config.data.scenes.size={size}: expected at least {2 * low}, twice the low-res view of {low} pixels, "
-            "for what is fine must be seen in the hi-res crops and not in the low-res view"
+            "because fine details must show in the hi-res crops and not in the low-res view"
         )
     if low < 32:
         raise UserError(f"pictures of scenes need low-res views of at least 32 pixels, got {low}")
@@ -107,13 +108,13 @@ def rows(cfg: ScenesConfig, split: Literal["train", "test"], size: int, low: int
 
 
 def captions(rows: Sequence[Row]) -> Captions:
-    """For each row one with what is coarse in its picture: "a sharp red circle on rising stripes, ..."."""
+    """A caption row for each row, with the coarse content of its picture: "a sharp red circle on rising stripes, ..."."""
     return Captions(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Captions(Sequence):
-    """Caption rows of `rows`, which are Scenes or some of them."""
+    """Caption rows for `rows`, which are Scenes or a part of them."""
 
     rows: Sequence[Row]
 
@@ -128,13 +129,13 @@ class Captions(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Scenes(Sequence):
-    """Rows in LLaVA's format, made when they are asked for; a slice is a Scenes again.
+    """Rows in LLaVA's format, generated on demand; a slice is a Scenes too.
 
     Attributes:
       seed: of the pictures and answers.
-      size, low: sides of a picture and of its low-res view.
-      asked: indices into TEMPLATES.
-      indices: which pictures of the split.
+      size, low: sides of a picture and of its low-res view in pixels.
+      asked: indices into TEMPLATES of the questions.
+      indices: numbers of the pictures within the split.
       first_heldout: index of the first test picture with held-out combinations; -1 for the training split.
     """
 
@@ -170,16 +171,16 @@ class Scenes(Sequence):
         return f"test/{index}" if before else f"heldout/{index - self.first_heldout}"
 
     def answers(self, name: str) -> np.ndarray:
-        """int8[len(TEMPLATES)]: which of each template's answers is right for a picture."""
+        """int8[len(TEMPLATES)]: index of the right answer to each template for a picture."""
         part, index = _split_name(name)
         pair, member = divmod(index, 2)
         block, k = divmod(pair, PAIRS_PER_BLOCK)
         return _block(self.seed, part, block)[k, member]
 
     def open(self, name: str, fine: bool = True) -> Image.Image:
-        """The RGB picture of that name. `fine=False` leaves out what only the hi-res crops show."""
+        """The RGB picture of that name. `fine=False` omits what only the hi-res crops show."""
         part, index = _split_name(name)
-        seed = (self.seed, PARTS.index(part), index // 2)  # a pair shares everything but the answers
+        seed = (self.seed, PARTS.index(part), index // 2)  # the two pictures of a pair share everything but the answers
         return Image.fromarray(draw(_facts(self.answers(name)), seed, self.size, self.low, fine))
 
 
@@ -187,9 +188,9 @@ class Scenes(Sequence):
 def _block(seed: int, part: str, block: int) -> np.ndarray:
     """int8[PAIRS_PER_BLOCK, 2, len(TEMPLATES)]: answers of the pairs of a block.
 
-    For each question, every pair of different answers equally often, in an order of its own.
+    Every pair of different answers to a question occurs equally often, in an order of its own for each question.
     """
-    rng = np.random.default_rng((seed, PARTS.index(part), block, 3))  # drawing takes 0, 1 and 2 at the end
+    rng = np.random.default_rng((seed, PARTS.index(part), block, 3))  # drawing uses 0, 1 and 2 in the last place
     columns = []
     for cell in range(0, len(TEMPLATES), CELL):
         couples = _couples(heldout=part == "heldout")
@@ -201,7 +202,7 @@ def _block(seed: int, part: str, block: int) -> np.ndarray:
 
 @functools.cache
 def _couples(heldout: bool) -> np.ndarray:
-    """int[P, 2, 2]: all ((a, b), (a', b')) with a != a', b != b', and a + b and a' + b' divisible by 4 or not."""
+    """int[P, 2, 2]: all ((a, b), (a', b')) with a != a' and b != b'; both sums are divisible by 4 iff `heldout`."""
     allowed = [(a, b) for a in range(4) for b in range(4) if ((a + b) % 4 == 0) == heldout]
     return np.array([(p, q) for p in allowed for q in allowed if p[0] != q[0] and p[1] != q[1]])
 

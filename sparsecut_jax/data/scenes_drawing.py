@@ -1,7 +1,7 @@
-"""How a picture of Scenes is drawn: a coarse part, a fine part that no low-res view can show, and noise.
+"""Draws the pictures of Scenes: a coarse part, a fine part that is invisible in the low-res view, and noise.
 
-Lengths are in 64ths of the picture for the coarse part. The fine part stands on a panel of 64 x 64 hi-res pixels
-(pixels of the picture resized to twice the low-res view), so that in a larger picture it is as small as before.
+Lengths of the coarse part are in 64ths of the picture. The fine part lies on a panel of 64 x 64 hi-res pixels (pixels of
+the picture resized to twice the low-res view), so that it stays as small in a larger picture.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 Facts = dict[str, str]  # template -> answer
 
-SIDE = 64  # of the picture in its own units, and of the panel in hi-res pixels
+SIDE = 64  # side of the picture in its own units, and of the panel in hi-res pixels
 GREY = 128.0
-NOISE = 4.0  # grey levels to either side: hides what rounding leaves of the fine part
+NOISE = 4.0  # amplitude in grey levels; masks what rounding leaves of the fine part
 COLORS = {"red": (44, -24, -24), "green": (-28, 36, -28), "blue": (-26, -26, 44), "yellow": (40, 30, -44)}
 WHITE, BLACK = np.full(3, GREY + 48), np.full(3, GREY - 48)
 CORNERS = np.array([(9, 9), (55, 9), (9, 55), (55, 55)])
@@ -24,16 +24,19 @@ STEPS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 ACROSS = {"horizontal": (0, 1), "vertical": (1, 0), "rising": (1, 1), "falling": (1, -1)}  # a stripe's normal (x, y)
 DOTS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 PATCH = 16  # side of a patch in hi-res pixels
-SHIFT = 2  # hi-res pixels that each fine thing may be off its place, to every side
+SHIFT = 2  # maximum random offset of each fine detail, in hi-res pixels
 FINE = 45.0  # contrast of the fine part
 
 
 def draw(facts: Facts, seed: tuple[int, ...], size: int, low: int, fine: bool = True) -> np.ndarray:
-    """uint8[size, size, 3]: the picture of which `facts` are true. All else about it `seed` decides.
+    """uint8[size, size, 3]: a picture of which `facts` are true. `seed` determines everything else.
 
     Args:
-      low: side of the low-res view, Pillow's bicubic size -> low, in which the fine part must not be seen.
-      fine: False leaves the fine part out, and nothing else changes.
+      facts: {template: answer}.
+      seed: of the random details.
+      size: side of the picture in pixels.
+      low: side of the low-res view (Pillow's bicubic size -> low), in which the fine part must be invisible.
+      fine: False omits the fine part and changes nothing else.
     """
     picture = coarse_part(facts, np.random.default_rng((*seed, 0)), size)
     if fine:
@@ -43,11 +46,11 @@ def draw(facts: Facts, seed: tuple[int, ...], size: int, low: int, fine: bool = 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what any view shows
+# visible in every view
 
 
 def coarse_part(facts: Facts, rng: np.random.Generator, size: int) -> np.ndarray:
-    """float64[3, size, size] of grey levels: stripes, a big shape, a box beside it, and discs in the corners."""
+    """float64[3, size, size] in grey levels: stripes, a big shape, a box beside it, and discs in the corners."""
     y, x = _grid(size, size / SIDE)
     nx, ny = ACROSS[facts["stripes"]]
     frequency = 2 * np.pi / rng.uniform(15, 19) / np.hypot(nx, ny)
@@ -70,7 +73,7 @@ def coarse_part(facts: Facts, rng: np.random.Generator, size: int) -> np.ndarray
 
 
 def _paint(picture: np.ndarray, shape: str, center: tuple, radius: float, color: np.ndarray, edge: float = 1.0) -> None:
-    """Paints a shape into the picture; `edge`: how wide its edge is."""
+    """Paints a shape into the picture, with an edge of width `edge`."""
     size = picture.shape[-1]
     scale, reach = size / SIDE, 1.1 * radius + edge / 2
     columns, rows = (
@@ -83,7 +86,7 @@ def _paint(picture: np.ndarray, shape: str, center: tuple, radius: float, color:
 
 
 def _shape(name: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Distance to the edge of a shape at the origin, negative inside."""
+    """Signed distance to the edge of a shape at the origin, negative inside."""
     if name == "circle":
         return np.hypot(x, y) - r
     if name == "square":
@@ -94,15 +97,15 @@ def _shape(name: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what only the hi-res crops show
+# visible only in the hi-res crops
 
 
 def fine_part(facts: Facts, rng: np.random.Generator, size: int, low: int) -> np.ndarray:
-    """float64[3, size, size] of grey levels whose bicubic low x low view is 0.
+    """float64[3, size, size] in grey levels, whose bicubic low x low view is 0.
 
-    Marks above, then three patches, and a letter and a digit below.
+    From top to bottom: marks, three patches, a letter and a digit.
     """
-    scale = size / (2 * low)  # pixels of the picture in a hi-res pixel
+    scale = size / (2 * low)  # picture pixels per hi-res pixel
     side = int(SIDE * scale)
     left, top = rng.integers(0, size - side + 1, 2)
     panel = np.zeros((3, side, side))
@@ -130,16 +133,16 @@ def fine_part(facts: Facts, rng: np.random.Generator, size: int, low: int) -> np
 
 @functools.lru_cache(maxsize=8)
 def _seen(size: int, low: int) -> np.ndarray:
-    """float64[size, size]: the projection onto what Pillow's bicubic size -> low lets through, along one axis."""
+    """float64[size, size]: projection onto what Pillow's bicubic size -> low passes, along one axis."""
     eye = Image.fromarray(np.eye(size, dtype=np.float32))
     down = np.asarray(eye.resize((size, low), Image.Resampling.BICUBIC), np.float64)
     return np.linalg.pinv(down) @ down
 
 
 def _invisible(panel: np.ndarray, left: int, top: int, size: int, low: int) -> np.ndarray:
-    """The panel at its place in a picture, less what is seen of it in the low-res view: x - P x P.
+    """The panel at its place in a picture, minus what the low-res view would show of it: x - P x P.
 
-    Zero mean alone would not do: the rim of a patch would still be seen.
+    A zero mean would not be enough, because the rim of a patch would remain visible.
     """
     side = panel.shape[-1]
     seen = _seen(size, low)
@@ -150,8 +153,8 @@ def _invisible(panel: np.ndarray, left: int, top: int, size: int, low: int) -> n
 
 @functools.lru_cache(maxsize=64)
 def _glyph(character: str, scale: float) -> np.ndarray:
-    """float64[16 * scale, 16 * scale] of 0..1: a character of DejaVu Sans, 12 hi-res pixels high."""
-    import matplotlib  # the font comes with it
+    """float64[16 * scale, 16 * scale] in 0..1: a character of DejaVu Sans, 12 hi-res pixels high."""
+    import matplotlib  # ships the font
 
     file = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     side, finer = int(16 * scale), 8
@@ -175,7 +178,7 @@ def _lines(direction: str, rng: np.random.Generator, scale: float) -> np.ndarray
 
 
 def _grain(kind: str, rng: np.random.Generator, scale: float) -> np.ndarray:
-    """Checks, or specks without order; the two are about equally strong."""
+    """Checks, or random specks; both have about the same contrast."""
     phase = rng.uniform(0, 2 * np.pi, 2)
     specks = rng.permutation(PATCH * PATCH).reshape(PATCH, PATCH) % 2 * 2.0 - 1
     if kind == "specks":
@@ -185,7 +188,7 @@ def _grain(kind: str, rng: np.random.Generator, scale: float) -> np.ndarray:
 
 
 def _dots(rng: np.random.Generator, scale: float) -> np.ndarray:
-    """Dots of a hi-res pixel, on a grid of 5 x 5 that is not quite even."""
+    """Dots of one hi-res pixel each, on a slightly irregular 5 x 5 grid."""
     cells = np.zeros((PATCH, PATCH))
     rows, columns = np.divmod(np.arange(25), 5)
     cells[3 * rows + rng.integers(0, 2, 25), 3 * columns + rng.integers(0, 2, 25)] = 1
@@ -193,7 +196,7 @@ def _dots(rng: np.random.Generator, scale: float) -> np.ndarray:
 
 
 def _enlarge(cells: np.ndarray, scale: float) -> np.ndarray:
-    """An array of hi-res pixels as one of the picture's pixels."""
+    """Enlarges an array of hi-res pixels to picture pixels."""
     line = _grid(int(len(cells) * scale), scale)[0][:, 0].astype(int)
     return cells[np.ix_(line, line)]
 

@@ -1,4 +1,4 @@
-"""`data speed`: how fast batches are read, by number of worker processes."""
+"""`data speed`: measures how fast batches are read, by number of worker processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FOREVER = 10_000  # batches
 
 
 def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: float) -> None:
-    """Reads batches of stage `name` for some seconds with each number of workers, and does nothing else meanwhile.
+    """Reads batches of stage `name` for `seconds` with each number of workers, with nothing else running.
 
-    Prints images and tokens a second and writes data_speed.json. The first batch, for which processes start and files
-    are opened, does not count.
+    Prints images and tokens per second and writes data_speed.json. The first batch, which includes starting processes
+    and opening files, does not count.
     """
     stage = dataclasses.replace(cfg.stages[name], max_steps=FOREVER)
     walked = walk(reader.split, reader.encode)
@@ -47,7 +47,7 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
             "images_per_second": images / took, "tokens_per_second": tokens / took,
         })  # fmt: skip
     views, size = reader.pictures.shape[:2]
-    print(f"stage {name}: {views} views of {size} pixels, {stage.batching}, {cfg.data.threads} threads a process")
+    print(f"stage {name}: {views} views of {size} pixels, {stage.batching}, {cfg.data.threads} threads per process")
     rows = [
         [str(t["workers"]), f"{t['images_per_second']:,.1f}", f"{t['tokens_per_second']:,.0f}", str(t["batches"])]
         for t in told

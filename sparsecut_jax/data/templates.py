@@ -1,7 +1,7 @@
-"""How a conversation is written: the texts that a template puts around what people say.
+"""Prompt templates: the fixed texts around the turns of a conversation.
 
-A tokenizer's own chat template is a program in Jinja. It is asked once, with marks in place of words, and becomes texts
-like any other: what people say never passes through it.
+A tokenizer's own chat template is a Jinja program. It is rendered once with placeholders instead of messages and thereby
+becomes fixed texts like the other templates; the messages themselves never pass through it.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ import re
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 
-OWN = "tokenizer"  # name of the template that the tokenizer brings along
+OWN = "tokenizer"  # the name that selects the tokenizer's own template
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
-# A date in a text would make a run depend on its day; this is the one that Llama 3's template falls back to.
+# The current date in a prompt would make runs differ by day; this date is the default of Llama 3's template.
 NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The texts around the words of a conversation, which is written as
+    """The fixed texts of a conversation, which is rendered as
 
         start QUESTION answer space ANSWER end next QUESTION answer space ANSWER end
 
-    A special token's name in these texts is that token; in anybody's words it is text.
+    The name of a special token in these texts is that token; in a message it is plain text.
 
     Attributes:
       start: before the first question, with the template's own system message if it has one.
       answer: between a question and its answer.
-      space: between `answer` and the answer, predicted with it.
-      end: what ends an answer, predicted too; None for the tokenizer's end token.
+      space: between `answer` and the answer; a target like the answer.
+      end: ends an answer; also a target. None: the tokenizer's end token.
       next: between the end of an answer and the next question.
-      system: around a row's own system message, in place of `start`; None: the message and an empty line follow `start`.
-      bos: whether the tokenizer's beginning token comes first.
-      strip: whether words lose the white space around them.
-      question: False leaves out what the human says and keeps the image alone.
+      system: texts before and after a row's own system message, which replace `start`; None: the message and an empty
+        line follow `start`.
+      bos: whether the conversation starts with the tokenizer's bos token.
+      strip: whether messages are stripped of surrounding white space.
+      question: False omits the human's text and keeps only the image.
     """
 
     start: str = ""
@@ -51,11 +52,11 @@ class Template:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All of its texts."""
+        """All of the template's texts."""
         return (self.start, self.answer, self.space, self.end or "", self.next, *(self.system or ()))
 
     def opening(self, system: str) -> tuple[str, str, str]:
-        """What stands before the first question: the template's text, a system message (""), the template's text."""
+        """(text of the template, system message or "", text of the template) before the first question."""
         if not system or not self.question:
             return self.start, "", ""
         before, after = self.system or (self.start, "\n\n")
@@ -93,7 +94,7 @@ TEMPLATES = {
         system=(LLAMA3.format(SYSTEM), "<|eot_id|>" + LLAMA3.format(USER)),
         strip=True,
     ),
-    # As Qwen has it, without a system message: its releases have different ones.
+    # Qwen's, without its system message, which differs between releases.
     "chatml": CHATML,
     "smollm2": dataclasses.replace(CHATML, start=CHATML.system[0] + SMOLLM + CHATML.system[1]),
     "mistral": Template(start="[INST] ", answer=" [/INST]", next="[INST] "),
@@ -106,7 +107,7 @@ TEMPLATES = {
         system=("<|system|>\n", "<|end|>\n<|user|>\n"),
         bos=False,
     ),
-    # The shortest one: for models trained from nothing.
+    # The shortest one, for models trained from scratch.
     "qa": Template(),
 }
 
@@ -115,19 +116,19 @@ TEMPLATES = {
 def get_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template of that name: a key of TEMPLATES, or "tokenizer" for the tokenizer's own.
 
-    Names of special tokens that a tokenizer does not have are text to it, but not where an answer would never end.
+    Special tokens that the tokenizer does not have are treated as text, except the one that ends an answer.
 
     Raises:
-      UserError: the tokenizer lacks the token that ends an answer, or has no template of its own that can be used.
+      UserError: the tokenizer lacks the token that ends an answer, or its own template is missing or unusable.
     """
     template = _own_template(tokenizer) if name == OWN else TEMPLATES[name]
     end = (template.end or "").strip()
     if end and tokenizer.split_special(end) == (end,):
         raise UserError(
-            f"template {name!r} ends an answer with {end}, which is no special token of this tokenizer; choose another "
-            "one for config.stages.*.template, such as 'vicuna_v1' or 'qa'"
+            f"template {name!r} ends an answer with {end}, which is not a special token of this tokenizer; choose another "
+            "config.stages.*.template, such as 'vicuna_v1' or 'qa'"
         )
-    if end and not tokenizer.split_special(f"{end} ")[-1]:  # a token that swallows the white space behind it
+    if end and not tokenizer.split_special(f"{end} ")[-1]:  # the token absorbs the white space after it
         template = dataclasses.replace(template, next=template.next.lstrip())
     return template
 
@@ -138,9 +139,9 @@ def begins_with_bos(name: str) -> bool:
 
 
 def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's end token, and what the template ends an answer with."""
+    """The ids that end an answer: the tokenizer's end token, and the template's."""
     special = [piece for piece in tokenizer.split_special(template.end or "") if isinstance(piece, int)]
-    ends = special[:1] or tokenizer.encode(template.end or "")[-1:]  # of the text "\n", the line's end
+    ends = special[:1] or tokenizer.encode(template.end or "")[-1:]  # the last token of a text such as "\n"
     return tuple(dict.fromkeys((*ends, tokenizer.eos)))
 
 
@@ -149,18 +150,18 @@ def stop_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
 
 
 def _own_template(tokenizer: Tokenizer) -> Template:
-    """What the tokenizer's chat template writes around the words of one round and of three.
+    """The tokenizer's chat template as fixed texts, from rendering one round and three.
 
-    Where it writes no thoughts, as Qwen3's does with an empty <think></think>, those stand before every answer, as
-    they do when the model is asked; the template itself leaves them out of earlier rounds.
+    If it marks the absence of thinking, as Qwen3's does with an empty <think></think>, the mark precedes every answer, as
+    in generation; the template itself omits it from earlier rounds.
     """
     if not tokenizer.chat_template:
-        raise _refused("is not there")
+        raise _refused("does not exist")
     around = functools.partial(_around, tokenizer)
     start, answer, tail = around(USER, ASSISTANT)
     asked = around(USER)
     if asked[0] != start or not answer.startswith(asked[1]):
-        raise _refused(f"asks with {asked[1]!r}, but writes {answer!r} before an answer")
+        raise _refused(f"prompts with {asked[1]!r}, but writes {answer!r} before an answer")
     special = [piece for piece in tokenizer.split_special(tail) if isinstance(piece, int)]
     if not special:
         raise _refused(f"ends an answer with {tail!r}, without a special token")
@@ -171,13 +172,13 @@ def _own_template(tokenizer: Tokenizer) -> Template:
     answers, following = between[::2], between[1::2]
     alike = (first, answers[-1], last) == (start, answer, tail) and following[0] == following[1]
     if not alike or not following[0].startswith(end) or not all(answer.startswith(text) for text in answers):
-        raise _refused("writes the rounds of a conversation in different ways")
+        raise _refused("renders the rounds of a conversation differently")
 
     try:
         *system, with_system, _ = around(SYSTEM, USER, ASSISTANT)
-    except UserError:  # it knows no such turn, or leaves it out
+    except UserError:  # it has no system turn, or omits it
         system, with_system = (), ""
-    space = answer[len(asked[1]) :]  # what the model is to write before the words, unless it is a heading
+    space = answer[len(asked[1]) :]  # what the model generates before the message, unless it is a heading
     space = "" if space.strip() else space
     return Template(
         start=start,
@@ -186,13 +187,13 @@ def _own_template(tokenizer: Tokenizer) -> Template:
         end=end,
         next=following[0].removeprefix(end),
         system=tuple(system) if with_system == answer else None,
-        bos=False,  # it is in `start` where there is one
+        bos=False,  # if there is one, it is in `start`
         strip=around(USER, ASSISTANT, pad=" ") != [f"{start} ", f" {answer} ", f" {tail}"],
     )
 
 
 def _around(tokenizer: Tokenizer, *roles: str, pad: str = "") -> list[str]:
-    """The texts before, between and after the words of turns of these roles, each with `pad` on both sides."""
+    """The texts before, between and after messages of these roles, each message with `pad` on both sides."""
     from transformers.utils.chat_template_utils import render_jinja_template  # here: it takes a second
 
     name = lambda i: tokenizer.backend.id_to_token(i) if i >= 0 else ""
@@ -206,17 +207,15 @@ def _around(tokenizer: Tokenizer, *roles: str, pad: str = "") -> list[str]:
             eos_token=name(tokenizer.eos),
             pad_token=name(tokenizer.pad),
         )
-    except Exception as error:  # a program of somebody else's: anything can happen in it
+    except Exception as error:  # a third-party program may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _refused(f"fails: {reason}") from error
     cut = re.split("\ue000([0-9]+)\ue001", text)
     if cut[1::2] != [str(i) for i in range(len(roles))]:
-        raise _refused("does not write what is said, once and in order")
+        raise _refused("does not render each message once and in order")
     return cut[::2]
 
 
 def _refused(reason: str) -> UserError:
     others = ", ".join(TEMPLATES)
-    return UserError(
-        f"the tokenizer's chat template {reason}; choose another one for config.stages.*.template: {others}"
-    )
+    return UserError(f"the tokenizer's chat template {reason}; set config.stages.*.template to one of {others}")

@@ -1,7 +1,7 @@
-"""Rows of a TFDS dataset in ArrayRecord format: one that `build` wrote, or any other with pictures and texts.
+"""Rows of a TFDS dataset in ArrayRecord format: one written by `data build`, or any other with pictures and texts.
 
-Read by random access and without TensorFlow; nothing is downloaded. Pictures stay the encoded files they are until
-`open`. What goes to worker processes is names and lengths of files; each process opens the files for itself.
+Read by random access and without TensorFlow; nothing is downloaded. Pictures stay encoded until `open`. Worker processes
+receive names and lengths of files and open the files themselves.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def open_tfds(source: SourceConfig, max_pixels: int) -> TfdsRows:
     """The rows of `source.path`: "tfds:NAME[/CONFIG][:VERSION]" or the folder of a prepared dataset, local or gs://.
 
     Raises:
-      UserError: it is not there, cannot be read by random access, or lacks the split or a feature of the config.
+      UserError: the dataset does not exist, has no random access, or lacks the split or a feature of the config.
     """
     builder = _builder(source)
     info = builder.info
     if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
         raise UserError(
-            f"{source.path} is stored as {info.file_format.value}, which has no random access; where TensorFlow is "
-            f"installed, run `tfds convert_format --dataset_version_dir={info.data_dir} --out_file_format=array_record`"
+            f"{source.path} is stored as {info.file_format.value}, which has no random access; on a machine with "
+            f"TensorFlow run `tfds convert_format --dataset_version_dir={info.data_dir} --out_file_format=array_record`"
         )
     try:
         metadata = info.metadata
-    except Exception as error:  # a file that is no JSON, no text, no file
+    except Exception as error:  # not JSON, not text, or not a file
         raise UserError(f"{source.path}: metadata.json cannot be read: {_first_line(error)}") from error
     built = isinstance(metadata, dict) and metadata.get("format") == FORMAT
     return (BuiltRows if built else MappedRows)(builder, source, max_pixels)
@@ -54,14 +54,14 @@ def open_tfds(source: SourceConfig, max_pixels: int) -> TfdsRows:
 class TfdsRows(Sequence):
     """The records of one split. `rows[i]` is a row whose images are `bytes`.
 
-    Raises BadSample for a record that is damaged or does not make a row.
+    Indexing raises BadSample for a record that is damaged or does not form a row.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, source: SourceConfig, max_pixels: int):
         self.name, self.max_pixels = f"{source.path}, split {source.split!r}", max_pixels
-        self.reading = [source.split]  # settings that decide what the rows are
+        self.reading = [source.split]  # settings that determine the rows
         self.folder = str(builder.info.data_dir)
-        self.specs: dict[str, Any] = {}  # feature -> its dtype and shape, of the features that are read
+        self.specs: dict[str, Any] = {}  # {feature: its dtype and shape}, for the features that are read
         known = sorted(builder.info.splits)
         base = re.match(r"\w*", source.split)[0]
         if base not in known:
@@ -72,13 +72,13 @@ class TfdsRows(Sequence):
                 source.split, deserialize_method=raw, file_format="array_record"
             ).data_source
             parts = builder.info.splits[source.split].file_instructions
-        except Exception as error:  # TFDS parses "train[:10%]" and says what is wrong in many ways
+        except Exception as error:  # TFDS parses "train[:10%]" and raises many kinds of errors
             raise UserError(f"{source.path}: split {source.split!r} cannot be read: {_first_line(error)}") from error
         self.files = sorted({os.fspath(part.filename) for part in parts})
         there = {path.name for path in epath.Path(self.folder).iterdir()}
         for file in self.files:
             if os.path.basename(file) not in there:
-                raise UserError(f"{source.path} is not whole: {file} is not there")
+                raise UserError(f"{source.path} is incomplete: {file} does not exist; copy or build it again")
         _check_shard(os.fspath(parts[0].filename), parts[0].examples_in_shard)
 
     def __len__(self) -> int:
@@ -89,31 +89,31 @@ class TfdsRows(Sequence):
         return read_image(entry, self.max_pixels)
 
     def fingerprint(self) -> str:
-        """Number of rows and a hash of settings, metadata and the shards' names and sizes. Reads no record."""
+        """Number of rows, and a hash of settings, metadata and the shards' names and sizes. Reads no record."""
         digest = hashlib.sha256(repr(self.reading).encode())
         for path in sorted(epath.Path(self.folder).iterdir()):
-            if path.suffix in (".json", ".txt"):  # names of labels are text files
+            if path.suffix in (".json", ".txt"):  # label names are in text files
                 digest.update(path.read_bytes())
         for file in self.files:
             digest.update(f"{os.path.basename(file)} {_size(file)}\n".encode())
         return f"{len(self)} rows, sha256 {digest.hexdigest()[:16]}"
 
     def _example(self, i: int) -> dict[str, Any]:
-        """Values of the features that are read: encoded pictures and texts are bytes, labels are numbers."""
+        """Values of the features of a record: encoded pictures and texts are bytes, labels are numbers."""
         i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         try:
             record = self.records[i]
-            if not record:  # so the reader answers for what is missing in a shard that was cut
+            if not record:  # the reader's answer for a record beyond the end of a truncated shard
                 raise ValueError("it is empty")
             return tfds.core.example_parser.ExampleParserNp(self.specs).parse_example(record)
-        except Exception as error:  # a damaged block, a record that is no example, a feature it lacks
+        except Exception as error:  # a damaged block, a record that is not an example, a missing feature
             raise BadSample("format", f"the record cannot be read: {_first_line(error)}") from error
 
 
 class BuiltRows(TfdsRows):
-    """Rows that `build` wrote, as they were, with the encoded images in place of their names."""
+    """Rows that `data build` wrote, unchanged except that encoded images replace their names."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, source: SourceConfig, max_pixels: int):
         super().__init__(builder, source, max_pixels)
@@ -133,10 +133,10 @@ class BuiltRows(TfdsRows):
 
 
 class MappedRows(TfdsRows):
-    """One question and one answer per example, by the features that the config names.
+    """One question and one answer per example, from the features that the config names.
 
-    A feature inside another is "a/b". Of a list of texts (several captions) the first one is taken, of a list of
-    pictures all. A label is its name, a number is written out.
+    A nested feature is "a/b". From a list of texts (several captions) the first is used, from a list of pictures all. A
+    label becomes its name, a number its digits.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, source: SourceConfig, max_pixels: int):
@@ -156,7 +156,9 @@ class MappedRows(TfdsRows):
         if self.literal and re.fullmatch(r"[\w/]+", self.question):  # a word, not a question
             raise self._unknown("question", self.question)
         if not self.image and self.literal and (not self.question or IMAGE in self.question):
-            raise UserError(f"{self.name}: question={self.question!r} asks about a picture, but image='' names none")
+            raise UserError(
+                f"{self.name}: question={self.question!r} asks about a picture, but image='' names no feature; set image"
+            )
         self.specs = {name: serialized[name] for name in wanted.values() if name}
         self.features = {name: self.features[name] for name in self.specs}
 
@@ -187,17 +189,17 @@ class MappedRows(TfdsRows):
             except UnicodeDecodeError as error:
                 raise BadSample("text", f"feature {name!r} is not UTF-8: {error}") from None
         if isinstance(feature, tfds.features.ClassLabel):
-            if value < 0:  # TFDS's mark of a test split without labels
+            if value < 0:  # TFDS's marker in test splits without labels
                 raise BadSample(cause, f"feature {name!r} has no label")
             return feature.int2str(int(value))
-        return str(np.dtype(self.specs[name].np_dtype).type(value))  # of its own precision: 3.1, not 3.0999999
+        return str(np.dtype(self.specs[name].np_dtype).type(value))  # in its own precision: 3.1, not 3.0999999
 
     def _unknown(self, setting: str, name: str) -> UserError:
         known = ", ".join(self.features)
         return UserError(f"{self.name} has no feature {setting}={name!r}{nearest(name, self.features)}; known: {known}")
 
     def _check_kind(self, setting: str, name: str, spec: Any) -> None:
-        """Raises UserError for a feature that is no encoded picture, or no text, label or number."""
+        """Raises UserError if a feature is not an encoded picture, or not a text, label or number."""
         picture = isinstance(self.features[name], tfds.features.Image)
         scalar = spec.shape[spec.sequence_rank :] == ()
         encoded = picture or scalar and spec.np_dtype == np.object_
@@ -211,7 +213,7 @@ class MappedRows(TfdsRows):
 
 
 def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
-    """TFDS's reader of a dataset that is prepared. Raises UserError where there is none."""
+    """TFDS's builder for a prepared dataset. Raises UserError if there is none."""
     name = source.path.removeprefix("tfds:")
     try:
         if name != source.path:
@@ -219,7 +221,7 @@ def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
         folder = epath.Path(source.path).expanduser()
         for path in os.listdir(folder) if os.path.isdir(folder) else ():
             if not os.path.isfile(folder / path) and not os.path.isdir(folder / path):
-                raise UserError(f"{folder / path} is no regular file")  # opening a named pipe would wait for ever
+                raise UserError(f"{folder / path} is not a regular file; remove it")  # opening a pipe would block
         if (folder / "dataset_info.json").exists():
             return tfds.builder_from_directory(folder)
         versions = sorted(str(path.parent) for path in folder.glob("*/dataset_info.json")) if folder.exists() else []
@@ -228,19 +230,19 @@ def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
     except tfds.core.DatasetNotFoundError as error:
         place = source.data_dir or "~/tensorflow_datasets"
         raise UserError(
-            f"{source.path} is not prepared in {place}, and nothing is downloaded here; set data_dir to where it is, "
-            f"or run `tfds build {name} --file_format=array_record`"
+            f"{source.path} is not prepared in {place}, and nothing is downloaded here; set data_dir to its folder, or run "
+            f"`tfds build {name} --file_format=array_record`"
         ) from error
-    except ImportError as error:  # etils without the bucket's client
+    except ImportError as error:  # the bucket's client is not installed
         raise UserError(f"{source.path} cannot be read: {_first_line(error)}, or mount the bucket (gcsfuse)") from error
-    except Exception as error:  # a name TFDS cannot parse, files it cannot
+    except Exception as error:  # a name or files that TFDS cannot parse
         raise UserError(f"{source.path} cannot be read as a TFDS dataset: {_first_line(error)}") from error
     hint = f"; did you mean {versions[-1]!r}?" if versions else ""
-    raise UserError(f"{source.path} is no folder of a prepared TFDS dataset: it has no dataset_info.json{hint}")
+    raise UserError(f"{source.path} is not the folder of a prepared TFDS dataset: it has no dataset_info.json{hint}")
 
 
 def _leaves(feature: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """("a/b", feature) of every feature that holds values; what is in a list counts as the list."""
+    """("a/b", feature) of every feature that holds values; a list counts as its elements."""
     if isinstance(feature, tfds.features.FeaturesDict):
         for key, inner in feature.items():
             yield from _leaves(inner, f"{name}/{key}" if name else key)
@@ -251,16 +253,16 @@ def _leaves(feature: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_shard(file: str, records: int) -> None:
-    """Raises UserError if a shard cannot be read or has not the number of records that the metadata tell."""
+    """Raises UserError if a shard cannot be read, or its number of records differs from the metadata."""
     try:
-        reader = ArrayRecordReader(file)  # speaks gs:// itself; what it cannot open it says when it is closed
+        reader = ArrayRecordReader(file)  # supports gs://; reports an unreadable file only when closed
         found = reader.num_records()
         reader.close()
         if found == records:
             return
         reason = f"expected {records} records, got {found}"
     except RuntimeError as error:
-        reason = _first_line(error) if str(error) else "it is cut short or damaged"
+        reason = _first_line(error) if str(error) else "it is truncated or damaged"
     hint = "; if the bucket cannot be read from here, mount it (gcsfuse) and name that folder" * ("://" in file)
     raise UserError(f"{file} cannot be read: {reason}{hint}")
 
