@@ -13,6 +13,7 @@ from sparsecut_jax.data import images, scenes
 from sparsecut_jax.evaluation import scenes_controls
 from sparsecut_jax.evaluation.scenes_gallery import gallery
 from sparsecut_jax.settings import ScenesConfig
+from sparsecut_jax.training.plots import plt
 from sparsecut_jax.types import UserError
 
 
@@ -108,7 +109,15 @@ def test_summary():
     assert found["coarse"]["test"] == 0.0 and found["all"]["test"] == 0.25
 
 
-def test_gallery(tmp_path):
+def test_gallery(tmp_path, monkeypatch):
+    """A picture per line; fine questions beside the full picture, which shows their answers, coarse ones beside the other."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
     gallery(tmp_path / "scenes.png", 64, 32, count=3)
+    said = [axes.get_title() or axes.texts[0].get_text().splitlines()[0] for axes in figures[0].axes]
+    assert said[:4] == [
+        "train/0: full picture, 64 x 64", "low level, fine", "low-res view, 32 x 32", "low level, coarse",
+    ]  # fmt: skip
+    assert len(said) == 12 and "which letter is written?" in figures[0].axes[1].texts[0].get_text()
     image = Image.open(tmp_path / "scenes.png")
     assert image.format == "PNG" and image.width > 1000 and np.asarray(image.convert("L")).std() > 10
