@@ -1,4 +1,4 @@
-"""The baseline: LLaVA-1.5, the low-res view alone and no shortcuts; all else is that of configs/sparsecut.py.
+"""The baseline: LLaVA-1.5, with only the low-res view and no shortcuts; everything else is as in configs/sparsecut.py.
 
 python -m sparsecut_jax.train --config=configs/llava.py:size=7b,stage=pretrain
 python -m sparsecut_jax.train --config=configs/llava.py:size=7b,stage=finetune

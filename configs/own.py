@@ -1,4 +1,4 @@
-"""Rows and pictures of one's own: LLaVA's two stages, captions first if there are any, packed sequences.
+"""Your own rows and pictures: LLaVA's two stages (captions first, if you have any), with packed sequences.
 
     python -m sparsecut_jax.data check --config=configs/own.py:source=rows.json,images=pictures
     python -m sparsecut_jax.train --config=configs/own.py:source=rows.json,images=pictures
@@ -7,9 +7,9 @@
 One row in twenty is held out, and the run ends with a test on these rows; --config.data.test=test.json names other test
 rows, with their pictures in --config.data.test_images where these are in another folder.
 
-It trains the small model of configs/base.py from nothing, as a first look at data that works on a laptop; with
---config.init.vision and --config.init.llm it trains pretrained parts. The template is this project's shortest one;
-for a pretrained LLM take its own: --config.stages.instruct.template=tokenizer.
+It trains the small model of configs/base.py from scratch, as a first look at your data on a laptop; with
+--config.init.vision and --config.init.llm it trains pretrained parts. The template is this project's shortest one; for a
+pretrained LLM use the LLM's own: --config.stages.instruct.template=tokenizer.
 """
 
 from ml_collections import ConfigDict
@@ -24,11 +24,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     if not args.source:
         raise UserError("configs/own.py needs a source: --config=configs/own.py:source=rows.json,images=DIR")
     if args.caption_images and not args.captions:
-        raise UserError("configs/own.py has caption_images, but no captions; give both, or neither")
+        raise UserError("configs/own.py has caption_images but no captions; give both or neither")
     config = base.get_config()
 
     config.workdir = "runs/own"
-    # Questions may speak of left and right, and pictures differ enough.
+    # No flips or shifts: questions may ask about left and right.
     config.data.update(source=args.source, images=args.images, flip=False, shift=0, holdout=-1)
     config.eval.max_new_tokens = 0  # by the answers of the test rows
     config.tokenizer.vocab_size = 4096

@@ -4,8 +4,8 @@
     python -m sparsecut_jax.train --config=configs/siglip_qwen.py:stage=finetune
     python -m sparsecut_jax.plan --config=configs/siglip_qwen.py:stage=finetune --topology=v5e:4x4
 
-Stages and data are those of configs/sparsecut.py. An image takes 27 x 27 = 729 positions; both parts are fetched from
-the hub, where their weights are safetensors.
+Stages and data are those of configs/sparsecut.py. An image takes 27 x 27 = 729 positions. Both parts are downloaded from
+the hub, as safetensors.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from sparsecut_jax.config import default, variant_arguments
 def get_config(arguments: str = "") -> ConfigDict:
     args = variant_arguments(arguments, stage=sparsecut.STAGES)
     config = default()
-    # A tower of fixed resolution is of family siglip, in its second edition too.
+    # SigLIP 2 towers of fixed resolution are of family siglip.
     config.vision.update(
         family="siglip", image_size=384, patch_size=14, width=1152, layers=27, heads=16, mlp_dim=4304,
         activation="gelu_tanh", norm_eps=1e-6, class_token=False, patch_bias=True, pre_norm=False, select_layer=-2,

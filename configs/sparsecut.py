@@ -1,20 +1,21 @@
-"""The paper's runs: SparseCut on CLIP ViT-L/14-336 and Vicuna 1.5, size=7b or 13b, one stage a run.
+"""The paper's runs: SparseCut on CLIP ViT-L/14-336 and Vicuna 1.5, size=7b or 13b, one stage per run.
 
     python -m sparsecut_jax.train --config=configs/sparsecut.py:size=7b,stage=pretrain
     python -m sparsecut_jax.train --config=configs/sparsecut.py:size=7b,stage=finetune
     python -m sparsecut_jax.train --config=configs/sparsecut.py:size=7b,stage=lora
     python -m sparsecut_jax.plan --config=configs/sparsecut.py:size=7b,stage=finetune --topology=v5e:8x8
 
-pretrain aligns the fusion on captions, finetune trains fusion and LLM on conversations, lora the fusion and adapters
-beside the LLM's linears; the latter two take the fusion from pretrain's workdir (--config.init_from). plan=paper is 8
-levels spread evenly, the deepest to the earliest layer; plan=released what the published scripts join, at 13b alone.
+"pretrain" aligns the fusion on captions; "finetune" trains fusion and LLM on conversations; "lora" trains the fusion and
+LoRA adapters of the LLM. The latter two load the fusion from pretrain's workdir (--config.init_from). plan=paper spreads 8
+levels evenly, the deepest into the earliest layer; plan=released is the plan of the published scripts, for 13b only.
 
-Rows and pictures are LLaVA-1.5's, laid out as its authors say: --config.data.source=rows.json --config.data.images=DIR.
-As there, a batch is so many rows of a like length, one a sequence; batching="packed" is faster and another optimisation.
+Rows and pictures are LLaVA-1.5's, in the folders that its authors describe, or
+--config.data.source=rows.json --config.data.images=DIR. As in LLaVA, a batch has rows of similar length, one per sequence.
+batching="packed" is faster, but puts several rows into a sequence and so trains on more of them per step.
 
 Tower and LLM are hub ids or folders (--config.init.vision, --config.init.llm) with safetensors and, for the LLM, its
-tokenizer. A repository that holds pickles alone is refused: transformers writes it anew where PyTorch is, with
-`from_pretrained(ID).save_pretrained(DIR)` of the model, and for the LLM of the tokenizer too.
+tokenizer. A repository with only pickles is refused; on a machine with PyTorch, convert it with transformers'
+`from_pretrained(ID).save_pretrained(DIR)` of the model and, for the LLM, of the tokenizer.
 """
 
 from ml_collections import ConfigDict
@@ -39,8 +40,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     if args.plan == "released":
         if args.size != "13b":
             raise UserError(
-                f"config variant plan=released joins LLM layers up to {RELEASED['llm_layers'][-1]}, and size={args.size} "
-                f"has layers 0 to {config.llm.layers - 1}; expected size=13b, or plan=paper"
+                f"config variant plan=released uses LLM layers up to {RELEASED['llm_layers'][-1]}, but size={args.size} "
+                f"has layers 0 to {config.llm.layers - 1}; expected size=13b or plan=paper"
             )
         config.shortcuts.update(density="explicit", **RELEASED)
     recipe(config, f"sparsecut_{args.size}" + ("_released" if args.plan == "released" else ""), args.stage)
@@ -48,7 +49,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
 
 def clip_and_vicuna(config: ConfigDict, size: str) -> None:
-    """The parts; their sizes stand here, so that a run can be planned without a file of theirs."""
+    """Sets tower and LLM, including their sizes, so that a run can be planned without their files."""
     config.vision.update(
         family="clip", image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_dim=4096,
         activation="quick_gelu", select_layer=-2,
@@ -58,11 +59,11 @@ def clip_and_vicuna(config: ConfigDict, size: str) -> None:
 
 
 def recipe(config: ConfigDict, name: str, stage: str, template: str = "vicuna_v1") -> None:
-    """LLaVA-1.5's two stages (arXiv 2310.03744), and its LoRA variant of the second."""
+    """Sets LLaVA-1.5's two stages (arXiv 2310.03744), and the LoRA variant of the second."""
     config.workdir = f"runs/{name}_{stage}"
     config.dtype = "bfloat16"
     config.mesh.update(data=1, fsdp=-1)
-    # Rows kept for the held-out loss: a batch of the first stage, two of the second. There is no split to test on.
+    # Rows held out for the held-out loss: one batch of the first stage, two of the second. There is no test split.
     config.data.update(holdout=256, image_fit="pad")
     config.eval.update(every=500, test=False)
 

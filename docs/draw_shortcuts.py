@@ -1,6 +1,6 @@
-"""Draws docs/shortcuts.png: three ways of joining a tower of 5 blocks to an LLM of 7 layers.
+"""Draws docs/shortcuts.png: three shortcut plans for a tower of 5 blocks and an LLM of 7 layers.
 
-python docs/draw_shortcuts.py          (from the project's folder)
+python docs/draw_shortcuts.py          (run from the project folder)
 """
 
 import os

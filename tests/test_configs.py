@@ -139,7 +139,7 @@ def test_docstrings_are_launch_commands(file):
         (
             sparsecut,
             "size=7b,plan=released",
-            "config variant plan=released joins LLM layers up to 39, and size=7b has layers 0 to 31; expected size=13b, "
+            "config variant plan=released uses LLM layers up to 39, but size=7b has layers 0 to 31; expected size=13b "
             "or plan=paper",
         ),
         (llava, "plan=paper", "config variant 'plan' is not known; known: size, stage"),
