@@ -22,6 +22,7 @@ say() { # reports what happened; silent in a dry run
 flags() {
   local known=" $1 dry-run " arg key
   shift
+  (($#)) || fail 2 "no arguments; for example: $(usage | sed -n 's/^ *\(launch\/\)/\1/p' | head -n 1) (--help lists the flags)"
   while (($#)); do
     arg=$1 key=${1#--}
     key=${key%%=*}
@@ -115,13 +116,13 @@ check_args() { # [copied]
     arg=${ARGS[i]}
     key=${arg#-} key=${key#-} # absl accepts one dash or two, and --flag VALUE as well as --flag=VALUE
     case $key in
-      config | config.workdir) arg+="=${ARGS[++i]-}" key+="=${ARGS[i]-}" ;;
+      config | config.workdir | workdir) arg+="=${ARGS[++i]-}" key+="=${ARGS[i]-}" ;;
     esac
     [[ $arg != *$'\n'* ]] || fail 2 "an argument contains a line break: $(quoted "$arg")"
     case $key in
-      config.workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
-      config.workdir=runs/*) ;;
-      config.workdir=*) [[ ! ${1-} ]] || fail 2 "$arg: only runs/ outlives the hosts; choose a folder in it" ;;
+      config.workdir=*://* | workdir=*://*) fail 2 "$arg: the workdir must be a folder that all hosts share, not a bucket" ;;
+      config.workdir=runs/* | workdir=runs/*) ;;
+      config.workdir=* | workdir=*) [[ ! ${1-} ]] || fail 2 "$arg: only runs/ outlives the hosts; choose a folder in it" ;;
       config=*) file=${key#*=} file=${file%%:*} ;;
     esac
   done

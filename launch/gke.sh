@@ -24,6 +24,7 @@ cd "$(dirname "$0")/.."
 
 name='' type='' claim='' slices=1 spot='' requeue=10 grace=600 image=python:3.12 context='' namespace=''
 flags "name= type= claim= slices= spot requeue= grace= image= context= namespace= keep" "$@"
+[[ $name ]] || fail 2 "--name is missing; for example --name=run-1"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail 2 "--name=$name: expected up to 40 lower-case letters, digits and -, starting with a letter"
 [[ $type ]] || fail 2 "--type is missing; for example --type=v5litepod-16"

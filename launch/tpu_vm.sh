@@ -26,6 +26,7 @@ cd "$(dirname "$0")/.."
 
 name='' zone='' type='' slices=1 queued='' spot='' requeue=0 mount='' project='' version=''
 flags "name= zone= type= slices= queued spot requeue= mount= project= version= keep" "$@"
+[[ $name ]] || fail 2 "--name is missing; for example --name=run-1"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   fail 2 "--name=$name: expected up to 40 lower-case letters, digits and -, starting with a letter"
 [[ $zone ]] || fail 2 "--zone is missing; for example --zone=us-west4-a"

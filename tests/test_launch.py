@@ -152,7 +152,15 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["tpu_vm"], "--name=: expected up to 40 lower-case letters, digits and -, starting with a letter"),
+        (
+            ["tpu_vm"],
+            "no arguments; for example: launch/tpu_vm.sh --name=NAME --zone=ZONE --type=v5litepod-8 -- "
+            "--config=configs/base.py (--help lists the flags)\n",
+        ),
+        (["gke"], "no arguments; for example: launch/gke.sh --name=NAME --type=v5litepod-16 --claim=PVC -- --config"),
+        (["slurm"], "no arguments; for example: launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 -- --config"),
+        (["local"], "no arguments; for example: launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:s"),
+        (["tpu_vm", "--zone=z"], "--name is missing; for example --name=run-1"),
         (["tpu_vm", "--name=A"], "--name=A: expected up to 40 lower-case letters"),
         (["tpu_vm", "--name=a"], "--zone is missing; for example --zone=us-west4-a"),
         (["tpu_vm", "--name=a", "--zone=z"], "--type is missing; for example --type=v5litepod-16"),
@@ -195,6 +203,8 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
             [*tpu(), "--config.workdir=/tmp/out"],
             "--config.workdir=/tmp/out: only runs/ outlives the hosts; choose a folder in it",
         ),
+        ([*tpu(), "--workdir=/tmp/out"], "--workdir=/tmp/out: only runs/ outlives the hosts; choose a folder in it"),
+        ([*tpu(), "--workdir", "gs://b/x"], "--workdir=gs://b/x: the workdir must be a folder that all"),
         ([*tpu(), "--config.workdir", "gs://b/x"], "--config.workdir=gs://b/x: the workdir must be a folder that all"),
         (tpu("--requeue=08", "--mount=h:/s"), "--requeue=08: expected an integer, 0 or more"),
         (

@@ -22,6 +22,7 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.settings import Config
+from sparsecut_jax.training.workdir import no_run
 from sparsecut_jax.types import TrainState, UserError
 
 METRIC = "holdout_loss"
@@ -178,21 +179,21 @@ class Checkpoints:
         )
 
 
-def open_run(workdir: str, which: str = "latest") -> tuple[Checkpoints, int, Config, Tokenizer | None]:
+def open_run(workdir: str, which: str = "latest", setting: str = "") -> tuple[Checkpoints, int, Config, Tokenizer | None]:
     """A finished or running run, to read from: its checkpoints, a step, its config and its tokenizer.
 
     The tokenizer is None only for converted weights that came without one.
 
-    which: "latest", "best" or a step.
+    Args:
+      which: "latest", "best" or a step.
+      setting: that names the workdir, for the sentence; "": a flag.
 
     Raises:
       UserError: `workdir` holds no checkpoint, or not that one.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     if checkpoints.latest is None:
-        raise UserError(
-            f"workdir {workdir!r} holds no checkpoint; expected the workdir of a run of sparsecut_jax.train"
-        )
+        raise UserError(no_run(workdir, setting))
     if which in ("latest", "best"):
         step = checkpoints.latest if which == "latest" else checkpoints.best
     else:

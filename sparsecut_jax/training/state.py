@@ -154,7 +154,7 @@ def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
         adapters would be lost or scaled differently.
     """
     workdir, patterns = cfg.init_from, cfg.init_parts
-    run, step, theirs, _ = checkpoint.open_run(workdir)
+    run, step, theirs, _ = checkpoint.open_run(workdir, setting="config.init_from")
     saved = {k.removeprefix("params/"): v for k, v in run.shapes(step).items() if k.startswith("params/")}
     flat = flatten(params)
     for pattern in patterns:

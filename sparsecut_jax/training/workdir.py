@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pathlib
 import shlex
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import IO
 
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import hosts
+from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.templates import begins_with_bos
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.shortcuts import Plan
@@ -74,6 +76,58 @@ def _check_shared(workdir: str, file: IO[str]) -> None:
     file.seek(0)
     if file.read() != expected:
         raise UserError(f"config.workdir={workdir!r} is not the folder of process 0; expected one that all hosts share")
+
+
+def no_run(folder: str, setting: str = "") -> str:
+    """Why `folder`, given as a workdir or as `setting`, holds no run to read, and what to type instead."""
+    name = f"{setting}={folder!r}" if setting else f"workdir {folder!r}"
+    above, last = os.path.split(os.path.normpath(folder))
+    inside = os.path.join(*parts) if (parts := _before(folder, "checkpoints")) else ""
+    if inside and is_run(inside):
+        return f"{name} is inside a run; give its workdir, {inside}"
+    if not os.path.isdir(folder):
+        runs = sorted(each for each in _listed(above) if is_run(os.path.join(above, each)))
+        known = f"; {above or 'this folder'} has {', '.join(runs)}" if runs else ""
+        return f"{name} is not there{nearest(last, runs)}{known}"
+    if "adapter_config.json" in _listed(folder):
+        return f"{name} holds adapters alone; give the workdir of the run that they come from, or to-hf --merge it"
+    if kind := _exported(folder):
+        if setting:
+            return f"{name} is a model in Hugging Face layout, not a run; give it as --config.init.{kind} instead"
+        joined = f"{os.path.normpath(folder)}_run"
+        return (
+            f"{name} is a model in Hugging Face layout, not a run; make one of it: python -m sparsecut_jax.convert from-hf "
+            f"--{kind}={folder} --out={joined}, then --workdir={joined}"
+        )
+    return f"{name} holds no checkpoint; expected a folder that sparsecut_jax.train or convert from-hf has written"
+
+
+def is_run(folder: str) -> bool:
+    return os.path.isdir(os.path.join(folder, "checkpoints"))
+
+
+def _exported(folder: str) -> str:
+    """Which source of from-hf a folder in Hugging Face layout is: model, llm or vision; "" for another folder."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict) or "model_type" not in config:
+        return ""
+    if "text_config" in config and "vision_config" in config:
+        return "model"
+    return "llm" if "vocab_size" in config else "vision"
+
+
+def _before(path: str, part: str) -> tuple[str, ...]:
+    """The parts of a path that stand before `part`; () where it is not among them."""
+    parts = pathlib.PurePath(path).parts
+    return parts[: parts.index(part)] if part in parts else ()
+
+
+def _listed(folder: str) -> list[str]:
+    return os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
 
 
 def read_results(path: str, step: int) -> dict:
