@@ -80,15 +80,17 @@ def need(*examples: str) -> None:
 
 
 def run(
-    command: Callable[[], None],
+    command: Callable[..., None],
     doc: str,
     resumes: bool = False,
+    arguments: bool = False,
     words_of: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
 ) -> None:
     """Parses the flags, runs the command, and turns its errors into a sentence and an exit code.
 
     Args:
       resumes: the same command, given again, goes on where it was interrupted.
+      arguments: it takes arguments that are not flags, and is called with them.
       words_of: for flags that only some of a command's words read: these words.
     """
     helps = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in HELP]
@@ -99,7 +101,7 @@ def run(
             sys.argv = [arg for arg in sys.argv if arg not in helps]
             print(_help(command, doc, helps[0].partition("=")[2], words_of), flush=True)
             return
-        _parse()
+        given = _parse(arguments)
         _check_words(words_of)
         if not debug:  # parsing the flags has set absl's own level
             absl.logging.set_verbosity(absl.logging.FATAL)
@@ -108,7 +110,7 @@ def run(
             hosts.start(resumes, debug)
         platforms.require(PLATFORM.value)
         with hosts.together():
-            command()
+            command(*given)
     except UserError as error:
         _fail(2, str(error), debug)
     except Exit as error:
@@ -193,8 +195,11 @@ def _check_words(words_of: Mapping[str, Sequence[str]]) -> None:
             raise UserError(f"--{flag} is a flag of {' and '.join(words)}, not of {_word}; {instead}")
 
 
-def _parse() -> None:
-    """Flags from the command line. Raises UserError in one sentence for whatever absl or the config file says."""
+def _parse(arguments: bool = False) -> list[str]:
+    """Sets the flags from the command line, and returns its `arguments`, where the command takes any.
+
+    Raises UserError in one sentence for whatever absl or the config file says.
+    """
     file = _config_file()
     for arg in sys.argv[1:]:
         name, given, value = arg.lstrip("-").partition("=")
@@ -236,9 +241,10 @@ def _parse() -> None:
             if given and repr(name.split(".")[-1]) in str(error):
                 raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not arguments:
         how = "settings are written --config.KEY=VALUE" if "config" in flags.FLAGS else "flags are written --NAME=VALUE"
         raise UserError(f"unexpected argument {rest[1]!r}; {how} (--help lists them)")
+    return rest[1:]
     if flags.FLAGS.find_module_defining_flag("workdir") == __name__:
         _set_workdir()
 

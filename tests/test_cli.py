@@ -15,7 +15,7 @@ from sparsecut_jax.types import UserError
 
 
 def fail(error: BaseException, monkeypatch, **how) -> int:
-    monkeypatch.setattr(cli, "_parse", lambda: None)
+    monkeypatch.setattr(cli, "_parse", lambda arguments: [])
     monkeypatch.setattr("sys.argv", ["command"])
     flags.FLAGS.mark_as_parsed()
 

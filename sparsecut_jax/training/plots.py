@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -36,6 +37,38 @@ def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def save_curves(path: str | os.PathLike, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Loss of several runs by step, one colour a run: training faint and smoothed, held-out loss as dots."""
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
+    colors = plt.get_cmap("tab10").colors
+    for i, (name, metrics) in enumerate(runs.items()):
+        color = colors[i % len(colors)]
+        points = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.25)
+            axes.plot(steps, _smoothed(losses), color=color, linewidth=1.6, label=name)
+        held = [(line["step"], line["holdout_loss"]) for line in metrics if line.get("holdout_loss") is not None]
+        if held:
+            axes.plot(*zip(*held, strict=True), "o", color=color, markersize=4, label=f"{name}, held out")
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _smoothed(values: Sequence[float], memory: float = 0.8) -> list[float]:
+    """The running mean of values, in which each older value counts `memory` times as much as the next."""
+    found, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = memory * total + value, memory * weight + 1
+        found.append(total / weight)
+    return found
 
 
 def save_plan(path: str | os.PathLike, plan: Plan, title: str = "") -> None:
