@@ -184,6 +184,29 @@ def test_bad_row(opened, columns, cause, expected):
     assert caught.value.cause == cause and str(caught.value).startswith(expected)
 
 
+def test_image_or_images_whichever_is_not_null(opened):
+    rows = opened({
+        "image": pa.array([CELL, None, None, CELL], PAIR), "images": pa.array([None, [CELL, None], [], [CELL]], pa.list_(PAIR)),
+        "question": ["q"] * 4, "answer": ["a"] * 4,
+    })  # fmt: skip
+    assert rows[0] == {"image": b"PNG", "conversations": asked("<image>\nq", "a")}
+    assert rows[1] == {"images": [b"PNG"], "conversations": asked("<image>\nq", "a")}
+    assert rows[2] == {"images": [], "conversations": asked("q", "a")}
+    with pytest.raises(BadSample, match="both columns 'image' and 'images' are there; expected one of them"):
+        rows[3]
+
+
+def test_pictures_inside_the_turns(opened):
+    """As `datasets` writes content parts: every part has all keys, most of them null."""
+    part = pa.struct({"type": pa.string(), "text": pa.string(), "image": PAIR})
+    turn = pa.struct({"role": pa.string(), "content": pa.list_(part), "loss": pa.bool_()})
+    asks = [{"type": "image", "text": None, "image": CELL}, {"type": "text", "text": "q", "image": None}]
+    says = [{"type": "text", "text": "a", "image": {"bytes": None, "path": None}}]
+    turns = [{"role": "user", "content": asks, "loss": None}, {"role": "assistant", "content": says, "loss": True}]
+    (row,) = opened({"messages": pa.array([turns], pa.list_(turn)), "thumbnail": [b"not read"]})
+    assert canonical(row, "r", 1) == {"images": [b"PNG"], "conversations": asked("<image>q", "a")}
+
+
 def test_null_columns_are_absent(opened):
     columns = {
         "id": ["x"], "image": pa.array([None], pa.null()), "system": pa.array([None], pa.string()),

@@ -95,7 +95,7 @@ def test_columns_are_chosen(opened):
         ([("a.json", b"\xff{")], "text", "member .json is not UTF-8: "),
         ([("a.json", b"7")], "format", "member .json: expected an object, got int"),
         ([("a.jpg", b"J")], "format", "x: key 'conversations' must be a list with at least one turn"),
-        ([("a.mp4", b"M"), ("a.txt", b"t")], "unsupported", "x: key 'video' is there, but only texts and images"),
+        ([("a.mp4", b"M"), ("a.txt", b"t")], "unsupported", "x: key 'video' is present, but only text and images"),
     ],
 )
 def test_bad_row(opened, members, cause, expected):

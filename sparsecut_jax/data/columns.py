@@ -18,6 +18,7 @@ from sparsecut_jax.data.rows import Row, place
 from sparsecut_jax.settings import SourceConfig
 from sparsecut_jax.types import BadSample, UserError
 
+IMAGES = ("image", "images")
 CONVERSATIONS = ("conversations", "messages", "texts")  # texts: [{"user", "assistant"}, ...], The Cauldron's
 ANSWERS = ("answer", "answers", "caption", "text", "txt")
 DEFAULT = SourceConfig()
@@ -41,13 +42,10 @@ class Spelling:
         """The row of these values. Raises BadSample."""
         used = {"image", "images", self.image, self.conversation, self.question}
         row = {name: value for name, value in values.items() if name not in used and name != self.answer}
-        pictures, several = None, False
-        if self.image:
-            given = values.get(self.image)
-            several = isinstance(given, list)
-            pictures = [_entry(value) for value in given] if several else _entry(given)
-            if pictures is not None:
-                row["images" if several else "image"] = pictures
+        pictures = self._pictures(values)
+        several = isinstance(pictures, list)
+        if pictures is not None:
+            row["images" if several else "image"] = pictures
         count = len(pictures) if several else int(pictures is not None)
         if self.conversation == "texts":
             row["conversations"] = _pairs(values["texts"], count)
@@ -62,6 +60,14 @@ class Spelling:
                     row["answers"] = value
             row["conversations"] = _asked(question, _text(value, self.answer, self.labels, "no_answer"), count)
         return row
+
+    def _pictures(self, values: Row) -> Any:
+        """One picture or a list of them as bytes or paths; of `image` and `images` the column that is not null here."""
+        given = [_entries(values.get(name)) for name in (IMAGES if self.image in IMAGES else (self.image,))]
+        found = [pictures for pictures in given if pictures not in (None, [])]
+        if len(found) > 1:
+            raise BadSample("format", "both columns 'image' and 'images' are there; expected one of them")
+        return found[0] if found else next((pictures for pictures in given if pictures is not None), None)
 
 
 def spelling_of(names: Collection[str], source: SourceConfig, pictures: Sequence[str] = ()) -> Spelling:
@@ -142,6 +148,13 @@ def _spelling(names: tuple[str, ...], source: SourceConfig) -> Spelling:
 
 def _unknown(names: Iterable[str], setting: str, name: str) -> UserError:
     return UserError(f"no column {setting}={name!r}{nearest(name, names)}; there are {', '.join(names)}")
+
+
+def _entries(value: Any) -> Any:
+    """The pictures of a cell; nulls among them are left out."""
+    if isinstance(value, list):
+        return [entry for entry in map(_entry, value) if entry is not None]
+    return _entry(value)
 
 
 def _entry(value: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsecut_jax.data.columns import Spelling, spelling_of
+from sparsecut_jax.data.columns import CONVERSATIONS, IMAGES, Spelling, spelling_of
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.scratch import MappedArray, scratch
 from sparsecut_jax.data.unpacked import DataFile, no_room, sampled
@@ -38,7 +38,7 @@ _lock = threading.Lock()  # pyarrow's readers are for one thread at a time
 class TableRows(Sequence):
     """The rows of files one after the other. `rows[i]` has pictures as bytes or paths.
 
-    Columns of bytes other than the picture's are not read.
+    Columns of bytes other than the pictures' and the conversation's are not read.
     """
 
     def __init__(self, files: list[DataFile], source: SourceConfig):
@@ -232,7 +232,8 @@ def _columns(file: DataFile, source: SourceConfig) -> tuple[Spelling, tuple[str,
         raise UserError(f"data source {path!r}: {error}") from None
     names = _labels(schema, spelling.answer)
     spelling = Spelling(spelling.image, spelling.conversation, spelling.question, spelling.answer, names)
-    read = (field.name for field in schema if field.name == spelling.image or not _has_bytes(field.type))
+    wanted = {spelling.image, *(IMAGES if spelling.image in IMAGES else ()), *CONVERSATIONS}
+    read = (field.name for field in schema if field.name in wanted or not _has_bytes(field.type))
     return spelling, tuple(read)
 
 
