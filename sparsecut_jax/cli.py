@@ -24,8 +24,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sparsecut_jax import checks, config_files, help_text, hosts, platforms, watch
 from sparsecut_jax import config as config_lib
+from sparsecut_jax import help_text, hosts, parsing, platforms, watch
 from sparsecut_jax.settings import Config, DataConfig
 from sparsecut_jax.types import UserError
 
@@ -145,8 +145,8 @@ def typed_config(required: bool = True, also: Mapping[str, Any] | None = None) -
     also: settings that flags of the command's own give, {"init.llm": "DIR"}.
     """
     raw = flags.FLAGS.config
-    if raw is None and _config_file():
-        raise UserError(f"config file {_config_file()!r}: get_config() returned None; it must return the config")
+    if raw is None and parsing.config_file():
+        raise UserError(f"config file {parsing.config_file()!r}: get_config() returned None; it must return the config")
     if required:
         need("--config=configs/base.py")
     given = list(also or ()) + ([] if raw is None else list(config_flags.get_override_values(flags.FLAGS["config"])))
@@ -174,6 +174,14 @@ def _print_config(cfg: Config) -> None:
             print(f"{note}: {', '.join(paths)}", file=sys.stderr)
 
 
+def _parse(arguments: bool = False) -> list[str]:
+    """Sets the flags from the command line; returns what is no flag, where the command takes such `arguments`."""
+    rest = parsing.parse(arguments)
+    if flags.FLAGS.find_module_defining_flag("workdir") == __name__:
+        _set_workdir()
+    return rest
+
+
 def _set_workdir() -> None:
     """--workdir into the config. Raises UserError where --config.workdir says something else."""
     given, raw = flags.FLAGS.workdir, flags.FLAGS.config
@@ -195,98 +203,6 @@ def _check_words(words_of: Mapping[str, Sequence[str]]) -> None:
             raise UserError(f"--{flag} is a flag of {' and '.join(words)}, not of {_word}; {instead}")
 
 
-def _parse(arguments: bool = False) -> list[str]:
-    """Sets the flags from the command line, and returns its `arguments`, where the command takes any.
-
-    Raises UserError in one sentence for whatever absl or the config file says.
-    """
-    file = _config_file()
-    for arg in sys.argv[1:]:
-        name, given, value = arg.lstrip("-").partition("=")
-        if arg.startswith("-") and name.startswith("config."):
-            config_lib.check_override(name, value if given else None)
-    argv = [*sys.argv[:1], *map(_with_underscores, sys.argv[1:])]
-    if file:
-        ((at, value),) = _config_arguments()
-        path = value.split(":", 1)[0]
-        if file != path:
-            print(f"{path} is not in this folder; using the one that comes with sparsecut_jax, {file}", file=sys.stderr)
-        argv[at] = argv[at].removesuffix(value) + file + value.removeprefix(path)
-        config_files.provide_siblings(file)
-    try:
-        rest = flags.FLAGS(argv)
-    except UserError:
-        raise
-    except flags.UnrecognizedFlagError as error:
-        near = checks.nearest(error.flagname, list(flags.FLAGS))
-        raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
-    except flags.Error as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, Exception) and "parsing config file" in str(error):
-            raise UserError(f"config file {file!r}: {_cause(cause, file)}") from error
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    except KeyError as error:
-        for arg in sys.argv[1:]:
-            name = arg.lstrip("-").partition("=")[0].split(".")
-            if name[:2] == ["config", "stages"] and len(name) > 2 and repr(name[2]) in str(error.args[0]):
-                raise UserError(f"config.stages.{name[2]} is not a stage of {file!r}: {_cause(error, file)}") from error
-            if name[:3] == ["config", "data", "mix"] and len(name) > 3 and repr(name[3]) in str(error.args[0]):
-                raise UserError(
-                    f"config.data.mix.{name[3]} is no source of {file!r}; add sources in that file"
-                ) from error
-        raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
-    except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
-        for name in (arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:]):
-            given = name.startswith("config.data.mix.") or ".lr_of." in name
-            if given and repr(name.split(".")[-1]) in str(error):
-                raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
-        raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
-    if len(rest) > 1 and not arguments:
-        how = "settings are written --config.KEY=VALUE" if "config" in flags.FLAGS else "flags are written --NAME=VALUE"
-        raise UserError(f"unexpected argument {rest[1]!r}; {how} (--help lists them)")
-    return rest[1:]
-    if flags.FLAGS.find_module_defining_flag("workdir") == __name__:
-        _set_workdir()
-
-
-def _with_underscores(arg: str) -> str:
-    """--skip-bad as --skip_bad: absl's names have underscores, and people type both."""
-    name, given, value = arg.partition("=")
-    flag = name.lstrip("-").replace("-", "_")
-    return f"--{flag}{given}{value}" if name.startswith("-") and flag in flags.FLAGS else arg
-
-
-def _config_file() -> str | None:
-    """The file that --config names, which may be a shipped one. Raises UserError if it is not there."""
-    given = _config_arguments()
-    if len(given) > 1:
-        raise UserError(f"--config is given {len(given)} times: {', '.join(v for _, v in given)}; expected once")
-    return config_files.find(given[0][1].split(":", 1)[0]) if given else None
-
-
-def _config_arguments() -> list[tuple[int, str]]:
-    """Values of --config in sys.argv, each with the index of the argument that holds it."""
-    found = [(i, a.partition("=")[2]) for i, a in enumerate(sys.argv) if a.lstrip("-").startswith("config=")]
-    pairs = enumerate(itertools.pairwise(sys.argv), start=1)
-    return found + [(i, value) for i, (flag, value) in pairs if flag in ("--config", "-config")]
-
-
-def _cause(error: Exception, file: str | None) -> str:
-    """What a config file raised, and on which of its lines."""
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if os.path.abspath(f.filename) == os.path.abspath(file or "")
-    ]
-    where = f" (line {frames[-1].lineno})" if frames else ""
-    if isinstance(error, AttributeError) and error.name == "get_config":
-        return "it defines no get_config()"
-    if isinstance(error, KeyError) and error.args:
-        return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
-    said, kind = (str(error).strip().splitlines() or [""])[-1], type(error).__name__
-    return f"{kind}: {said.removeprefix(f'{kind}: ')}{where}"
-
-
 def _help(command: Callable[[], None], doc: str, search: str, words_of: Mapping[str, Sequence[str]]) -> str:
     """What --help or --help=SEARCH prints."""
     modules = flags.FLAGS.flags_by_module_dict()  # absl calls a module that is run as a program by its file
@@ -296,7 +212,7 @@ def _help(command: Callable[[], None], doc: str, search: str, words_of: Mapping[
     own = [f for f in own if _word not in words or _word in words_of.get(f.name, words)]
     cfg, file = None, ""
     if any(flag.name == "config" for flag in own):
-        cfg, file = Config(), _config_file() or ""
+        cfg, file = Config(), parsing.config_file() or ""
         if file:
             _parse()
             cfg, file = config_lib.check(flags.FLAGS.config), flags.FLAGS["config"].config_filename

@@ -57,7 +57,7 @@ NEXT_STEPS = {
     "__main__ train": "the command is: python -m sparsecut_jax.train",
     "train": "--config is missing; for example: python -m sparsecut_jax.train --config=configs/base.py",
     f"train {BASE} help": "unexpected argument 'help'; settings are written --config.KEY=VALUE (--help lists them)",
-    f"train {BASE} --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are two folders; give one of them",
+    f"train {BASE} --print_config --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are two folders; give one of them",
     "train --help=remta": "--help=remta: no flag or setting contains it; did you mean 'remat'?; --help shows them all",
     "evaluate": "--workdir is missing; for example: python -m sparsecut_jax.evaluate --workdir=runs/base",
     "generate --workdir=a": "--prompt is missing; for example: python -m sparsecut_jax.generate --workdir=a "
@@ -119,7 +119,7 @@ def test_help_of_a_word_shows_its_flags(said):
 
 
 def test_print_config(said):
-    (line, other) = (line for line in said if "--print_config" in line)
+    (line, other) = (line for line in said if "--print_config" in line and said[line][0] == 0)
     code, out, err = said[line]
     assert (code, err) == (0, "")
     cfg = config.check(json.loads(out))

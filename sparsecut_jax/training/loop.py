@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import signal
@@ -11,21 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from sparsecut_jax import hosts, placing
+from sparsecut_jax import hosts
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
-from sparsecut_jax.training.report import MetricsWriter, Progress, Startup, shortcut_names
+from sparsecut_jax.training.report import MetricsWriter, Progress, Startup
+from sparsecut_jax.training.step_log import StepLog
 from sparsecut_jax.types import Batch, TrainState, UserError
-
-BAD_UPDATES_IN_A_ROW = 3
-RECENT = 20  # steps whose speed is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +128,13 @@ def run_stage(
     """Trains from state.step to the end of the stage.
 
     Raises:
-      Exit: 3 after SIGTERM, once everything is saved; 4 after BAD_UPDATES_IN_A_ROW updates without a finite
+      Exit: 3 after SIGTERM, once everything is saved; 4 after step_log.BAD_UPDATES_IN_A_ROW updates without a finite
         loss and gradient, or when a parameter is not finite.
       UserError: a batch without one supervised token.
     """
     span, at = stage.span, int(state.step)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
-    log = _Log(cfg, stage, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
+    log = StepLog(cfg, stage, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
     pending: tuple[int, dict[str, Any], int, int] | None = None  # a step, its metrics, its bad rows, positions of a row
     evaluated: dict[int, float] = {}
     tracing = False
@@ -203,129 +199,3 @@ def run_stage(
             jax.profiler.stop_trace()
         log.close()
     return state
-
-
-class _Log:
-    """Looks at the metrics of every step, and shows and writes those of every `log_every`-th."""
-
-    def __init__(self, cfg, stage, plan, writer, compilations, progress):
-        self.cfg, self.stage, self.span = cfg, stage, stage.span
-        self.writer, self.compilations, self.progress = writer, compilations, progress
-        self.names = shortcut_names(plan)
-        self.now, self.supervised = time.monotonic(), stage.supervised
-        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the line before
-        self.compiled: set[tuple[int, ...]] = set()  # shapes of batches that the step has seen
-        self.recent: collections.deque = collections.deque(maxlen=RECENT)  # (tokens, FLOPs, seconds) of steps
-        self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which has the compilation
-
-    def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
-        values = jax.device_get(metrics)
-        if "first step" not in self.stage.startup.parts:
-            self.stage.startup.done("first step")
-            self.progress.write(self.stage.startup.text())
-            self.writer.write(step, {"startup": self.stage.startup.parts})
-        self.tokens += int(values["tokens"])
-        self.supervised += int(values["supervised_tokens"])
-        self.flops += self.stage.flops(positions)
-        before, self.now = self.now, time.monotonic()
-        self.seconds.append(max(self.now - before, 1e-9))
-        if self.progress.done > self.progress.initial:  # the first step has the compilation
-            self.recent.append((int(values["tokens"]), self.stage.flops(positions), self.seconds[-1]))
-        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
-        if values["supervised_tokens"] == 0:
-            if not placing.gather(np.array(bad_rows)).any():
-                raise UserError(
-                    f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
-                )
-            self.progress.write(f"step {step}: all rows of its batch are broken; this update is left out")
-        if not finite and int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
-            raise Exit(
-                4,
-                f"diverged: loss or gradient not finite in {BAD_UPDATES_IN_A_ROW} updates in a row, up to step {step}; "
-                f"nothing more is saved; start again in another --config.workdir with a lower config.stages.{self.span.name}.lr",
-            )
-        if not finite:
-            self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")
-        if step % self.cfg.log_every == 0 or step == self.span.last or step == self.span.first + 1:
-            self._write(step, values)
-        self.progress.note(self._figures(values))
-        self.progress.update()
-
-    def compiling(self, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-        """Around a step: tells that it is compiled where it meets a batch of a new shape."""
-        shape = batch.tokens.shape
-        if shape in self.compiled:
-            return contextlib.nullcontext()
-        more = f" for sequences of {shape[1]}" if self.compiled else ""
-        self.compiled.add(shape)
-        return self._compiling(f"compiling the training step{more}")
-
-    @contextlib.contextmanager
-    def _compiling(self, what: str) -> Iterator[None]:
-        before, cached = self.compilations.count, self.compilations.cached
-        with self.progress.busy(what) as remarks:
-            yield
-            if 0 < self.compilations.count - before == self.compilations.cached - cached:
-                remarks.append("taken from the compilation cache")
-
-    def _figures(self, values: dict[str, Any]) -> str:
-        """Of this step, and the speed of the last ones."""
-        figures = [f"loss {values['loss']:.4f}"]
-        if self.recent:
-            tokens, work, seconds = map(sum, zip(*self.recent, strict=True))
-            figures += [f"{tokens / seconds:,.0f} tokens/s"]
-            figures += [f"{work / seconds / self.stage.peak:.1%} MFU"] if self.stage.peak else []
-        return " | ".join([*figures, f"{self.supervised:,} supervised"])
-
-    def held_out(self, step: int, loss: float) -> None:
-        self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
-        self.progress.write(f"step {step}: held-out loss {loss:.4f}")
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What the block takes is no step's time."""
-        began = time.monotonic()
-        yield
-        self.now += time.monotonic() - began
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        seconds = sum(self.seconds)
-        line = {
-            "stage": self.span.name,
-            "loss": _number(values["loss"]),
-            "lr": _number(values["lr"]),
-            "grad_norm": _number(values["grad_norm"]),
-            "grad_norm_by_part": {part: _number(norm) for part, norm in values["grad_norm_by_part"].items()},
-            "shortcut_ratio": {name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names},
-            "tokens_per_second": self.tokens / seconds,
-            "supervised_tokens": self.supervised,
-            "seconds_per_step": seconds / len(self.seconds),
-            "seconds_per_step_median": float(np.median(self.seconds)),
-            "seconds_per_step_most": max(self.seconds),
-            "model_flops_per_second": self.flops / seconds,
-            "mfu": self.flops / seconds / self.stage.peak if self.stage.peak else None,
-            "input_wait": self.waited / seconds,
-            "skipped_updates": int(values["skipped"]),
-            "compilations": self.compilations.count,
-            "compilations_cached": self.compilations.cached,
-        }
-        self.writer.write(step, line)
-        if step > self.span.first + 1:
-            self.all_waited, self.all_seconds = self.all_waited + self.waited, self.all_seconds + self.seconds
-        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []
-
-    def close(self) -> None:
-        if self.all_seconds:
-            share = self.all_waited / sum(self.all_seconds)
-            low, middle, high = np.quantile(self.all_seconds, [0.05, 0.5, 0.95])
-            self.progress.write(
-                f"{self.span.name}: {middle:.3g} s a step ({low:.3g} to {high:.3g} in 9 of 10), "
-                f"{share:.1%} of it waiting for input"
-            )
-        self.progress.close()
-
-
-def _number(x: Any) -> float | None:
-    """A Python float that JSON can hold; None for what is not finite."""
-    x = float(x)
-    return x if np.isfinite(x) else None
