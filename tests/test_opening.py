@@ -155,7 +155,7 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
     (tmp_path / "README.md").write_text("x")
     rows = open_rows(SourceConfig(path=folder))
     assert answers(rows) == ["a.parquet", "b.parquet", "c\u00e9 \u65e5.parquet"]
-    assert [rows.place(i) for i in range(3)] == ["a.parquet row 0", "b.parquet row 0", "c\u00e9 \u65e5.parquet row 0"]
+    assert [rows.place(i) for i in range(3)] == ["row 0 of a.parquet", "row 0 of b.parquet", "row 0 of c\u00e9 \u65e5.parquet"]
 
 
 def test_files_of_other_splits_are_left_out(tmp_path):
@@ -246,7 +246,7 @@ def test_a_bad_row_is_called_by_source_file_and_number(tmp_path):
     part = load(folder).train[""]
     with pytest.raises(BadSample) as caught:
         part.row(2)
-    assert str(caught.value) == f"{folder} row 2, b.parquet row 1: column 'answer' is empty"
+    assert str(caught.value) == f"{folder} row 2, row 1 of b.parquet: column 'answer' is empty"
     assert caught.value.cause == "no_answer"
 
 

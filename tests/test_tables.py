@@ -269,7 +269,7 @@ def test_shards_of_other_columns_and_of_no_rows(tmp_path):
         {"conversations": asked("q", "a")},
         {"id": 1, "image": b"PNG", "conversations": asked("<image>", "c")},
     ]
-    assert [rows.place(i) for i in (0, 1, -1)] == ["a.parquet row 0", "c.parquet row 0", "c.parquet row 0"]
+    assert [rows.place(i) for i in (0, 1, -1)] == ["row 0 of a.parquet", "row 0 of c.parquet", "row 0 of c.parquet"]
     pq.write_table(pa.table({"x": [1]}), tmp_path / "d.parquet")
     with pytest.raises(UserError, match="d.parquet': expected a column conversations, messages, or"):
         open_rows(SourceConfig(path=str(tmp_path)))
@@ -329,7 +329,9 @@ def test_a_file_that_changes_is_named(tmp_path):
 
 def test_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "LARGE", 10)
-    monkeypatch.setattr(tables.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9))
     pq.write_table(many(5), tmp_path / "x.parquet")
+    monkeypatch.setattr(tables.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9))
+    check_many(open_rows(SourceConfig(path=str(tmp_path / "x.parquet"))), 5)  # by row group, slowly
+    monkeypatch.setattr(tables, "HUGE", 10)
     with pytest.raises(UserError, match="is written out once so that single rows can be read, but does not fit into"):
         open_rows(SourceConfig(path=str(tmp_path / "x.parquet")))

@@ -10,6 +10,7 @@ from sparsecut_jax.types import UserError
 
 WINDOW = 1 << 20  # bytes that are parsed at a time
 LONGEST = 1 << 25  # of one value; what is longer is no row
+INSIDE = bytes(range(0x80, 0xC0))  # bytes that continue a character
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -43,8 +44,8 @@ class _Scanner:
                 raise self.undecoded
             self._fill(WINDOW)
 
-    def value(self) -> object:
-        """The next value. Raises Fault."""
+    def value(self, longest: int) -> object:
+        """The next value. Raises Fault; TooLong where it does not end within `longest` bytes."""
         self.peek()
         size = WINDOW
         while True:
@@ -64,7 +65,7 @@ class _Scanner:
                 raise fault
             if self.undecoded:
                 raise self.undecoded
-            if size >= LONGEST:
+            if size >= longest:
                 raise TooLong(fault.words, fault.byte)
             size *= 4
             self._fill(size)
@@ -88,13 +89,16 @@ class _Scanner:
                 self.undecoded = Fault(words, -1)
 
 
-def fault_of(data: mmap.mmap | bytes, begin: int, name: str) -> UserError | None:
-    """What is wrong with a file that is no list of objects from byte `begin` on; None of an empty list."""
+def fault_of(data: mmap.mmap | bytes, begin: int, name: str, row: int = 0, at: int = -1) -> UserError | None:
+    """What is wrong with a file that is no list of objects from byte `begin` on; None of an empty list.
+
+    row, at: a row before which everything is right, and its first byte; -1: none is known.
+    """
     try:
-        scanner = _Scanner(data, begin)
-        if scanner.peek() != "[":
+        scanner = _Scanner(data, begin if at < 0 else at)
+        if at < 0 and scanner.peek() != "[":
             try:
-                kind = type(scanner.value()).__name__
+                kind = type(scanner.value(4 * WINDOW)).__name__
             except TooLong as fault:
                 if data[scanner.at : scanner.at + 1] != b"{":
                     raise fault from None
@@ -104,10 +108,10 @@ def fault_of(data: mmap.mmap | bytes, begin: int, name: str) -> UserError | None
             if scanner.peek():
                 raise Fault("Extra data", scanner.byte(scanner.i))
             return UserError(f"data source {name!r}: expected a list of rows, got {kind}")
-        scanner.i, row = scanner.i + 1, 0
+        scanner.i += at < 0
         if scanner.peek() != "]":
             while True:
-                value = scanner.value()
+                value = scanner.value(LONGEST)
                 if not isinstance(value, dict):
                     return UserError(f"{name} row {row}: expected an object, got {type(value).__name__}")
                 if scanner.peek() != ",":
@@ -126,14 +130,9 @@ def fault_of(data: mmap.mmap | bytes, begin: int, name: str) -> UserError | None
 
 def _place(data: mmap.mmap | bytes, begin: int, byte: int) -> str:
     """A byte as line, column and character."""
-    characters = lambda a, b: sum(
-        len(data[i : min(i + WINDOW, b)]) - _inner(data[i : min(i + WINDOW, b)]) for i in range(a, b, WINDOW)
-    )
-    lines = sum(data[i : min(i + WINDOW, byte)].count(b"\n") for i in range(begin, byte, WINDOW))
+    blocks = lambda a, b: (data[i : min(i + WINDOW, b)] for i in range(a, b, WINDOW))
+    characters = lambda a, b: sum(len(block.translate(None, INSIDE)) for block in blocks(a, b))
+    lines = sum(block.count(b"\n") for block in blocks(begin, byte))
     line = max(begin, data.rfind(b"\n", begin, byte) + 1)
     return f"line {lines + 1} column {characters(line, byte) + 1} (char {characters(begin, byte)})"
 
-
-def _inner(block: bytes) -> int:
-    """How many of the bytes continue a character."""
-    return len(re.findall(rb"[\x80-\xbf]", block))

@@ -129,9 +129,9 @@ def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:
         return _list_places(data, found.start(), path)
     if found and found[0] == b"{":
         end = data.find(b"\n", found.start(), found.start() + LONGEST)
+        end = len(data) if end < 0 and len(data) < found.start() + LONGEST else end
         with contextlib.suppress(ValueError, RecursionError):
-            line = data[found.start() : end if end >= 0 else found.start() + LONGEST]
-            json.loads(line.decode("utf-8", "replace"))
+            json.loads(data[found.start() : max(end, 0)].decode("utf-8", "replace"))
             return _to_array(itertools.chain.from_iterable(line.span() for line in LINE.finditer(data, begin)))
     return _refuse(data, begin, path)
 
@@ -165,20 +165,18 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
                 break
     places = np.frombuffer(places, np.int64).reshape(-1, 2)
     whole = close >= 0 and data[close] == 93 and not SOLID.search(data, close + 1)  # 93: a bracket
-    if len(places) and whole:
-        between = lambda a, b: bytes(data[a:b]).strip(SPACE)
-        ends, starts = places[:-1, 1], places[1:, 0]
-        if (
-            between(begin + 1, places[0, 0]) == between(places[-1, 1], close) == b""
-            and all(data[a:b] == b"," or between(a, b) == b"," for a, b in zip(ends, starts, strict=True))
-        ):  # fmt: skip
-            return places
-    return _refuse(data, begin, path)
+    between = lambda a, b: data[a:b] == b"," or data[a:b].strip(SPACE) == b","
+    gaps = enumerate(zip(places[:-1, 1], places[1:, 0], strict=True))
+    wrong = next((i for i, (a, b) in gaps if not between(a, b)), len(places) - 1)
+    if wrong == len(places) - 1 >= 0 and whole and not data[places[-1, 1] : close].strip(SPACE):
+        return places
+    return _refuse(data, begin, path, wrong, int(places[wrong, 0]) if len(places) else -1)
 
 
-def _refuse(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
-    """Raises UserError with what is wrong with the file as a whole; of an empty list no places."""
-    error = fault_of(data, begin, path)
+def _refuse(data: mmap.mmap | bytes, begin: int, path: str, row: int = 0, at: int = -1) -> np.ndarray:
+    """Raises UserError with what is wrong with the file as a whole, behind the row at byte `at`; of an empty list no
+    places."""
+    error = fault_of(data, begin, path, row, at)
     if error:
         raise error
     return _to_array(())

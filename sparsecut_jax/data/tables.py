@@ -28,9 +28,10 @@ from sparsecut_jax.data.unpacked import DataFile, no_room, sampled
 from sparsecut_jax.settings import SourceConfig
 from sparsecut_jax.types import BadSample, UserError
 
-LARGE = 1 << 25  # bytes of a row group that is read again and again
-OPEN, GROUPS, BATCHES = 64, 8, 4096  # files, row groups and mapped batches that a process keeps
+LARGE, HUGE = 1 << 25, 1 << 28  # bytes of a row group that is not read for one row if it need not be, and never
+OPEN, GROUPS, BATCHES = 64, 4, 4096  # files, row groups and mapped batches that a process keeps
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+ROOM = 1 << 30  # bytes that stay free on the disk
 ROWS = 64  # that are written out at a time
 _lock = threading.Lock()  # pyarrow's readers are for one thread at a time
 
@@ -102,7 +103,7 @@ class TableRows(Sequence):
         if len(self.files) == 1:
             return ""
         which = self._find(i)[0]
-        return f"{os.path.basename(self.files[which].path)} row {range(len(self))[i] - self._table[2][which]}"
+        return f"row {range(len(self))[i] - self._table[2][which]} of {os.path.basename(self.files[which].path)}"
 
     def fingerprint(self) -> str:
         """Number of rows and a hash of columns and sampled bytes of the files."""
@@ -187,7 +188,9 @@ def _must_be_written(file: DataFile) -> bool:
     if file.kind != "parquet":
         return _is_compressed(file)
     metadata = _open(file).metadata
-    return any(metadata.row_group(i).total_byte_size > LARGE for i in range(metadata.num_row_groups))
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    room = shutil.disk_usage(scratch()).free - sum(sizes) > ROOM
+    return max(sizes, default=0) > (LARGE if room else HUGE)
 
 
 def _is_compressed(file: DataFile) -> bool:
@@ -208,7 +211,7 @@ def _write_out(file: DataFile, columns: tuple[str, ...]) -> DataFile:
         with pa.OSFile(target, "wb") as out, pa.ipc.new_file(out, schema) as writer:
             for batch in batches:
                 writer.write_batch(_whole(batch).select(list(columns)))
-                if shutil.disk_usage(scratch()).free < 2 * batch.nbytes:
+                if shutil.disk_usage(scratch()).free < ROOM:
                     raise no_room(file.path)
     except BaseException:
         os.remove(target)

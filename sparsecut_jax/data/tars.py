@@ -83,9 +83,8 @@ class TarRows(Sequence):
 
     def __getitem__(self, i: int) -> Row:
         i = range(len(self))[i]
-        (number, first, start), (_, last, end) = self.rows.values[i : i + 2].tolist()
-        data = _mapped(self.files[number])
-        key = bytes(self.keys.values[start:end]).decode("utf-8", "replace")
+        (number, first, _), (_, last, _) = self.rows.values[i : i + 2].tolist()
+        data, key = _mapped(self.files[number]), self._key(i)
         row: Row = {}
         pictures: list[tuple[list, bytes]] = []
         for ending, at, size in self.members.values[first:last].tolist():
@@ -106,9 +105,14 @@ class TarRows(Sequence):
         return {"id": key} | row
 
     def place(self, i: int) -> str:
-        """The tar of row `i`, where there are several."""
-        number = int(self.rows.values[range(len(self))[i], 0])
-        return os.path.basename(self.files[number].path) if len(self.files) > 1 else ""
+        """The key and the tar of row `i`, where there are several tars."""
+        i = range(len(self))[i]
+        number = int(self.rows.values[i, 0])
+        return f"key {self._key(i)} of {os.path.basename(self.files[number].path)}" if len(self.files) > 1 else ""
+
+    def _key(self, i: int) -> str:
+        start, end = self.rows.values[i : i + 2, 2].tolist()
+        return bytes(self.keys.values[start:end]).decode("utf-8", "replace")
 
     def fingerprint(self) -> str:
         """Number of rows and a hash of all headers and of sampled bytes of the tars."""

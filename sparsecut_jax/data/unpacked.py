@@ -126,7 +126,7 @@ def no_room(path: str) -> UserError:
 
 
 def _decompressed(local: str, codec: str) -> Iterator[bytes]:
-    with open(local, "rb") as file, pa.CompressedInputStream(pa.PythonFile(file, "r"), codec) as stream:
+    with pa.CompressedInputStream(pa.OSFile(local), codec) as stream:
         done = 0
         while True:
             try:
