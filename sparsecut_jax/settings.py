@@ -233,15 +233,17 @@ class SourceConfig:
     """One source of rows, in a mixture (`config.data.mix`)."""
 
     path: str = setting(
-        "", "JSON or JSONL file of conversations, folder of a TFDS dataset, tfds:NAME, easy_vqa or scenes."
+        "", "JSON, JSONL, Parquet, Arrow or tar file, folder of shards or dataset, tfds:NAME, easy_vqa or scenes."
     )
-    images: str = setting("", "Folder that relative image paths of a JSON file start from.")
+    images: str = setting("", "Folder that relative image paths start from.")
     weight: float = setting(1.0, "How often a row is seen per epoch; at 0.5 each epoch draws another half.")
-    split: str = setting("train", "TFDS: split to read.")
+    split: str = setting("train", "TFDS, DatasetDict or a folder of shards named by split: the split to read.")
     data_dir: str = setting("", "TFDS: folder where tfds:NAME is prepared; empty: TFDS's own.")
-    image: str = setting("image", "TFDS: feature with the picture; empty: none.")
-    question: str = setting("", "TFDS: feature with the question, with or without <image>; empty: <image> alone.")
-    answer: str = setting("caption", "TFDS: feature with the answer.")
+    image: str = setting("image", "Feature, column or tar ending with the picture; empty: none.")
+    question: str = setting(
+        "", "Feature or column with the question, or the question itself; empty: column question, or <image> alone."
+    )
+    answer: str = setting("caption", "Feature or column with the answer; column answer, if there is none of this name.")
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,10 @@ class DataConfig:
     """Where rows come from and how they become batches."""
 
     source: str = setting(
-        "easy_vqa", "JSON or JSONL file of conversations, folder of a TFDS dataset, tfds:NAME, easy_vqa or scenes."
+        "easy_vqa",
+        "JSON, JSONL, Parquet, Arrow or tar file, folder of shards or dataset, tfds:NAME, easy_vqa or scenes.",
     )
-    images: str = setting("", "Folder that relative image paths of a JSON file start from.")
+    images: str = setting("", "Folder that relative image paths start from.")
     follow_links: bool = setting(False, "Follow links that lead out of a source's folder of images.")
     mix: dict[str, SourceConfig] = setting({}, "Several sources by name, instead of `source`.")
     scenes: ScenesConfig = ScenesConfig()

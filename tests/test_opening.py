@@ -1,5 +1,6 @@
 """One law for all formats: the same rows, numbers and batches, a fingerprint that lasts; and folders of shards."""
 
+import itertools
 import json
 import os
 import pickle
@@ -14,11 +15,14 @@ from PIL import Image
 
 import formats
 from encoded_images import encoded
+from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data.build import build
 from sparsecut_jax.data.opening import is_shards, open_rows
+from sparsecut_jax.data.parts import Split
 from sparsecut_jax.data.sources import load_source
 from sparsecut_jax.settings import Config, DataConfig, SourceConfig
 from sparsecut_jax.types import BadSample, UserError
+from test_pipeline import assert_equal, iterate
 
 PICTURES = {f"{i}.png": encoded(Image.new("RGB", (6, 4), (i * 20, 99, 0)), "PNG") for i in range(7)}
 
@@ -94,6 +98,23 @@ def test_every_format_gives_the_same_rows(written, images, name, tmp_path):
     assert read(pickle.loads(sent), 6) == expected(6)
 
 
+def test_every_format_gives_the_same_batches(written, images):
+    """Also from the middle on, as after a resume."""
+    words = tokenizers.train(["what? who? number me sure? yes"], 300)
+
+    def batches(name: str, first: int = 0) -> list:
+        iterator = iterate(Split((load(written[name], images).train[""],)), words, first=first)
+        found = [batch for batch, bad in itertools.islice(iterator, 4 - first) if not bad]
+        iterator.close()
+        return found
+
+    expected = batches("list.json")
+    assert len(expected) == 4
+    for name in NAMES:
+        assert_equal(batches(name), expected)
+    assert_equal(batches("one.parquet", 2), expected[2:])
+
+
 def test_worker_processes_read_every_format(written, images):
     parts = [
         load(written[name], images).train[""] for name in ("one.parquet", "lz4.feather", "saved", "tars", "utf16.json")
@@ -155,7 +176,11 @@ def test_shards_are_read_in_the_order_of_their_names(tmp_path):
     (tmp_path / "README.md").write_text("x")
     rows = open_rows(SourceConfig(path=folder))
     assert answers(rows) == ["a.parquet", "b.parquet", "c\u00e9 \u65e5.parquet"]
-    assert [rows.place(i) for i in range(3)] == ["row 0 of a.parquet", "row 0 of b.parquet", "row 0 of c\u00e9 \u65e5.parquet"]
+    assert [rows.place(i) for i in range(3)] == [
+        "row 0 of a.parquet",
+        "row 0 of b.parquet",
+        "row 0 of c\u00e9 \u65e5.parquet",
+    ]
 
 
 def test_files_of_other_splits_are_left_out(tmp_path):

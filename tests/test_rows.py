@@ -366,8 +366,8 @@ def test_is_folder(tmp_path):
         with pytest.raises(UserError) as caught:
             is_folder(path)
         assert str(caught.value) == (
-            f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a dataset, "
-            "or a JSON or JSONL file of conversations"
+            f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a dataset "
+            "or of shards, or a JSON, JSONL, Parquet, Arrow or tar file"
         )
 
 

@@ -135,4 +135,3 @@ def _place(data: mmap.mmap | bytes, begin: int, byte: int) -> str:
     lines = sum(block.count(b"\n") for block in blocks(begin, byte))
     line = max(begin, data.rfind(b"\n", begin, byte) + 1)
     return f"line {lines + 1} column {characters(line, byte) + 1} (char {characters(begin, byte)})"
-

@@ -172,7 +172,7 @@ def _text(value: Any, name: str, labels: tuple[str, ...] = (), cause: str = "for
         if not 0 <= value < len(labels):
             raise BadSample(cause, f"column {name!r} has no label {value}")
         return labels[value]
-    if value is None or value == []:
+    if value is None or value == [] or value != value:  # NaN is what pandas writes for none
         raise BadSample(cause, f"column {name!r} is empty")
     if isinstance(value, str | int | float):
         return str(value)

@@ -112,7 +112,7 @@ def is_folder(path: str) -> bool:
         if not path or not source.exists():
             raise UserError(
                 f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a "
-                "dataset, or a JSON or JSONL file of conversations"
+                "dataset or of shards, or a JSON, JSONL, Parquet, Arrow or tar file"
             )
         return False
     except (OSError, ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Where rows come from: easy-VQA, Scenes, TFDS, or JSON files of conversations; one of them, or several by weight."""
+"""Where rows come from: easy-VQA, Scenes, TFDS, or files and folders; one of them, or several by weight."""
 
 from __future__ import annotations
 
