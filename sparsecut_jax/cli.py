@@ -1,7 +1,7 @@
 """How every command starts and ends: flags in, exit codes out.
 
-Exit codes: 0 done, 2 something the user can mend (one sentence on stderr), 3 stopped by SIGTERM after
-saving, 4 training diverged, 5 another process of the run is gone.
+Exit codes: 0 done, 2 bad input (one sentence on stderr says what to fix), 3 stopped by SIGTERM after saving, 4 training
+diverged, 5 another process of the run died.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparsecut_jax.types import UserError
 
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
-_word = ""  # behind a command that is several: "check" of data check
+_word = ""  # the subcommand, such as "check" in "data check"
 PLATFORM = flags.DEFINE_enum("require_platform", None, ["tpu", "gpu", "cpu"], "Refuse to run on other devices.")
 
 
@@ -48,30 +48,28 @@ def define_config(workdir: bool = True) -> None:
 
     workdir: also --workdir, for commands that have no flag of that name with another meaning.
     """
-    config_flags.DEFINE_config_file(
-        "config", None, "File in configs/, with arguments behind a colon.", lock_config=True
-    )
+    config_flags.DEFINE_config_file("config", None, "File in configs/, with arguments after a colon.", lock_config=True)
     flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and exit.")
     if workdir:
         flags.DEFINE_string("workdir", None, "Short for --config.workdir.")
 
 
 def command_word() -> str:
-    """The word behind a command that is several, taken out of sys.argv; "" where there is none."""
+    """The subcommand, which is removed from sys.argv; "" if there is none."""
     global _word
     _word = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
     return _word
 
 
 def shell_line(*args: str) -> str:
-    """What one types to run this command with other arguments."""
+    """The shell line that runs this command with other arguments."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else os.path.basename(sys.argv[0])
     return f"{name} {shlex.join(args)}"
 
 
 def need(*examples: str) -> None:
-    """Raises UserError, which says what to type, where flags are missing; each is given with an example of its value."""
+    """Raises UserError, which says what to type, if a flag is missing. examples: the flags, each with an example value."""
     lacking = [each for each in examples if not flags.FLAGS[each.partition("=")[0].lstrip("-")].value]
     if lacking:
         names = " and ".join(each.partition("=")[0] for each in lacking)
@@ -89,9 +87,11 @@ def run(
     """Parses the flags, runs the command, and turns its errors into a sentence and an exit code.
 
     Args:
-      resumes: the same command, given again, goes on where it was interrupted.
-      arguments: it takes arguments that are not flags, and is called with them.
-      words_of: for flags that only some of a command's words read: these words.
+      command: the command, called without arguments, or with the positional ones if `arguments`.
+      doc: its help text.
+      resumes: whether running the same command again resumes the work.
+      arguments: whether the command takes positional arguments.
+      words_of: {flag: the subcommands that read it}, for flags that only some of them read.
     """
     helps = [arg for arg in sys.argv[1:] if arg.partition("=")[0] in HELP]
     debug = "--debug" in sys.argv
@@ -116,9 +116,9 @@ def run(
     except Exit as error:
         _fail(error.code, str(error), debug)
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last checkpoint" if resumes else ""
+        again = "; run the same command to resume from the last checkpoint" if resumes else ""
         _fail(130, f"interrupted{again}", debug)
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the output (`head`, for example) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:

@@ -1,13 +1,13 @@
-"""Trains a model, evaluates it, and leaves everything in the workdir.
+"""Trains a model, evaluates it, and writes everything to the workdir.
 
     python -m sparsecut_jax.train --config=configs/base.py
     python -m sparsecut_jax.train --config=configs/base.py:smoke
     python -m sparsecut_jax.train --config=configs/base.py --config.workdir=runs/mine --config.llm.layers=12
 
-Where the workdir has a checkpoint the run goes on from it. Exit codes: 2 something to mend, 3 stopped by
-SIGTERM after saving, 4 diverged, 5 another process of the run is gone.
+If the workdir has a checkpoint, the run resumes from it. Exit codes: 0 done, 2 bad input (one sentence says what to fix),
+3 stopped by SIGTERM after saving, 4 diverged, 5 another process of the run died.
 
-Several processes, each with its own devices, make one run with the same command and
+For a multi-process run, start the same command in every process with
     --coordinator=HOST:PORT --processes=N --process=I      I = 0 to N-1; TPU slices and SLURM need no flags
 """
 
@@ -55,13 +55,13 @@ def train(cfg: Config) -> dict[str, float]:
 
 
 def run_stages(cfg: Config) -> dict[str, float]:
-    """`train` in a workdir that nobody else writes to."""
+    """`train` in a workdir that is locked already."""
     began, startup = time.monotonic(), report.Startup()
     startup.done("imports")
 
     # ------------------------------------------------------------------ devices
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
-    backends.resolve(cfg, sharding.platform(mesh))  # what the platform lacks is said before anything is written
+    backends.resolve(cfg, sharding.platform(mesh))  # refuses unsupported settings before anything is written
 
     # ------------------------------------------------------------------ where the run stands
     asked = cfg
@@ -97,7 +97,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     # ------------------------------------------------------------------ model
     startup.done("data")
     branched = any(plan.branched for plan in plans.values())
-    here = backends.resolve(cfg, sharding.platform(mesh), branched)  # what checkpoints hold stays free of platforms
+    here = backends.resolve(cfg, sharding.platform(mesh), branched)  # checkpoints keep the unresolved config
     dtype = backends.compute_dtype(here)
     model = build_model(here, dtype, ("shortcut_ratio",))
     abstract_of = lambda name: state.abstract_params(model, cfg, mesh, state.stage_dtypes(here, name))
@@ -174,7 +174,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         writer.close()
         stop.restore()
         if stop.asked(step + 1):
-            raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved, and the same command goes on to the test")
+            raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved; run the same command for the test")
 
         # -------------------------------------------------------------- results
         if hosts.first():
@@ -197,7 +197,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
 
 def as_saved(cfg: Config, saved: dict) -> Config:
-    """The config of a resumed run, with the sizes that its pretrained parts gave it at the start."""
+    """The config of a resumed run, with the sizes that its pretrained parts determined at the start."""
     old = config_lib.check(saved)
     data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
     vision = dataclasses.replace(old.vision, remat=cfg.vision.remat)
@@ -207,11 +207,11 @@ def as_saved(cfg: Config, saved: dict) -> Config:
 
 
 def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
-    """The LLM's, config.tokenizer's, or for an LLM that starts from nothing one trained on the rows."""
+    """The tokenizer of the LLM or of config.tokenizer; for an LLM trained from scratch, one trained on the rows."""
     tokenizer = weights.source_tokenizer(cfg, parts)
     if tokenizer is None and "llm" in parts:
         raise UserError(
-            f"{parts['llm'].path} holds no tokenizer; give config.tokenizer.path, a folder that has the LLM's"
+            f"{parts['llm'].path} has no tokenizer; set config.tokenizer.path to a folder with the LLM's tokenizer"
         )
     return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
 
@@ -219,7 +219,7 @@ def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights
 def make_reader(
     source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, holdout: bool = False
 ) -> pipeline.Reader:
-    """Reads the training rows of a stage, or its held-out ones, which are never augmented."""
+    """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
     stage = cfg.stages[name]
     encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
     return pipeline.Reader(source.stage(stage, holdout), encoder, pictures, cfg.data.flip, cfg.data.shift)
@@ -228,12 +228,12 @@ def make_reader(
 def make_stage_plan(
     name: str, reader: pipeline.Reader, cfg: Config, source: sources.Source, bad_samples: BadSamples
 ) -> Plan:
-    """Walks the rows of a stage and decides its batches. Raises UserError if too many rows are broken, or none fits."""
+    """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
     split = reader.split
     progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
     kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
     update = progress.update if progress else lambda n: None
-    with hosts.in_turn(f"rows {name}"):  # the others find what the first process has kept
+    with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote
         walked = walk_once(kept, split, reader.encode, source.fingerprint, update)
     if progress:
         progress.close()
@@ -245,7 +245,7 @@ def make_stage_plan(
 def make_holdout_loss(
     model: SparseCut, source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, mesh: Mesh
 ):
-    """Function of the parameters: mean loss over the held-out rows. None if there are none."""
+    """Function from parameters to the mean loss over the held-out rows; None if there are none."""
     if not cfg.eval.every or not any(map(len, source.holdout.values())):
         return None
     stage = cfg.stages[name]
@@ -277,10 +277,10 @@ def print_data(
         plan = plans[s.name]
         rates = "".join(f", of {pattern} {rate:g}" for pattern, rate in s.stage.lr_of.items())
         print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} sequences, {s.stage.rows} "
-              f"{s.stage.batching}, {plan.useful:.0%} of the positions useful, lr {s.stage.lr:g}{rates}")  # fmt: skip
+              f"{s.stage.batching}, {plan.useful:.0%} non-padding tokens, lr {s.stage.lr:g}{rates}")  # fmt: skip
     if counted := bad_samples.counts():
         listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
-        print(f"left out   {listing}: {bad_samples.path}")
+        print(f"skipped    {listing}: {bad_samples.path}")
     for s in spans:
         answers, rows = bad_samples.cut[s.name]
         if answers:

@@ -37,7 +37,7 @@ def test_only_what_resumes_says_so(monkeypatch, capsys):
     assert fail(KeyboardInterrupt(), monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert fail(KeyboardInterrupt(), monkeypatch, resumes=True) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+    assert capsys.readouterr().err == "interrupted; run the same command to resume from the last checkpoint\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -104,10 +104,10 @@ def test_table():
     held["fusion"].moments["align"] = 4096
     held["llm/head"].numbers["bfloat16", ("fsdp", "tensor")] = 2_000_000
     assert holdings_table(held, ["align"]).splitlines() == [
-        "  part      parameters     dtype     split over   weights  moments in align  a device holds",
-        "  fusion         1,000   float32           fsdp  2.00 KiB          4.00 KiB        6.00 KiB",
-        "  llm/head   2,000,000  bfloat16  fsdp x tensor  3.00 MiB                 -        3.00 MiB",
-        "  total      2,001,000                           3.00 MiB          4.00 KiB        3.01 MiB",
+        "  part      parameters     dtype   sharded over   weights  moments in align  per device",
+        "  fusion         1,000   float32           fsdp  2.00 KiB          4.00 KiB    6.00 KiB",
+        "  llm/head   2,000,000  bfloat16  fsdp x tensor  3.00 MiB                 -    3.00 MiB",
+        "  total      2,001,000                           3.00 MiB          4.00 KiB    3.01 MiB",
     ]
 
 

@@ -106,7 +106,7 @@ def test_nothing_recompiles_after_the_first_step_of_a_stage(unbroken):
 def test_the_start_shows_devices_parameters_and_plan(unbroken):
     out = (unbroken.parent / "stdout.txt").read_text()
     for text in ("devices    1 x cpu", "mesh       data=1 x fsdp=1 x tensor=1", "ViT block (of 3)  2  0",
-                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s a step (", "s: imports", "sample question", "results.json", "answers.jsonl", "--prompt='what color?'\n"):  # fmt: skip
+                 "LLM layer (of 3)  0  2", "align 4/4", "instruct 8/8", "s per step (5th to 95th percentile: ", "s: imports", "sample question", "results.json", "answers.jsonl", "--prompt='what color?'\n"):  # fmt: skip
         assert text in out, text
 
 

@@ -1,4 +1,4 @@
-"""bad_samples.jsonl: the rows a run had to leave out, counted by cause, and the limit above which it stops."""
+"""bad_samples.jsonl: the rows that a run skipped, counted by cause, and the limit above which it stops."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from sparsecut_jax.types import UserError
 
 
 class BadSamples:
-    """Notes every bad row once per stage, over all starts of a run.
-
-    Each process of several has a file of its own.
+    """Records every bad row once per stage, over all starts of a run. Each process has its own file.
 
     Attributes:
-      cut: by stage, how many answers its rows lose since they do not fit into seq_len, and how many rows lose some.
+      cut: {stage: (answers dropped because they do not fit into seq_len, rows that lose some)}.
     """
 
     def __init__(self, workdir: str, max_fraction: float, process_index: int = 0, fresh: bool = False):
-        """Reads what earlier starts have noted; `fresh` drops it, for a run that begins at its first step."""
+        """Reads what earlier starts recorded; `fresh` deletes it, for a run that begins at its first step."""
         name = f"bad_samples-{process_index}.jsonl" if process_index else "bad_samples.jsonl"
         self.path, self.max_fraction = os.path.join(workdir, name), max_fraction
         self.files = os.path.join(glob.escape(workdir), "bad_samples*.jsonl")
         self.noted: dict[str, dict[tuple[str, int], Bad]] = collections.defaultdict(dict)
-        self.torn = False  # whether the file ends within a line
+        self.torn = False  # whether the file ends in the middle of a line
         self.cut: dict[str, tuple[int, int]] = {}
         if fresh:
             for path in [self.path] if process_index else glob.glob(self.files):
@@ -38,22 +36,22 @@ class BadSamples:
             self.torn = self._read(self.path)
 
     def _read(self, path: str) -> bool:
-        """Takes over what a file says; returns whether it ends within a line."""
+        """Reads a file; returns whether it ends in the middle of a line."""
         torn = False
         with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
             for line in file:
                 torn = not line.endswith("\n")
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill has cut
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut off when the process was killed
                     fields = json.loads(line)
                     bad = Bad(**{field.name: fields[field.name] for field in dataclasses.fields(Bad)})
                     self.noted[fields["stage"]][bad.key] = bad
         return torn
 
     def add(self, stage: str, found: list[Bad], rows: int, write: bool = True) -> None:
-        """Notes the bad rows of a stage of `rows` rows; without `write`, those that are in another process's file.
+        """Records the bad rows of a stage of `rows` rows. write=False: they are already in another process's file.
 
         Raises:
-          UserError: more than `max_fraction` of the rows are broken. Rows that are only too long do not count.
+          UserError: more than `max_fraction` of the rows are broken. Rows that are merely too long do not count.
         """
         noted = self.noted[stage]
         if new := {bad.key: bad for bad in found if bad.key not in noted}:
@@ -76,7 +74,7 @@ class BadSamples:
             )
 
     def counts(self) -> dict[str, int]:
-        """Number of bad rows by cause in all processes so far, each row once however many stages met it."""
+        """{cause: bad rows in all processes so far}; a row found in several stages counts once."""
         for path in set(glob.glob(self.files)) - {self.path}:
             self._read(path)
         unique = {(bad.key, bad.cause) for noted in self.noted.values() for bad in noted.values()}

@@ -1,4 +1,4 @@
-"""One stage of training on the host: feeds the step, logs, evaluates, saves, and knows when to stop."""
+"""The training loop of one stage: feeds the step, logs, evaluates, saves, and stops on SIGTERM or divergence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StageSpan:
 
 
 def plan_stages(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
-    """The stages of a run, given the number of batches of each."""
+    """The stages of a run, given the number of batches of each. Raises UserError if config.profile ends after them."""
     spans, first = [], 0
     for name in cfg.run_stages:
         spans.append(StageSpan(name, cfg.stages[name], first, first + batches[name]))
@@ -48,8 +48,8 @@ def plan_stages(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
 class StopSignal:
     """Remembers a SIGTERM, so that the run can save at the next step boundary.
 
-    Several processes may get it at different steps, or only one of them: JAX, which takes the signal there, finds a
-    step that none has reached yet.
+    In a multi-process run the signal may reach processes at different steps, or only one of them; there JAX handles it and
+    finds a step that no process has reached yet.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class StopSignal:
 
 
 class Compilations:
-    """Counts the programs that this process has got ready, and how many of them came from the compilation cache."""
+    """Counts the programs compiled by this process, and how many of them came from the compilation cache."""
 
     def __init__(self) -> None:
         self.count = self.cached = 0
@@ -85,20 +85,21 @@ class Compilations:
 
 @dataclasses.dataclass
 class Stage:
-    """What a stage needs besides the state.
+    """The inputs of a stage besides its train state.
 
     Attributes:
+      span: the stage and its steps.
       step: the jitted training step.
-      data: iterator of (Batch on the devices, bad rows met while reading it).
-      note_bad: takes the bad rows; raises UserError above the limit.
+      data: iterator of (Batch on the devices, bad rows found while reading it).
+      note_bad: records bad rows; raises UserError above the limit.
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
-      flops: model FLOPs of a batch whose sequences have so many positions (planning/flops.py).
-      peak: FLOP/s of all devices, 0 where no vendor states them.
-      startup: is told when the first step of the process has ended.
-      meta: what a checkpoint says beside arrays.
+      flops: function from sequence length to the model FLOPs of a batch (planning/flops.py).
+      peak: peak FLOP/s of all devices, 0 if unknown.
+      startup: notified when the first step of the process has ended.
+      meta: the checkpoint's JSON beside its arrays.
       clock: seconds that the run has taken so far, earlier starts included.
       is_last: whether held-out losses are compared to find the best checkpoint.
-      supervised: supervised tokens of the steps before, where a stage is resumed.
+      supervised: target tokens of earlier steps, if the stage is resumed.
     """
 
     span: StageSpan
@@ -130,7 +131,7 @@ def run_stage(
     Raises:
       Exit: 3 after SIGTERM, once everything is saved; 4 after step_log.BAD_UPDATES_IN_A_ROW updates without a finite
         loss and gradient, or when a parameter is not finite.
-      UserError: a batch without one supervised token.
+      UserError: a batch without target tokens although its rows are sound.
     """
     span, at = stage.span, int(state.step)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
@@ -138,7 +139,7 @@ def run_stage(
     pending: tuple[int, dict[str, Any], int, int] | None = None  # a step, its metrics, its bad rows, positions of a row
     evaluated: dict[int, float] = {}
     tracing = False
-    # CPU devices share a pool of threads: of two steps under way at once each could wait for the other's forever.
+    # CPU devices share a thread pool, in which two steps running at once could deadlock.
     one_at_a_time = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def evaluate(step: int) -> None:
@@ -172,7 +173,7 @@ def run_stage(
             if one_at_a_time:
                 jax.block_until_ready(metrics)
             at += 1
-            # The step before is read only now, while this one runs: the device never waits for the host.
+            # Metrics of the previous step are read only now, while this one runs, so the device never waits for the host.
             if pending is not None:
                 log.step(*pending)
             pending = (at, metrics, len(bad), batch.tokens.shape[1])
@@ -193,7 +194,7 @@ def run_stage(
                     save()
             if stopping:
                 checkpoints.manager.wait_until_finished()
-                raise Exit(3, f"stopped by SIGTERM after saving step {at}; the same command goes on from there")
+                raise Exit(3, f"stopped by SIGTERM after saving step {at}; run the same command to resume")
     finally:
         if tracing:
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""What a run shows and writes: tables at the start, a progress bar, metrics.jsonl and TensorBoard events."""
+"""What a run prints and writes: tables at the start, a progress bar, metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sparsecut_jax.training.holdings import Holding, holdings
 from sparsecut_jax.types import TrainState
 
 T = TypeVar("T")
-TICK = 1.0  # seconds after which a count on a terminal goes on
+TICK = 1.0  # seconds between updates of a counter on a terminal
 
 
 def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
-    """Devices, mesh, what each device holds, and the shortcut plan, as text.
+    """Devices, mesh, memory per device and shortcut plan, as text.
 
-    params: shapes and shardings at the start; states: those of the state of every stage.
+    params: shapes and shardings of the parameters at the start; states: those of the train state of every stage.
     """
     devices = mesh.devices.flatten()
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "replica" or size > 1)
@@ -51,7 +51,7 @@ def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], 
 
 
 def holdings_table(held: dict[str, Holding], stages: list[str]) -> str:
-    """A row for every group of parameters; sizes are what one device holds."""
+    """A table with a row for every group of parameters; sizes are per device."""
 
     def row(name: str, h: Holding, dtype: str, split: str) -> list[str]:
         moments = [size_text(h.moments[stage]) if h.moments[stage] else "-" for stage in stages]
@@ -60,13 +60,13 @@ def holdings_table(held: dict[str, Holding], stages: list[str]) -> str:
     total = Holding()
     for h in held.values():
         total.add(h)
-    head = ["part", "parameters", "dtype", "split over", "weights", *(f"moments in {stage}" for stage in stages)]
+    head = ["part", "parameters", "dtype", "sharded over", "weights", *(f"moments in {stage}" for stage in stages)]
     rows = [row(name, h, h.dtype, h.split) for name, h in held.items()]
-    return table([*head, "a device holds"], [*rows, row("total", total, "", "")])
+    return table([*head, "per device"], [*rows, row("total", total, "", "")])
 
 
 def size_text(size: int) -> str:
-    """Bytes with three digits or more: "1.50 GiB"."""
+    """Bytes as text with three or more digits: "1.50 GiB"."""
     power = min(3, max(0, int(math.log2(max(1, size)) // 10)))
     value, unit = size / 2 ** (10 * power), ("B", "KiB", "MiB", "GiB")[power]
     return f"{value:,.{0 if value >= 100 or not power else 1 if value >= 10 else 2}f} {unit}"
@@ -86,7 +86,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Text with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     line = lambda row: "  ".join(
         cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -111,7 +111,7 @@ def shortcut_names(plan: Plan) -> list[tuple[int, int, str]]:
 
 
 class Progress:
-    """A bar on a terminal; a plain line every `seconds` elsewhere, so that log files stay readable."""
+    """A progress bar on a terminal; elsewhere a plain line every `seconds`, so that log files stay readable."""
 
     def __init__(self, total: int, initial: int, name: str, seconds: float = 15.0):
         self.total, self.done, self.name, self.seconds = total, initial, name, seconds
@@ -123,7 +123,7 @@ class Progress:
 
     def update(self, n: int = 1) -> None:
         first = self.done == self.initial
-        if first:  # it carried the compilation: it tells nothing about the rest
+        if first:  # it included the compilation and says nothing about the others
             self.steady = time.monotonic()
         self.done += n
         if self.bar is not None:
@@ -137,17 +137,17 @@ class Progress:
             self.bar.set_postfix_str(text, refresh=False)
 
     def write(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Prints a line of its own, above the bar."""
         self.bar.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
 
     def busy(self, what: str) -> contextlib.AbstractContextManager[list[str]]:
-        """As the function `busy`; on a terminal the seconds are counted behind the bar."""
+        """As the function `busy`; on a terminal the seconds are counted after the bar."""
         if self.bar is None:
             return busy(what, sys.stdout)
         return _counting(what, lambda text: self.bar.set_postfix_str(text or self.text), self.write)
 
     def awaiting(self, what: str, items: Iterable[T]) -> Iterator[T]:
-        """The items; while the first one is awaited it is told that this is `what` takes the time."""
+        """Yields the items; while waiting for the first one, shows `what` is being waited for."""
         items = iter(items)
         with self.busy(what):
             first = list(itertools.islice(items, 1))
@@ -166,9 +166,9 @@ class Progress:
 
 
 def busy(what: str, file: IO[str]) -> contextlib.AbstractContextManager[list[str]]:
-    """Tells what a block does and for how long: on a terminal a line counts the seconds, elsewhere a line at the start.
+    """Shows what a block does: on a terminal a line that counts the seconds, elsewhere a line at its start.
 
-    Both end with a line that has the seconds, and the remarks that the block appends to the list it gets.
+    Both end with a line that has the seconds and the remarks that the block appended to the list it was given.
     """
     tell = lambda text: print(text, file=file, flush=True)
     if not file.isatty():
@@ -180,7 +180,7 @@ def busy(what: str, file: IO[str]) -> contextlib.AbstractContextManager[list[str
 
 @contextlib.contextmanager
 def _counting(what: str, show: Callable[[str], None] | None, tell: Callable[[str], None]) -> Iterator[list[str]]:
-    """`show` is called every second, and with an empty text at the end; `tell` after a block that did not fail."""
+    """Calls `show` every second, and with an empty text at the end; calls `tell` after a block that did not fail."""
     began, ended, remarks = time.monotonic(), threading.Event(), []
     seconds = lambda: time.monotonic() - began
 
@@ -203,14 +203,14 @@ def _counting(what: str, show: Callable[[str], None] | None, tell: Callable[[str
 
 
 class Startup:
-    """Seconds from the start of the process to the end of its first step, by what they went into."""
+    """Seconds from the start of the process to the end of its first step, by phase."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
         self._last = _process_start()
 
     def done(self, part: str) -> None:
-        """What has passed since the last call went into `part`."""
+        """Counts the time since the last call as `part`."""
         now = time.time()
         self.parts[part], self._last = now - self._last, now
 
@@ -220,19 +220,19 @@ class Startup:
 
 
 def _process_start() -> float:
-    """As time.time() counts; now, where the system does not say."""
+    """Start of the process on the clock of time.time(); now, if the system does not tell."""
     try:
         with open("/proc/self/stat") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])  # since the machine has started
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # since boot
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
         return time.time()
 
 
 class MetricsWriter:
-    """metrics.jsonl and TensorBoard events in the workdir; a resumed run takes its own later lines back first.
+    """Writes metrics.jsonl and TensorBoard events; a resumed run first removes lines after its checkpoint.
 
-    Of several processes the first one writes.
+    In a multi-process run only process 0 writes.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -264,7 +264,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; what a kill or a disk has spoilt is left out."""
+    """The lines of metrics.jsonl; incomplete or damaged ones are skipped."""
     found = []
     try:
         with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:

@@ -17,7 +17,7 @@ from sparsecut_jax.training.report import shortcut_names
 from sparsecut_jax.types import Batch, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
-RECENT = 20  # steps whose speed is shown
+RECENT = 20  # steps over which the displayed speed is averaged
 
 
 class StepLog:
@@ -50,24 +50,24 @@ class StepLog:
         if values["supervised_tokens"] == 0:
             if not placing.gather(np.array(bad_rows)).any():
                 raise UserError(
-                    f"step {step} ({self.span.name}): its batch has no supervised token; check the answers of the data"
+                    f"step {step} ({self.span.name}): its batch has no target token; check the answers of the data"
                 )
-            self.progress.write(f"step {step}: all rows of its batch are broken; this update is left out")
+            self.progress.write(f"step {step}: all rows of its batch are broken; update skipped")
         if not finite and int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
             raise Exit(
                 4,
                 f"diverged: loss or gradient not finite in {BAD_UPDATES_IN_A_ROW} updates in a row, up to step {step}; "
-                f"nothing more is saved; start again in another --config.workdir with a lower config.stages.{self.span.name}.lr",
+                f"nothing more is saved; restart in another --config.workdir with a lower config.stages.{self.span.name}.lr",
             )
         if not finite:
-            self.progress.write(f"step {step}: loss or gradient is not finite; this update is left out")
+            self.progress.write(f"step {step}: loss or gradient is not finite; update skipped")
         if step % self.cfg.log_every == 0 or step == self.span.last or step == self.span.first + 1:
             self._write(step, values)
         self.progress.note(self._figures(values))
         self.progress.update()
 
     def compiling(self, batch: Batch) -> contextlib.AbstractContextManager[Any]:
-        """Around a step: tells that it is compiled where it meets a batch of a new shape."""
+        """Wraps a step; reports the compilation if the batch has a new shape."""
         shape = batch.tokens.shape
         if shape in self.compiled:
             return contextlib.nullcontext()
@@ -81,16 +81,16 @@ class StepLog:
         with self.progress.busy(what) as remarks:
             yield
             if 0 < self.compilations.count - before == self.compilations.cached - cached:
-                remarks.append("taken from the compilation cache")
+                remarks.append("from the compilation cache")
 
     def _figures(self, values: dict[str, Any]) -> str:
-        """Of this step, and the speed of the last ones."""
+        """Loss of this step, speed of the last ones, target tokens so far."""
         figures = [f"loss {values['loss']:.4f}"]
         if self.recent:
             tokens, work, seconds = map(sum, zip(*self.recent, strict=True))
             figures += [f"{tokens / seconds:,.0f} tokens/s"]
             figures += [f"{work / seconds / self.stage.peak:.1%} MFU"] if self.stage.peak else []
-        return " | ".join([*figures, f"{self.supervised:,} supervised"])
+        return " | ".join([*figures, f"{self.supervised:,} target tokens"])
 
     def held_out(self, step: int, loss: float) -> None:
         self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
@@ -98,7 +98,7 @@ class StepLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block takes is no step's time."""
+        """Excludes the time of the block from step times."""
         began = time.monotonic()
         yield
         self.now += time.monotonic() - began
@@ -134,7 +134,7 @@ class StepLog:
             share = self.all_waited / sum(self.all_seconds)
             low, middle, high = np.quantile(self.all_seconds, [0.05, 0.5, 0.95])
             self.progress.write(
-                f"{self.span.name}: {middle:.3g} s a step ({low:.3g} to {high:.3g} in 9 of 10), "
+                f"{self.span.name}: median {middle:.3g} s per step (5th to 95th percentile: {low:.3g} to {high:.3g} s), "
                 f"{share:.1%} of it waiting for input"
             )
         self.progress.close()
