@@ -172,12 +172,12 @@ SIGLIP2 = SIGLIP2_NAFLEX["vision_config"]
          f"vision tower 'swin' is not supported; supported are {TOWERS}"),
         (CLIP_B_32, {"hidden_act": "relu"}, f"activation 'relu' is not supported; supported are {ACTIVATIONS}"),
         (CLIP_B_32, {"num_channels": 4}, "num_channels=4; expected 3"),
-        (CLIP_B_32, {"image_size": [224, 168]}, "image_size and patch_size must be whole numbers"),
-        (CLIP_B_32, {"patch_size": [32, 32]}, "image_size and patch_size must be whole numbers"),
+        (CLIP_B_32, {"image_size": [224, 168]}, "image_size and patch_size must be integers"),
+        (CLIP_B_32, {"patch_size": [32, 32]}, "image_size and patch_size must be integers"),
         (DINOV2_LARGE, {"use_swiglu_ffn": True}, "use_swiglu_ffn=true (the giant size) is not supported"),
         (DINOV2_LARGE, {"qkv_bias": False}, "qkv_bias=false is not supported"),
-        (SIGLIP2, {"num_patches": 200}, "num_patches=200 is no square"),
-        (SIGLIP2, {"num_patches": -4}, "num_patches=-4 is no square"),
+        (SIGLIP2, {"num_patches": 200}, "num_patches=200 is not a square number"),
+        (SIGLIP2, {"num_patches": -4}, "num_patches=-4 is not a square number"),
         (DINOV2_LARGE, {"model_type": "dinov2_with_registers"},
          f"vision tower 'dinov2_with_registers' is not supported; supported are {TOWERS}"),
     ],
@@ -191,7 +191,7 @@ def test_towers_that_are_not_supported(config, changes, expected):
 def test_sizes_of_another_type(key, value):
     for config, read in ((CLIP_B_32, lambda c: vision_settings(c, "F", {})), (VICUNA, lambda c: llm_settings(c, "F"))):
         text = refusal(read, config | {key: value})
-        assert text.startswith("F is no configuration of a ") and key in text
+        assert text.startswith("F is not a valid configuration of a ") and key in text
 
 
 @pytest.mark.parametrize("value", ["0.5", 0.5, [0.5, 0.5], [0.5] * 4, [None] * 3, ["a", "b", "c"], [math.nan] * 3])
@@ -468,7 +468,7 @@ AUTO_MAP = {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"
     ],
 )
 def test_code_of_the_checkpoint_is_never_run(config):
-    expected = "F: 'auto_map' asks for code that comes with the checkpoint, which is never run here"
+    expected = "F: 'auto_map' asks for code in the checkpoint, which is never run"
     assert refusal(refuse_remote_code, config, "F").startswith(expected)
     assert refusal(llm_settings, config, "F").startswith(expected)
     assert refusal(vision_settings, config, "F", {}).startswith(expected)

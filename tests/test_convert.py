@@ -98,7 +98,7 @@ def test_what_is_written(converted):
 BAD = [
     (("from-hf",), "no weights are named; for example: "),
     (("from-hf", f"--llm={FOLDER}/llama2"), "--out is missing"),
-    (("from-hf", f"--llm={FOLDER}/llama2", "--fusion=no.safetensors", "--out={}/x"), "config.init.fusion='no.safetensors' is not there"),
+    (("from-hf", f"--llm={FOLDER}/llama2", "--fusion=no.safetensors", "--out={}/x"), "config.init.fusion='no.safetensors' does not exist"),
     (("to-hf", "--workdir={}", "--out={}/x"), "holds no checkpoint"),
     (("sideways",), "unknown command 'sideways'; expected from-hf (reads weights"),
 ]  # fmt: skip

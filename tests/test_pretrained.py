@@ -133,7 +133,7 @@ def test_a_file_of_the_folder_one_is_in(tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["vision", "fusion", "llm"])
 def test_a_whole_model_stands_alone(tmp_path, part):
     model = checkpoint(tmp_path, LLAVA, *WHOLE)
-    expected = f"config.init.model is a whole model; config.init.{part} beside it would have no effect"
+    expected = f"config.init.model is a whole model, so config.init.{part} has no effect; leave one of them out"
     assert refusal(opened, model=model, **{part: model}) == expected
 
 
@@ -144,13 +144,13 @@ def test_a_whole_model_stands_alone(tmp_path, part):
 def test_weights_of_another_part(tmp_path, part, names):
     path = checkpoint(tmp_path, LLAVA, *names)
     missing = part if part != "model" else "fusion" if names == WHOLE[:2] else "vision"
-    expected = f"{path} holds no tensors of the {missing}; expected names as Hugging Face has them"
+    expected = f"{path} has no tensors of the {missing}; expected Hugging Face's names"
     assert refusal(opened, **{part: path}) == expected
 
 
 def test_a_tensor_under_two_names(tmp_path):
     path = checkpoint(tmp_path, LLAMA, LLM, "language_model." + LLM)
-    expected = f"{path}/model.safetensors: tensors language_model.{LLM} and {LLM} are both {LLM}"
+    expected = f"{path}/model.safetensors: tensors language_model.{LLM} and {LLM} are both {LLM}; remove one of them"
     assert refusal(opened, llm=path) == expected
 
 
@@ -168,7 +168,7 @@ def test_code_of_the_checkpoint_is_refused_before_any_weights_are_read(tmp_path,
     path = checkpoint(tmp_path, settings, *WHOLE)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     text = refusal(opened, **{part: path})
-    assert text.startswith(f"{path}/config.json: 'auto_map' asks for code that comes with the checkpoint")
+    assert text.startswith(f"{path}/config.json: 'auto_map' asks for code in the checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_that_folder(tmp_path, monkeypatch)
 def test_what_is_neither_here_nor_a_hub_id(tmp_path, monkeypatch, path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
-    expected = f"config.init.llm={path!r} is not there; expected a folder, a file or a hub id"
+    expected = f"config.init.llm={path!r} does not exist; expected a folder, a file or a hub id"
     assert refusal(opened, llm=path) == expected
 
 
@@ -251,7 +251,7 @@ def test_a_hub_id_that_cannot_be_fetched(tmp_path, monkeypatch, error, reason):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    expected = f"config.init.vision='a/b' is neither here nor could it be fetched as a hub id: {reason}"
+    expected = f"config.init.vision='a/b' is not a local path and could not be downloaded as a hub id: {reason}"
     assert refusal(opened, vision="a/b") == expected
 
 
@@ -363,7 +363,7 @@ def test_the_tokens_that_the_llm_sees(class_token, strategy):
     assert whole_settings(settings, "F", class_token)["fusion"] == {"name": "mlp", "shared": True}
 
 
-NO_WHOLE = "model_type {!r} is no whole model of LLaVA's layout; give its parts as config.init.vision, .llm and .fusion"
+NO_WHOLE = "model_type {!r} is not a whole model in LLaVA's layout; set its parts as config.init.vision, .llm and .fusion"
 
 
 @pytest.mark.parametrize(

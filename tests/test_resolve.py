@@ -121,7 +121,7 @@ def test_a_flag_wins_where_the_weights_leave_the_choice(tmp_path, kind, flags):
 def test_a_flag_that_the_weights_contradict_is_refused(tmp_path, kind, flag, value, theirs, hint):
     cfg, sources, file = asked(tmp_path, kind, {flag: value})
     assert refusal(resolve, cfg, sources) == (
-        f"config.{flag}={value!r} does not go with the weights of {file}, where it is {theirs!r}; leave it out{hint}"
+        f"config.{flag}={value!r} contradicts the weights of {file}, where it is {theirs!r}; leave it out{hint}"
     )
 
 

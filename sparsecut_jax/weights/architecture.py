@@ -1,9 +1,7 @@
-"""config.json of Hugging Face -> the settings of tower, LLM, fusion and shortcuts, so that nobody retypes widths.
+"""Converts Hugging Face's config.json to the settings of tower, LLM, fusion and shortcuts; config_json.py does the reverse.
 
-config_json.py goes the other way.
-
-transformers' configuration classes fill in what a config.json leaves out and read older spellings; no model code of
-theirs is loaded, and none of a checkpoint's own is ever run.
+transformers' configuration classes fill in missing keys and read older formats. Their model code is not loaded, and a
+checkpoint's own code is never run.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ TOWER_TYPES = {
     "siglip2": "siglip2", "siglip2_vision_model": "siglip2", "dinov2": "dinov2",
 }  # fmt: skip
 LLM_TYPES = {name: name for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")}
-# LLaVA's own checkpoints, SparseCut's among them, say "llava" or "llava_llama" and keep Llama's keys beside theirs.
+# The official checkpoints of LLaVA and SparseCut say "llava" or "llava_llama" and have Llama's keys beside their own.
 LLM_TYPES |= {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -32,14 +30,14 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ROPE_NAMES = {"original_length": "original_max_position_embeddings"}
 OFFICIAL_FUSIONS = {"cross_mlp": "channel", "cross_attention": "cross_attention", "mlp2x_gelu": "mlp"}
-PIXELS = {"siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET}  # mean and std where no preprocessor_config.json is
+PIXELS = {"siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET}  # mean and std if there is no preprocessor_config.json
 
 
 def vision_settings(config: dict[str, Any], file: str, processor: dict[str, Any]) -> dict[str, Any]:
     """Fields of VisionConfig from a tower's config.json (or that of a whole model) and preprocessor_config.json.
 
     Raises:
-      UserError: an architecture, or a property of it, that the tower here does not have.
+      UserError: an unsupported architecture, or a property that the tower here does not have.
     """
     refuse_remote_code(config, file)
     kind = config.get("model_type")
@@ -53,13 +51,11 @@ def vision_settings(config: dict[str, Any], file: str, processor: dict[str, Any]
     mean, std = PIXELS.get(family, (VisionConfig.mean, VisionConfig.std))
     if family == "siglip2":
         side = math.isqrt(max(0, hf.num_patches))
-        _need(side**2 == hf.num_patches, file, f"num_patches={hf.num_patches} is no square")
+        _need(side**2 == hf.num_patches, file, f"num_patches={hf.num_patches} is not a square number")
         image_size = side * hf.patch_size
     else:
         image_size = hf.image_size
-    _need(
-        type(image_size) is int and type(hf.patch_size) is int, file, "image_size and patch_size must be whole numbers"
-    )
+    _need(type(image_size) is int and type(hf.patch_size) is int, file, "image_size and patch_size must be integers")
     _need(hf.num_channels == 3, file, f"num_channels={hf.num_channels}; expected 3")
     if family == "dinov2":
         _need(not hf.use_swiglu_ffn, file, "use_swiglu_ffn=true (the giant size) is not supported")
@@ -87,7 +83,7 @@ def llm_settings(config: dict[str, Any], file: str) -> dict[str, Any]:
     """Fields of LLMConfig from an LLM's config.json, or that of a whole model.
 
     Raises:
-      UserError: an architecture, or a property of it, that the decoder here does not have.
+      UserError: an unsupported architecture, or a property that the decoder here does not have.
     """
     refuse_remote_code(config, file)
     tied = config.get("tie_word_embeddings")
@@ -129,7 +125,7 @@ def llm_settings(config: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
-    """Fields of RopeConfig from `rope_parameters`, as transformers has put them together."""
+    """Fields of RopeConfig from `rope_parameters`, as completed by transformers."""
     rope = hf.rope_parameters
     kind = rope.get("rope_type", "default")
     _need(
@@ -150,7 +146,7 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
     if "original_length" in found:
         values["original_length"] = int(values["original_length"])
     if kind == "longrope":
-        # How much longer texts may be than the original ones (arXiv 2402.13753, and HF's `longrope`).
+        # Extension factor of the context length (arXiv 2402.13753, and HF's `longrope`).
         original = values["original_length"]
         stretch = _positive(rope, "factor", file, hf.max_position_embeddings / original)
         default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
@@ -160,7 +156,7 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
 
 
 def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
-    """What the config.json beside an official projector says of fusion, main feature and shortcuts; {} if nothing."""
+    """Settings of fusion, main feature and shortcuts in the config.json of an official projector; {} if it has none."""
     found: dict[str, dict[str, Any]] = {}
     if "mm_projector_type" in config:
         kind = config["mm_projector_type"]
@@ -184,9 +180,9 @@ def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, 
 
 
 def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:
-    """Fusion and shortcuts of a whole model: LLaVA's are `mlp` and none, ours stand in its config.json.
+    """Fusion and shortcuts of a whole model: `mlp` and none for LLaVA, those in config.json for ours.
 
-    class_token: whether the tower has one; it is never shown to the LLM, and no other token is left out.
+    class_token: whether the tower has a class token, the only one that the LLM does not get.
     """
     kind, select = config.get("model_type"), config.get("vision_feature_layer", -2)
     if kind == "llava" and isinstance(config.get("text_config"), dict):
@@ -208,7 +204,7 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
         }
     if kind != "sparsecut":
         raise UserError(
-            f"{file}: model_type {kind!r} is no whole model of LLaVA's layout; give its parts as config.init.vision, "
+            f"{file}: model_type {kind!r} is not a whole model in LLaVA's layout; set its parts as config.init.vision, "
             ".llm and .fusion"
         )
     try:
@@ -231,12 +227,12 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
 
 
 def refuse_remote_code(config: dict[str, Any], file: str) -> None:
-    """Raises UserError if the architecture, or that of a part, is code of the checkpoint's own."""
+    """Raises UserError if the architecture of the model or a part is defined by code in the checkpoint."""
     parts = (config, config.get("text_config"), config.get("vision_config"))
     if any(isinstance(part, dict) and "auto_map" in part for part in parts):
         raise UserError(
-            f"{file}: 'auto_map' asks for code that comes with the checkpoint, which is never run here; where model_type "
-            "says all there is to know, remove that key"
+            f"{file}: 'auto_map' asks for code in the checkpoint, which is never run; if model_type alone describes the "
+            "model, remove that key"
         )
 
 
@@ -246,9 +242,9 @@ def _hf_config(model_type: str, config: dict[str, Any], file: str) -> Any:
 
     try:
         return CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if k != "model_type"})
-    except Exception as error:  # what transformers raises depends on the key that is wrong
+    except Exception as error:  # transformers raises different errors for different keys
         reason = " ".join((str(error.__cause__ or error).strip() or repr(error)).split())
-        raise UserError(f"{file} is no configuration of a {model_type} model: {reason[:300]}") from error
+        raise UserError(f"{file} is not a valid configuration of a {model_type} model: {reason[:300]}") from error
 
 
 def _known(value: Any, table: dict[str, str], file: str, what: str) -> str:
@@ -258,14 +254,14 @@ def _known(value: Any, table: dict[str, str], file: str, what: str) -> str:
 
 
 def _positive(values: dict[str, Any], name: str, file: str, default: float | None = None) -> float:
-    """A number above 0, or the `default` where there is none."""
+    """A number above 0; `default` if it is missing."""
     value = default if values.get(name) is None else values[name]
     _need(checks.positive(value), file, f"{name}={value!r}; expected a positive number")
     return float(value)
 
 
 def _colours(processor: dict[str, Any], name: str, default: tuple[float, ...], file: str) -> tuple[float, ...]:
-    """Three numbers of preprocessor_config.json, which is beside `file`."""
+    """Three numbers from the preprocessor_config.json beside `file`."""
     found = processor.get(name) or default
     numbers = found if isinstance(found, (list, tuple)) else ()
     ok = len(numbers) == 3 and all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers)

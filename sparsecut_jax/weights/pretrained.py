@@ -23,13 +23,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Files that hold one part or several.
+    """Files that hold one or several parts.
 
     Attributes:
       path: a folder or a file.
-      config, file: its config.json and where that stands; {} for a bare projector.
+      config, file: its config.json and the path of that file; {} for a bare projector.
       processor: its preprocessor_config.json, or {}.
-      tensors: {part: {canonical name: Tensor}}; what belongs to no part is under None.
+      tensors: {part: {canonical name: Tensor}}; tensors of no part are under None.
     """
 
     path: str
@@ -44,22 +44,22 @@ class Source:
 
 
 def open_sources(init: InitConfig) -> dict[str, Source]:
-    """{part: its source}, for the parts that have one. Nothing but headers is read.
+    """{part: its source}, for the parts that have one. Only headers are read.
 
     Raises:
-      UserError: a source is not there, cannot be read, or holds nothing of its part.
+      UserError: a source does not exist, cannot be read, or has no tensors of its part.
     """
     if init.model:
         extra = [f"config.init.{part}" for part in PARTS if getattr(init, part)]
         if extra:
-            raise UserError(f"config.init.model is a whole model; {extra[0]} beside it would have no effect")
+            raise UserError(f"config.init.model is a whole model, so {extra[0]} has no effect; leave one of them out")
         source = _open(init.model, "model", needs_config=True)
         found = dict.fromkeys(PARTS, source)
     else:
         found = {p: _open(getattr(init, p), p, p != "fusion") for p in PARTS if getattr(init, p)}
     for part, source in found.items():
         if not source.tensors.get(part):
-            raise UserError(f"{source.path} holds no tensors of the {part}; expected names as Hugging Face has them")
+            raise UserError(f"{source.path} has no tensors of the {part}; expected Hugging Face's names")
     return found
 
 
@@ -105,23 +105,23 @@ def _sorted(
         part, short = canonical(name)
         clash = parts.setdefault(part, {}).get(short)
         if clash is not None:
-            raise UserError(f"{tensor.file}: tensors {clash.name} and {name} are both {short}")
+            raise UserError(f"{tensor.file}: tensors {clash.name} and {name} are both {short}; remove one of them")
         parts[part][short] = tensor
     return Source(path, config, file, processor or {}, parts)
 
 
 def _local(path: str, part: str) -> str:
-    """A path as it is, a hub id as the folder it was fetched to."""
+    """The path itself; for a hub id, the folder it was downloaded to."""
     if os.path.exists(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise UserError(f"config.init.{part}={path!r} is not there; expected a folder, a file or a hub id")
+        raise UserError(f"config.init.{part}={path!r} does not exist; expected a folder, a file or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
-    except Exception as error:  # no network, no such id, no permission: each is its own kind
+    except Exception as error:  # no network, no such id and no permission raise different errors
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(
-            f"config.init.{part}={path!r} is neither here nor could it be fetched as a hub id: {reason}"
+            f"config.init.{part}={path!r} is not a local path and could not be downloaded as a hub id: {reason}"
         ) from error

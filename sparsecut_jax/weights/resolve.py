@@ -1,7 +1,7 @@
-"""What the config.json of pretrained parts says of the settings, and who is right where the user says otherwise.
+"""Settings from the config.json of pretrained parts, and which value wins if the user sets another one.
 
-The rule stands at `InitConfig`: a file's word replaces what a config file of ours or a default says, and what was given
-on the command line (`InitConfig.keep`) replaces the file's, or is refused where the weights are of that size.
+The rule is documented at `InitConfig`: a value in the file replaces that of a config or a default; a value from the command
+line (`InitConfig.keep`) replaces the file's, or is refused if the weights themselves have the file's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import llm_settings, official_settings, vision_settings, whole_settings
 from sparsecut_jax.weights.pretrained import PARTS, Source, open_sources
 
-# Settings that the tensors themselves are of. All others can be changed: the same weights then compute another function.
+# Settings that determine the tensors. All others can be changed; the same weights then compute another function.
 OF_WEIGHTS = {
     "vision": ("family", "image_size", "patch_size", "width", "layers", "heads", "mlp_dim", "class_token", "patch_bias",
                "pre_norm", "layer_scale"),
@@ -35,7 +35,7 @@ HINTS = {"vision.image_size": "; config.init.image_size sets another size"}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A setting, as "llm.rope.factor", its value by a source's config.json, and that file."""
+    """A setting, such as "llm.rope.factor", its value in a source's config.json, and that file."""
 
     key: str
     value: Any
@@ -43,11 +43,11 @@ class Claim:
 
 
 def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
-    """The config with what the sources say of it.
+    """The config with the settings of its sources.
 
     Raises:
-      UserError: an architecture that is not supported, settings that do not go with it or have no effect, or one of
-        `cfg.init.keep` that the weights contradict.
+      UserError: an unsupported architecture, settings that contradict it or have no effect, or one of `cfg.init.keep` that
+        the weights contradict.
     """
     raw = dataclasses.asdict(cfg)
     for claim in claims(cfg, sources):
@@ -59,8 +59,8 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
             group[name] = claim.value
         elif _of_weights(claim.key, raw["fusion"]["name"]) and _differs(claim, cfg):
             raise UserError(
-                f"config.{claim.key}={_value(cfg, claim.key)!r} does not go with the weights of {claim.file}, where it "
-                f"is {claim.value!r}; leave it out{HINTS.get(claim.key, '')}"
+                f"config.{claim.key}={_value(cfg, claim.key)!r} contradicts the weights of {claim.file}, where it is "
+                f"{claim.value!r}; leave it out{HINTS.get(claim.key, '')}"
             )
     resolved = config_lib.check(raw)
     checks.check_rope(resolved)
@@ -69,9 +69,9 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
 
 
 def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
-    """A line for each setting that was kept against a source's config.json, and one for each file that replaced some.
+    """A line for each setting kept against a source's config.json, and one for each file that replaced some.
 
-    cfg: as it was asked for, before `resolve`.
+    cfg: the config before `resolve`.
     """
     lines, replaced, default = [], {}, Config()
     found = {claim.key: claim for claim in claims(cfg, sources)}
@@ -92,9 +92,9 @@ def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
 
 
 def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
-    """`resolve` with the sources that are on this machine, its `differences`, and the paths that are here and are not.
+    """`resolve` with the sources on this machine, its `differences`, the paths that exist and those that do not.
 
-    Nothing is downloaded, and of files only headers are read.
+    Nothing is downloaded, and only headers are read.
     """
     paths = {part: getattr(cfg.init, part) for part in ("model", *PARTS)}
     here = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
@@ -106,7 +106,7 @@ def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
 
 
 def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
-    """All that the sources say. Raises UserError for an architecture that is not supported."""
+    """All settings in the sources. Raises UserError for an unsupported architecture."""
     init, found = cfg.init, []
 
     def say(file: str, **groups: dict[str, Any]) -> None:
