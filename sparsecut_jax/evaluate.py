@@ -21,6 +21,7 @@ from sparsecut_jax.data import sources
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.evaluation import scores, vqa
 from sparsecut_jax.evaluation.answered import Answered, write_answers
+from sparsecut_jax.inference.answering import check_template
 from sparsecut_jax.inference.run import FRESH_FUSION, Run, load_run
 from sparsecut_jax.training.report import Progress, table
 from sparsecut_jax.training.workdir import make_folder, read_results, write_json
@@ -92,10 +93,13 @@ def main() -> None:
         raise UserError(f"--images={FLAGS.images} is the folder of the images of --data, which is missing")
     if FLAGS.max_new_tokens is not None and not 0 <= FLAGS.max_new_tokens <= 100_000:
         raise UserError(f"--max_new_tokens={FLAGS.max_new_tokens}: expected 0 to 100,000")
+    check_template(FLAGS.template, "--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     cfg = run.config
     if FLAGS.max_new_tokens is not None:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, max_new_tokens=FLAGS.max_new_tokens))
+    if FLAGS.template:
+        cfg = cfg.with_stage(cfg.run_stages[-1], template=FLAGS.template)
     if FLAGS.data:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=FLAGS.data, test_images=FLAGS.images))
     run = dataclasses.replace(run, config=cfg)
@@ -124,6 +128,7 @@ def run() -> None:
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
     flags.DEFINE_string("data", "", "Test rows: a file or any other source; left out: those of the run.")
     flags.DEFINE_string("images", "", "Folder of the images of --data; left out: config.data.images of the run.")
+    flags.DEFINE_string("template", "", "How questions are written; left out: as the run was trained.")
     flags.DEFINE_integer(
         "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it."
     )

@@ -1,6 +1,7 @@
 """What is said beside an answer, and what the last lines of a run say."""
 
 import dataclasses
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -45,14 +46,15 @@ def test_a_fusion_is_fresh_until_a_stage_trains_it():
     assert not _fresh_fusion(cfg, "instruct", PARAMS)
 
 
-def test_the_last_lines_ask_as_a_shell_takes_it(tmp_path, capsys):
+def test_the_last_lines_ask_as_a_shell_takes_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("answers.jsonl", "tensorboard"):
         (tmp_path / name).touch()
     print_written(str(tmp_path), 3.2, "what's red?", ["my pictures/a.png"])
     assert capsys.readouterr().out == (
         f"\nwritten to {tmp_path} in 3 s:\n"
         "  answers.jsonl     every test question with its references and the model's answer\n"
-        f"  tensorboard       the same for TensorBoard: tensorboard --logdir={tmp_path}\n"
+        f"  tensorboard       the same for TensorBoard: tensorboard --logdir={tmp_path} (after pip install tensorboard)\n"
         f"\nask it:  python -m sparsecut_jax.generate --workdir={tmp_path} --image='my pictures/a.png' "
         """--prompt='what'"'"'s red?'\n"""
     )

@@ -101,6 +101,11 @@ def check_asked(max_new_tokens: int, temperature: float, seed: int, template: st
         raise UserError(f"{dashes}temperature={temperature}: expected 0 or more")
     if not 0 <= seed < 2**32:
         raise UserError(f"{dashes}seed={seed}: expected 0 to below 2^32")
+    check_template(template, dashes)
+
+
+def check_template(template: str, dashes: str = "") -> None:
+    """Raises UserError where `template` is neither "" nor the name of a template."""
     known = [*TEMPLATES, OWN]
     if template and template not in known:
         near = nearest(template, known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import pathlib
@@ -163,6 +164,7 @@ def write_json(path: str, values: dict) -> None:
 
 def print_written(workdir: str, seconds: float, question: str, images: list[str]) -> None:
     """Lists what a run has left, and the command that asks it a question about images."""
+    install = "" if importlib.util.find_spec("tensorboard") else " (after pip install tensorboard)"
     what = {
         "results.json": "these figures",
         "answers.jsonl": "every test question with its references and the model's answer",
@@ -172,7 +174,7 @@ def print_written(workdir: str, seconds: float, question: str, images: list[str]
         "bad_samples.jsonl": "rows that were left out, and why",
         "config.json": "every setting",
         "tokenizer": "for transformers' AutoTokenizer",
-        "tensorboard": f"the same for TensorBoard: tensorboard --logdir={shlex.quote(workdir)}",
+        "tensorboard": f"the same for TensorBoard: tensorboard --logdir={shlex.quote(workdir)}{install}",
         "checkpoints": "latest and best",
     }
     print(f"\nwritten to {workdir} in {seconds:.0f} s:")
