@@ -117,10 +117,17 @@ def pick(keys: dict[Key, float], limit: int) -> list[Key]:
 
 
 def tally(runs: Sequence[Finished]) -> list[tuple[list[str], int]]:
-    """How many questions that all were asked have which marks: (a mark for every run, number), the commonest first."""
-    common = [key for key in runs[0].answers if all(key in run.answers for run in runs)]
+    """How many questions that all were asked have which marks: (a mark for every run, number), the commonest first.
+
+    Long answers, which are seldom right to the letter, are left out.
+    """
+    common = [
+        key
+        for key, item in runs[0].answers.items()
+        if "rouge_l" not in scores_of(item) and all(key in run.answers for run in runs)
+    ]
     marks = [tuple(_said(i, run.answers[key]).mark for i, run in enumerate(runs)) for key in common]
-    return [(list(key), n) for key, n in collections.Counter(marks).most_common() if "rouge" not in key]
+    return [(list(key), n) for key, n in collections.Counter(marks).most_common()]
 
 
 def cards(runs: Sequence[Finished], keys: Sequence[Key]) -> list[Card]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 from sparsecut_jax.models.shortcuts import Plan  # noqa: E402
 
@@ -40,20 +41,29 @@ def save_loss(path: str | os.PathLike, metrics: list[dict[str, Any]]) -> None:
 
 
 def save_curves(path: str | os.PathLike, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Loss of several runs by step, one colour a run: training faint and smoothed, held-out loss as dots."""
+    """Loss of several runs by step, one colour a run: training as a line, of many points smoothed over the faint ones,
+    and held-out loss as dots."""
     figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
     colors = plt.get_cmap("tab10").colors
     for i, (name, metrics) in enumerate(runs.items()):
-        color = colors[i % len(colors)]
-        points = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.25)
-            axes.plot(steps, _smoothed(losses), color=color, linewidth=1.6, label=name)
+        color, label = colors[i % len(colors)], name
+        for stage in dict.fromkeys(line["stage"] for line in metrics if "stage" in line):
+            mine = [line for line in metrics if line.get("stage") == stage]
+            points = np.array([(line["step"], line["loss"]) for line in mine if line.get("loss") is not None])
+            if len(points):
+                smooth = _smoothed(points[:, 1])
+                if smooth is not None:
+                    axes.plot(*points.T, color=color, linewidth=0.8, alpha=0.25)
+                axes.plot(
+                    points[:, 0], points[:, 1] if smooth is None else smooth, color=color, linewidth=1.5, label=label
+                )
+                label = None
         held = [(line["step"], line["holdout_loss"]) for line in metrics if line.get("holdout_loss") is not None]
         if held:
             axes.plot(*zip(*held, strict=True), "o", color=color, markersize=4, label=f"{name}, held out")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -62,13 +72,21 @@ def save_curves(path: str | os.PathLike, runs: dict[str, list[dict[str, Any]]]) 
     plt.close(figure)
 
 
-def _smoothed(values: Sequence[float], memory: float = 0.8) -> list[float]:
-    """The running mean of values, in which each older value counts `memory` times as much as the next."""
-    found, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + value, memory * weight + 1
-        found.append(total / weight)
-    return found
+class _PlainNumbers(LogFormatter):
+    """0.6 instead of 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray | None:
+    """Means over windows of a fortieth of the values, shorter at both ends; None for values too few to need it."""
+    half = len(values) // 80
+    if not half:
+        return None
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = (np.clip(np.arange(len(values)) + by, 0, len(values)) for by in (-half, half + 1))
+    return (sums[high] - sums[low]) / (high - low)
 
 
 def save_plan(path: str | os.PathLike, plan: Plan, title: str = "") -> None:
