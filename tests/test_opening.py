@@ -252,6 +252,14 @@ def test_a_saved_dataset_that_is_not_whole(written, tmp_path):
 def test_which_folders_hold_shards(written, tmp_path):
     assert is_shards(written["shards"]) and is_shards(written["saved"]) and is_shards(written["dict"])
     assert not is_shards(str(tmp_path)) and not is_shards("gs://bucket/x")
+    folder_of(tmp_path, "data/x.parquet", "test/x.parquet")
+    with pytest.raises(UserError) as caught:
+        is_shards(str(tmp_path))
+    assert str(caught.value) == (
+        f"data source {str(tmp_path)!r} holds no shards itself; name one of its folders: {tmp_path}/data, {tmp_path}/test"
+    )
+    (tmp_path / "data" / "features.json").write_text("{}")
+    assert not is_shards(str(tmp_path / "data"))  # a TFDS dataset, whatever else lies there
 
 
 def test_question_and_answer_in_jsonl(tmp_path):

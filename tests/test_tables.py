@@ -100,12 +100,12 @@ CELL = {"bytes": b"PNG", "path": "a.png"}
         (
             {"conversations": [json.dumps(asked("q", "a"))], "mask": [b"\0"], "day": [datetime.date(2026, 1, 2)]},
             {},
-            {"day": "2026-01-02", "conversations": asked("q", "a")},
+            {"conversations": asked("q", "a")},
         ),
         (
             {"conversations": [{"from": ["human", "gpt"], "value": ["q", "a"]}], "n": [decimal.Decimal("1.5")]},
             {},
-            {"n": "1.5", "conversations": asked("q", "a")},
+            {"conversations": asked("q", "a")},
         ),
         (
             {"messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]},
@@ -161,6 +161,7 @@ def test_labels_are_named(opened):
             "data source FILE: several columns hold pictures: x, y; name one as image=...",
         ),
         ({"conversations": pa.array([], formats.TURNS)}, {}, "data source FILE has no rows; expected at least one"),
+        ({"question": ["q"], "answer": [b"a"]}, {}, "data source FILE: column 'answer' is binary; expected texts"),
     ],
 )
 def test_refused_columns(refused, columns, settings, expected):
@@ -205,6 +206,19 @@ def test_pictures_inside_the_turns(opened):
     turns = [{"role": "user", "content": asks, "loss": None}, {"role": "assistant", "content": says, "loss": True}]
     (row,) = opened({"messages": pa.array([turns], pa.list_(turn)), "thumbnail": [b"not read"]})
     assert canonical(row, "r", 1) == {"images": [b"PNG"], "conversations": asked("<image>q", "a")}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=["large", "view", "dictionary"],
+)
+def test_other_types_of_texts(opened, kind):
+    times = pa.array([1], pa.timestamp("ns", tz="Europe/Berlin"))  # pandas writes these, and Python has none
+    columns = {"a.b": [7], "when": times, "q.q": pa.array(["q"], pa.string()).cast(kind), "answer": ["a"]}
+    pictures = pa.array([[b"P", b"Q"]], pa.large_list(pa.large_binary()))
+    expected = {"a.b": 7, "images": [b"P", b"Q"], "conversations": asked("<image><image>\nq", "a")}
+    assert opened(columns | {"images": pictures}, question="q.q")[0] == expected
 
 
 def test_null_columns_are_absent(opened):

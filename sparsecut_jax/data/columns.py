@@ -104,7 +104,7 @@ def spelling_of(names: Collection[str], source: SourceConfig, pictures: Sequence
     if not answer:
         raise UserError(
             f"expected a column {', '.join(CONVERSATIONS[:2])}, or question and answer, or caption; "
-            f"got {', '.join(names)}; name others as question=... and answer=... in config.data.mix"
+            f"got {', '.join(names) or 'none'}; name others as question=... and answer=... in config.data.mix"
         )
     if not question and not image:
         raise UserError(f"an answer {answer!r}, but neither a question nor an image; got {', '.join(names)}")

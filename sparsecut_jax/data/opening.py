@@ -22,12 +22,27 @@ UNFINISHED = (".incomplete", ".part", ".crdownload", ".tmp", ".partial")
 
 
 def is_shards(folder: str) -> bool:
-    """Whether a local folder holds shards that this module reads, or datasets of `save_to_disk`."""
-    return "://" not in folder and (
-        os.path.exists(os.path.join(folder, "state.json"))
-        or os.path.exists(os.path.join(folder, "dataset_dict.json"))
-        or any(map(_ending, os.listdir(folder)))
-    )
+    """Whether a local folder holds shards that this module reads, or datasets of `save_to_disk`.
+
+    Raises:
+      UserError: it cannot be read, or its subfolders hold shards.
+    """
+    if "://" in folder:
+        return False
+    try:
+        names = set(os.listdir(folder))
+        if "features.json" in names:  # a TFDS dataset
+            return False
+        if names & {"state.json", "dataset_dict.json"} or any(map(_ending, names)):
+            return True
+        inner = [entry.path for entry in os.scandir(folder) if entry.is_dir() and any(map(_ending, os.listdir(entry)))]
+    except OSError as error:
+        raise UserError(f"data source {folder!r} cannot be read: {error.strerror or error}") from error
+    if inner:
+        raise UserError(
+            f"data source {folder!r} holds no shards itself; name one of its folders: {', '.join(sorted(inner))}"
+        )
+    return False
 
 
 def open_rows(source: SourceConfig) -> Sequence[Row]:

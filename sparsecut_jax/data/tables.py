@@ -96,7 +96,7 @@ class TableRows(Sequence):
             (values,) = batch.slice(local, 1).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise BadSample("format", f"row group {group} of the file cannot be read: {_first_line(error)}") from None
-        return spelling.row({name: _plain(value) for name, value in values.items()})
+        return spelling.row(values)
 
     def place(self, i: int) -> str:
         """The file of row `i` and its number there, where there are several files."""
@@ -236,8 +236,10 @@ def _columns(file: DataFile, source: SourceConfig) -> tuple[Spelling, tuple[str,
     names = _labels(schema, spelling.answer)
     spelling = Spelling(spelling.image, spelling.conversation, spelling.question, spelling.answer, names)
     wanted = {spelling.image, *(IMAGES if spelling.image in IMAGES else ()), *CONVERSATIONS}
-    read = (field.name for field in schema if field.name in wanted or not _has_bytes(field.type))
-    return spelling, tuple(read)
+    for name in {spelling.question, spelling.answer} & set(schema.names):
+        if not _is_json(schema.field(name).type):
+            raise UserError(f"data source {path!r}: column {name!r} is {schema.field(name).type}; expected texts")
+    return spelling, tuple(field.name for field in schema if field.name in wanted or _is_json(field.type))
 
 
 def _is_picture(kind: pa.DataType) -> bool:
@@ -246,13 +248,17 @@ def _is_picture(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
 
-def _has_bytes(kind: pa.DataType) -> bool:
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether JSON has values of this type: no bytes, times, decimals, ..."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _has_bytes(kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return _has_bytes(kind.value_type)
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
-    return any(test(kind) for test in binary) or any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+        return _is_json(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return all(_is_json(field.type) for field in kind)
+    if pa.types.is_dictionary(kind) or hasattr(kind, "value_type") and not pa.types.is_map(kind):
+        return _is_json(kind.value_type)
+    string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return string or number or pa.types.is_null(kind)
 
 
 def _labels(schema: pa.Schema, name: str) -> tuple[str, ...]:
@@ -262,15 +268,6 @@ def _labels(schema: pa.Schema, name: str) -> tuple[str, ...]:
         return tuple(features[name]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: times and decimals are texts."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
 
 
 def _first_line(error: Exception) -> str:
