@@ -1,4 +1,4 @@
-"""Rows of a source and the pictures they name, whatever the source; and several of them numbered through."""
+"""Rows of any source with the pictures they name (Part), and several such parts as one sequence (Split)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Pictures in files. `setting` is the one that names the folder; links in it may lead out of it on request."""
+    """Pictures in a folder of files.
+
+    setting: the setting that names the folder, for messages. follow_links: whether links may lead out of the folder.
+    """
 
     path: str
     max_pixels: int
@@ -38,7 +41,7 @@ class Folder:
     def inside(self, name: str) -> None:
         if not self.path:
             raise BadSample("missing_image", f"it has an image, but {self.setting}, the folder of the images, is empty")
-        if not PLAIN_NAME.fullmatch(name):  # plain ones are most, and need no closer look
+        if not PLAIN_NAME.fullmatch(name):  # most names are plain and need no further check
             resolve(self.path, name, stat=False)
 
     def there(self, name: str) -> Path:
@@ -48,7 +51,7 @@ class Folder:
         return images.read_image(name if isinstance(name, bytes) else self.there(name), self.max_pixels)
 
     def read(self, name: str) -> bytes:
-        """The file as it is. Raises BadSample for one that cannot be opened."""
+        """The encoded file. Raises BadSample if it cannot be opened as an image."""
         path = self.there(name)
         try:
             data = path.read_bytes()
@@ -60,7 +63,7 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Rows of one source, by number, and how their pictures are opened.
+    """Rows of one source, and access to their pictures.
 
     Attributes:
       name: of its file, in messages.
@@ -86,7 +89,7 @@ class Part:
         return i if self.numbers is None else int(self.numbers.values[i])
 
     def row(self, i: int) -> Row:
-        """Row `i` in LLaVA's spelling. Raises BadSample naming it."""
+        """Row `i` in LLaVA's format. Raises BadSample, which names the row."""
         row = {}
         try:
             row = self.rows[i]
@@ -102,20 +105,20 @@ class Part:
         return row
 
     def label(self, i: int, row: Any) -> str:
-        """What errors call row `i`."""
+        """The name of row `i` in error messages."""
         name = f" (id {row['id']!r:.100})" if isinstance(row, dict) and row.get("id") is not None else ""
         where = place(self.rows, i)
         return f"{self.name} row {self.number(i)}{where and f', {where}'}{name}"
 
     def look(self, entry: str | bytes, decode: bool) -> None:
-        """Raises BadSample for a picture that is not there, or cannot be decoded."""
+        """Raises BadSample if a picture does not exist or, with `decode`, cannot be decoded."""
         if decode:
             self.pictures.open(entry)
         elif isinstance(self.pictures, Folder) and isinstance(entry, str):
             self.pictures.there(entry)
 
     def encoded(self, entry: str | bytes) -> bytes:
-        """The image file as it is; of a drawn picture a PNG. Raises BadSample for one that cannot be opened."""
+        """The encoded image file; a PNG of a generated picture. Raises BadSample if it cannot be opened."""
         if isinstance(entry, bytes):
             self.pictures.open(entry)
             return entry
@@ -126,7 +129,7 @@ class Part:
         return file.getvalue()
 
     def take(self, numbers: np.ndarray) -> Part:
-        """The rows `numbers` of it."""
+        """The part with only the rows `numbers`."""
         rows = Subset(self.rows, numbers)
         return dataclasses.replace(self, rows=rows, numbers=rows.numbers)
 
@@ -134,13 +137,13 @@ class Part:
         if not self.captions:
             return self
         rows = self.captions(self.rows)
-        numbers = self.numbers if len(rows) == len(self) else None  # where some have no caption, these are counted
+        numbers = self.numbers if len(rows) == len(self) else None  # else captions are numbered
         return dataclasses.replace(self, rows=rows, numbers=numbers, captions=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of several sources, numbered through."""
+    """Rows of several sources, numbered consecutively."""
 
     parts: tuple[Part, ...]
 
@@ -152,11 +155,11 @@ class Split:
         return self.ends[-1] if self.parts else 0
 
     def find(self, i: int) -> tuple[Part, int]:
-        """The part that row `i` is in, and its number there."""
+        """The part of row `i`, and its number there."""
         which = bisect.bisect_right(self.ends, i)
         return self.parts[which], i - (self.ends[which] - len(self.parts[which]))
 
     def groups(self, usable: np.ndarray) -> list[tuple[np.ndarray, float]]:
-        """For every part, which of the rows `usable` are in it, and its weight."""
+        """For every part, which of the rows `usable` belong to it, and its weight."""
         cuts = np.searchsorted(usable, [0, *self.ends])
         return [(usable[a:b], part.weight) for (a, b), part in zip(itertools.pairwise(cuts), self.parts, strict=True)]

@@ -1,4 +1,4 @@
-"""Where rows come from: easy-VQA, Scenes, TFDS, or files and folders; one of them, or several by weight."""
+"""Sources of rows: easy-VQA, Scenes, TFDS, or files and folders; a single one, or a weighted mixture."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from sparsecut_jax.settings import Config, DataConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
 AUTO = -1  # config.data.holdout: a share of the rows
-AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 20, 10, 500  # one row in so many, but at least and at most so many rows,
-AUTO_FEW = 5  # and never more than one row in so many, or a single one
+AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 20, 10, 500  # one row in 20, but at least 10 and at most 500 rows,
+AUTO_FEW = 5  # and never more than one row in 5, or a single one
 NO_TESTS = "there are no test rows: none are held out of training (config.data.holdout) or named (config.data.test)"
-TOKENIZER_TEXT = 5_000_000  # characters that a tokenizer is trained on, at most
+TOKENIZER_TEXT = 5_000_000  # maximum number of characters to train a tokenizer on
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """All rows of a run: for training, held out of it for the periodic evaluation, and to test on at the end.
+    """All rows of a run: for training, held out for the periodic evaluation, and for the test at the end.
 
     Attributes:
-      train, holdout: by name of the source.
-      tests: by the name that results give it: the rows of config.data.test, else the official test split, or the
-        held-out rows where there is none.
+      name: title of the data, for messages.
+      train, holdout: {name of the source: rows}.
+      tests: {name in the results: rows}: those of config.data.test, else the official test split, else held-out rows.
+      fingerprint: identifies the data when a run resumes.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Source:
     fingerprint: str
 
     def stage(self, stage: StageConfig, holdout: bool = False) -> Split:
-        """Rows of a stage: those of its sources, as captions if it asks for them."""
+        """The rows of a stage: those of its sources, as captions if it trains on captions."""
         parts = self.holdout if holdout else self.train
         chosen = [parts[name] for name in stage.sources or parts]
         return Split(tuple(part.as_captions() if stage.rows == "captions" else part for part in chosen))
 
     def texts(self) -> Iterator[str]:
-        """What a tokenizer should know: texts spread evenly over the rows, TOKENIZER_TEXT characters or a row more."""
+        """Texts to train a tokenizer on: spread evenly over the rows, about TOKENIZER_TEXT characters."""
         parts = [*self.train.values(), *(part.as_captions() for part in self.train.values() if part.captions)]
         left, budget = sum(map(len, parts)), TOKENIZER_TEXT
         for part in parts:
@@ -65,17 +66,17 @@ class Source:
 
 
 def _spread(count: int) -> Iterator[int]:
-    """0 to count - 1: all in order where they are few, else in steps that leave no region out."""
+    """0 to count - 1: in order if there are few, else in strided passes, so that any prefix covers the whole range."""
     step = max(1, count // 10_000)
     for first in range(step):
         yield from range(first, count, step)
 
 
 def load_source(cfg: Config) -> Source:
-    """Opens what `cfg.data` names; rows are not read yet.
+    """Opens the data that `cfg.data` names; rows are not read yet.
 
     Raises:
-      UserError: a file that is not there or holds no rows, or more rows to hold out than there are.
+      UserError: a file does not exist or has no rows, or more rows are to be held out than there are.
     """
     mix = cfg.data.mix or {"": SourceConfig(path=cfg.data.source, images=cfg.data.images)}
     opened = {name: _open(source, cfg, name) for name, source in mix.items()}
@@ -88,7 +89,7 @@ def load_source(cfg: Config) -> Source:
 
 
 def _own_tests(cfg: Config, opened: dict[str, tuple[Part, Part | None, str]], held: dict[str, Part]) -> dict[str, Part]:
-    """Official test rows, or held-out ones, of the sources that the run ends with."""
+    """Official test rows, or held-out ones, of the sources of the run's last stage."""
     tests = {}
     for name in cfg.stages[cfg.run_stages[-1]].sources or tuple(opened):
         train, test, _ = opened[name]
@@ -101,14 +102,14 @@ def _own_tests(cfg: Config, opened: dict[str, tuple[Part, Part | None, str]], he
 
 
 def open_tests(cfg: Config) -> dict[str, Part]:
-    """The test rows of a run by the name that results give them; training rows need not be there for config.data.test."""
+    """{name in the results: test rows} of a run; with config.data.test, training rows need not exist."""
     return open_test(cfg) if cfg.data.test else load_source(cfg).tests
 
 
 def open_test(cfg: Config) -> dict[str, Part]:
-    """The rows of config.data.test by the name that results give them.
+    """{name in the results: rows} of config.data.test.
 
-    Where the run has a mixture, they are read with the settings of the first source of its last stage.
+    If the run has a mixture, they are read with the settings of the first source of its last stage.
     """
     data = cfg.data
     like = SourceConfig(images=data.images)
@@ -127,7 +128,7 @@ def _title(part: Part) -> str:
 
 
 def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | None, str]:
-    """Training rows, official test rows or None, and what tells these data from others."""
+    """(training rows, official test rows or None, fingerprint) of a source."""
     data = cfg.data
     if source.path == "easy_vqa":
         parts = []

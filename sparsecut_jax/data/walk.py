@@ -1,7 +1,6 @@
-"""One walk over all rows before the first step: how long each is, and what is wrong with which.
+"""One pass over all rows before the first step, which finds their lengths and the bad ones.
 
-The same walk serves training (lengths for the plan), `data check` and `data stats`; many rows are walked by several
-processes.
+It serves training (lengths for the batch plan), `data check` and `data stats`. Many rows are read by several processes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
 CHUNK = 500
-FEW = 20_000  # rows that are walked sooner than other processes start
+FEW = 20_000  # up to so many rows, one process is faster than starting others
 Look = Literal["none", "stat", "decode"]
 
 
@@ -52,7 +51,7 @@ class Bad:
 
 @dataclasses.dataclass(frozen=True)
 class RowEncoder:
-    """What turns the rows of a stage into tokens: a tokenizer, a template, N and the longest sequence."""
+    """Tokenises the rows of a stage: with a tokenizer, a template, N tokens per image and a maximum length."""
 
     tokenizer: Tokenizer
     template: str
@@ -61,11 +60,11 @@ class RowEncoder:
 
     @classmethod
     def of(cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer) -> RowEncoder:
-        get_template(stage.template, tokenizer)  # a template that the tokenizer lacks is refused here
+        get_template(stage.template, tokenizer)  # refuses a template that the tokenizer does not support
         return cls(tokenizer, stage.template, image_tokens, stage.seq_len)
 
     def __call__(self, row: dict, order: np.ndarray | None = None):
-        """Example of a row. Raises TooLong."""
+        """The Example of a row. Raises TooLong if its images and first answer do not fit."""
         template = get_template(self.template, self.tokenizer)
         return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
 
@@ -90,18 +89,18 @@ class RowEncoder:
 
     @functools.cached_property
     def _most_around(self) -> int:
-        """Tokens of the template around a question and its answer, at most: two more a text, for marks of beginnings."""
+        """Upper bound on the template's tokens per question and answer: two extra per text, for prefix tokens."""
         return sum(len(part) + 2 for part in get_template(self.template, self.tokenizer).parts)
 
     def fingerprint(self) -> str:
-        """What the lengths depend on."""
+        """Identifies everything that lengths depend on."""
         text = f"{self.template} {self.image_tokens} {self.seq_len} {self.tokenizer.to_json()}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The stages that read the same rows, as one: a row must fit into all of them."""
+    """Stages that read the same rows, combined: a row must fit into all of them."""
 
     stages: dict[str, RowEncoder]
 
@@ -112,7 +111,7 @@ class Encoders:
 
 @dataclasses.dataclass(frozen=True)
 class Walked:
-    """What is known of all rows of a split.
+    """The result of the pass over the rows of a split.
 
     Attributes:
       lengths: 0 for a bad row.
@@ -132,7 +131,7 @@ class Walked:
 
 
 def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> Plan:
-    """The batches of stage `name`, of the rows that can be used. Raises UserError if there are none."""
+    """The batch plan of stage `name`, over the usable rows. Raises UserError if there are none."""
     usable = walked.lengths.usable
     if not len(usable):
         raise UserError(f"none of the {len(split)} rows of stage {name} can be used: {walked.bad[0].reason}")
@@ -149,7 +148,7 @@ def walk(
     """Reads, checks and encodes every row.
 
     Args:
-      look: at the images: "none", "stat" asks whether the files are there, "decode" opens them.
+      look: check of the images: "none", "stat" (the files exist) or "decode" (they can be opened).
       progress: called with the number of rows done since the last call.
     """
     count = len(split)
@@ -178,7 +177,7 @@ def walk(
             except concurrent.futures.process.BrokenProcessPool as error:
                 raise UserError(f"a process that read the rows died (out of memory?): {error}") from error
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # or all the other chunks would be walked first
+                pool.shutdown(cancel_futures=True)  # otherwise all other chunks would be read first
                 raise
     return Walked(Lengths(tokens, images, bool(branched.any())), bad, hashes, cut)
 
@@ -193,7 +192,7 @@ def _start(state: tuple) -> None:
 
 
 def end_with_parent() -> None:
-    """This process, a worker, leaves ^C to the one that started it, and ends with it, even if that one was killed."""
+    """Makes a worker process ignore ^C and end with the process that started it, even if that one is killed."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -204,7 +203,7 @@ def end_with_parent() -> None:
 
 
 def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
-    """Tokens, images, hashes, branches or not, answers that are cut, and bad rows of the rows `chunk`."""
+    """(tokens, images, hashes, whether branched, answers that are cut, bad rows) of the rows `chunk`."""
     split, encoder, look, digests = state or _state
     tokens, images, cut = (np.zeros(len(chunk), np.int32) for _ in range(3))
     hashes, branched, bad = np.zeros(len(chunk), np.uint64), np.zeros(len(chunk), bool), []
@@ -233,7 +232,7 @@ def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
 
 
 def _digest(row: Row, folder: str) -> int:
-    """64 bits of a row's images, which are in `folder`, and words: equal for rows that say the same."""
+    """64-bit hash of a row's images (in `folder`) and texts, equal for duplicate rows."""
     entries = [e if isinstance(e, str) else hashlib.sha256(e).hexdigest() for e in images_of(row)]
     said = [folder * bool(entries), *entries, "", row.get("system", ""), *(t["value"] for t in row["conversations"])]
     text = "\0".join(f"{len(part)} {part}" for part in said)
@@ -241,7 +240,7 @@ def _digest(row: Row, folder: str) -> int:
 
 
 def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress: Callable[[int], None]) -> Walked:
-    """`walk`, or what an earlier start of the run has found and kept in the file `path`.
+    """The result of `walk`, or that of an earlier start of the run, cached in the file `path`.
 
     data: fingerprint of the rows.
     """
@@ -250,7 +249,7 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
         for part in split.parts
     ]
     key = f"{data} {read} {encoder.fingerprint()}"
-    with contextlib.suppress(Exception), np.load(path) as kept:  # a damaged file fails in many ways
+    with contextlib.suppress(Exception), np.load(path) as kept:  # a damaged file raises many kinds of errors
         if str(kept["key"]) == key:
             bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
             lengths = Lengths(kept["tokens"], kept["images"], bool(kept["branched"]))

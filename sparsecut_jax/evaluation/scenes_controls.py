@@ -1,4 +1,4 @@
-"""Shows that the pictures of Scenes keep their promises: what must not be seen is not, what must be seen is.
+"""Controls for Scenes: verify that pictures show what they should, and nothing that they should not.
 
 python -m sparsecut_jax.evaluation.scenes_controls --control=text_only    the questions alone: chance
 python -m sparsecut_jax.evaluation.scenes_controls --control=shuffled     another picture's questions: chance
@@ -7,7 +7,7 @@ python -m sparsecut_jax.evaluation.scenes_controls --control=cnn_full     the wh
 python -m sparsecut_jax.evaluation.scenes_controls --control=speed        pictures drawn per second
 python -m sparsecut_jax.evaluation.scenes_controls --gallery=docs/scenes.png
 
-All but the last two train the same small CNN, which has a head for every question, and report its accuracy.
+All but the last two train the same small CNN with one head per question and report its accuracy (docs/scenes.md).
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from sparsecut_jax.types import UserError
 
 CONTROLS = ("text_only", "shuffled", "cnn_low", "cnn_full", "speed")
 MOST_ANSWERS = max(len(template.answers) for template in TEMPLATES)
-AT_ONCE = 252  # test pictures
+AT_ONCE = 252  # test pictures per batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is trained
+# the CNN
 
 
 class CNN(nn.Module):
-    """uint8[B, P, P, 3] -> float32[B, questions, answers] of log-odds, -inf where a question has fewer answers."""
+    """uint8[B, P, P, 3] -> logits float32[B, questions, answers], -inf where a question has fewer answers."""
 
     width: int = 24
 
@@ -110,23 +110,23 @@ def train(pictures: np.ndarray, answers: np.ndarray, steps: int, batch_size: int
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what it sees
+# its inputs
 
 
 def views(rows: Scenes, control: str, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(uint8[P, P, 3] as the control sees it, int8[questions] answers) of every picture."""
+    """Yields (uint8[P, P, 3] as the control sees it, int8[questions] answers) for every picture."""
     progress = Progress(len(rows), 0, name)
     for row in map(rows.name, rows.indices):
         picture = rows.open(row)
         if control in ("text_only", "cnn_low"):
-            picture = square(picture, rows.low, rows.low, "pad")  # the model's low-res view, nothing else
+            picture = square(picture, rows.low, rows.low, "pad")  # exactly the model's low-res view
         yield np.asarray(picture) * np.uint8(control != "text_only"), rows.answers(row)
         progress.update()
     progress.close()
 
 
 def measure(control: str, cfg: ScenesConfig, low: int, steps: int, batch_size: int, lr: float) -> dict[str, np.ndarray]:
-    """Trains and tests a control: {"test", "heldout": bool[pictures, questions], what was answered right}."""
+    """Trains and tests a control. Returns {"test", "heldout": bool[pictures, questions], True for right answers}."""
     rng = np.random.default_rng((cfg.seed, 0))
     mix = rng.permutation if control == "shuffled" else np.asarray
     pictures, answers = zip(*views(scenes.rows(cfg, "train", 2 * low, low), control, "draw"), strict=True)
@@ -147,11 +147,11 @@ def measure(control: str, cfg: ScenesConfig, low: int, steps: int, batch_size: i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is reported
+# the report
 
 
 def summary(right: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """{group: {"questions", "chance", "test", "heldout", "both"}} for each question, cell, scale, and all."""
+    """{group: {"questions", "chance", "test", "heldout", "both"}} for each question, cell and scale, and for all."""
     groups = {template.kind: [i] for i, template in enumerate(TEMPLATES)}
     for name, member in [
         *((f"{level} {scale}", (level, scale)) for scale in SCALES for level in LEVELS),
@@ -178,12 +178,12 @@ def report(figures: dict[str, dict[str, float]]) -> str:
 
 
 def speed(cfg: ScenesConfig, low: int) -> dict[str, float]:
-    """Pictures per second of one process, and of two at once."""
+    """Pictures drawn per second by one process, and by two in parallel."""
     rows = scenes.rows(cfg, "train", 2 * low, low)
     found = {}
     for processes in (1, 2):
         with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_draw, [rows[:10]] * 8 * processes))  # started, fonts and projections at hand
+            list(pool.map(_draw, [rows[:10]] * 8 * processes))  # starts the processes and fills their caches
             start = time.perf_counter()
             list(pool.map(_draw, [rows[i : i + 50] for i in range(0, len(rows), 50)]))
             found[f"{processes} process" + "es" * (processes > 1)] = len(rows) / (time.perf_counter() - start)
@@ -200,7 +200,7 @@ def _draw(rows: Scenes) -> None:
 
 
 def check(given: dict[str, Any]) -> None:
-    """Raises UserError for settings that no control can run with."""
+    """Raises UserError for invalid settings."""
     if given["control"] not in CONTROLS:
         raise UserError(f"--control={given['control']}: expected one of {', '.join(CONTROLS)}, or --gallery=FILE")
     for name, least in (("train", 1), ("test", 4), ("steps", 1), ("batch_size", 1), ("seed", 0)):
@@ -238,14 +238,14 @@ SETTINGS = ("control", "size", "low", "seed", "train", "test", "steps", "batch_s
 
 if __name__ == "__main__":
     flags.DEFINE_string("control", "", f"One of {', '.join(CONTROLS)}.")
-    flags.DEFINE_string("gallery", "", "PNG file to draw some pictures into, in place of a control.")
-    flags.DEFINE_integer("size", 0, "Side of a picture; 0: twice --low.")
-    flags.DEFINE_integer("low", 32, "Side of the low-res view.")
-    flags.DEFINE_integer("seed", 0, "Of pictures, answers and the CNN.")
+    flags.DEFINE_string("gallery", "", "PNG file for a gallery of pictures, instead of a control.")
+    flags.DEFINE_integer("size", 0, "Side of a picture in pixels; 0: twice --low.")
+    flags.DEFINE_integer("low", 32, "Side of the low-res view in pixels.")
+    flags.DEFINE_integer("seed", 0, "Seed of pictures, answers and the CNN.")
     flags.DEFINE_integer("train", 20_000, "Training pictures.")
     flags.DEFINE_integer("test", 20_160, "Test pictures, half of them with held-out combinations.")
     flags.DEFINE_integer("steps", 700, "Optimizer steps.")
-    flags.DEFINE_integer("batch_size", 64, "Pictures of a step.")
-    flags.DEFINE_float("lr", 2e-3, "Highest learning rate.")
+    flags.DEFINE_integer("batch_size", 64, "Pictures per step.")
+    flags.DEFINE_float("lr", 2e-3, "Peak learning rate.")
     flags.DEFINE_string("out", "", "JSON file for the figures.")
     cli.run(main, __doc__)

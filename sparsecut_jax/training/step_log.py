@@ -1,4 +1,4 @@
-"""What is shown and written of each training step: figures, bad updates, compilations, and how long it all took."""
+"""Prints and logs every training step: loss and speed, skipped updates, compilations, and time per step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ RECENT = 20  # steps over which the displayed speed is averaged
 
 
 class StepLog:
-    """Looks at the metrics of every step, and shows and writes those of every `log_every`-th."""
+    """Checks the metrics of every step, and prints and writes those of every `log_every`-th."""
 
     def __init__(self, cfg, stage, plan, writer, compilations, progress):
         self.cfg, self.stage, self.span = cfg, stage, stage.span
         self.writer, self.compilations, self.progress = writer, compilations, progress
         self.names = shortcut_names(plan)
         self.now, self.supervised = time.monotonic(), stage.supervised
-        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the line before
-        self.compiled: set[tuple[int, ...]] = set()  # shapes of batches that the step has seen
+        self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the last line of metrics.jsonl
+        self.compiled: set[tuple[int, ...]] = set()  # batch shapes for which the step is compiled
         self.recent: collections.deque = collections.deque(maxlen=RECENT)  # (tokens, FLOPs, seconds) of steps
-        self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which has the compilation
+        self.all_waited, self.all_seconds = 0.0, []  # of all lines but the first, which includes the compilation
 
     def step(self, step: int, metrics: dict[str, Any], bad_rows: int, positions: int) -> None:
         values = jax.device_get(metrics)
@@ -44,7 +44,7 @@ class StepLog:
         self.flops += self.stage.flops(positions)
         before, self.now = self.now, time.monotonic()
         self.seconds.append(max(self.now - before, 1e-9))
-        if self.progress.done > self.progress.initial:  # the first step has the compilation
+        if self.progress.done > self.progress.initial:  # the first step includes the compilation
             self.recent.append((int(values["tokens"]), self.stage.flops(positions), self.seconds[-1]))
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if values["supervised_tokens"] == 0:
