@@ -1,4 +1,4 @@
-"""Generation: prompts in, ids out. One compiled function: prefill, then a loop that ends when all rows have."""
+"""Generation: prompts in, ids out. One compiled function: prefill, then a loop that ends when all rows have ended."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ def generate(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Continues every row until an end token or `max_new_tokens`.
 
-    A row depends on nothing but its own prompt and images: not on the other rows, and not on `max_new_tokens`. That holds
-    for longrope too, whose frequencies change where a text outgrows `rope.original_length`: the logits of a token are
-    always those of one forward pass over the row so far, with the factors of that length. The row is therefore read again,
-    once, when its text reaches `original_length + 1` tokens, as transformers does for Phi-3 (`prepare_inputs_for_generation`
-    drops the cache there); vLLM instead decides once, by its max_model_len.
+    The logits of a row depend only on its own prompt, images and tokens so far, not on other rows or `max_new_tokens`.
+
+    With longrope the factors of the rotary frequencies change when a text outgrows `rope.original_length`. The logits of
+    each token are those of one forward pass over the row so far, with the factors of its length then. A row is therefore
+    read again, once, when it reaches `original_length + 1` tokens, so that all its keys get the long factors. transformers
+    does the same for Phi-3 (`prepare_inputs_for_generation` drops the cache there); vLLM decides once, by max_model_len.
 
     Args:
-      tokens: int32[B, T] prompts padded on the right; length: int32[B] their lengths.
-      image_start: int32[B, M]; encoded: one image row per prompt. Shortcuts act in the prefill only.
-      stop: int32[E] or one, ids that end a row, -1 for none; what follows one of them is filled with the first.
-      temperature: 0 takes the likeliest token, above that samples with `key`.
+      tokens: int32[B, T], prompts padded on the right; length: int32[B], tokens of each.
+      image_start: int32[B, M]; encoded: images, one row per prompt. Shortcuts act on the prompt only.
+      stop: int32[] or int32[E], ids that end a row, -1 for none; after one of them a row is filled with the first.
+      temperature: 0 takes the most likely token; above 0, tokens are sampled with `key`.
 
     Returns:
-      int32[B, max_new_tokens], and float32[B, max_new_tokens, W] logits if asked for.
+      int32[B, max_new_tokens], and float32[B, max_new_tokens, W] logits with `return_logits`, else None.
     """
     b, t = tokens.shape
     key = jax.random.key(0) if key is None else key
@@ -78,8 +79,8 @@ def generate(
         if return_logits:
             kept = kept.at[:, i].set(logits)
         done = done | jnp.isin(token, stop)
-        # Prompts end at different places; new tokens stand in the cache after the longest one, at the rotary
-        # positions that follow their own prompt.
+        # Prompts have different lengths: new tokens are stored behind the longest one, but their rotary positions
+        # follow on from their own prompt.
         visible = (slots < length[:, None]) | ((slots >= t) & (slots <= t + i))
         logits, cache = model.apply(
             {"params": params}, jnp.maximum(token, 0), length + i, visible, cache, method="decode"
@@ -91,7 +92,7 @@ def generate(
         return i + 1, logits, done, out, cache, kept
 
     def read_again(out, lengths, last, visible, logits, cache, rows):
-        """Logits and cache with those of `rows`, bool[B], made anew from the prompts and `out`."""
+        """Logits and cache in which those of `rows`, bool[B], are recomputed from the prompts and `out`."""
         text = jnp.concatenate([tokens, jnp.maximum(out, 0)], 1)
         positions = jnp.where(slots < t, slots, length[:, None] + slots - t)
         inputs = (text, positions, visible, jnp.full(b, last), lengths, image_start, encoded)
@@ -103,7 +104,7 @@ def generate(
 
     out = jnp.full((b, max_new_tokens), stop[0], jnp.int32)
     kept = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None
-    # A row without a prompt is padding and has nothing to say.
+    # A row without a prompt is padding: it has ended.
     carry = (jnp.int32(0), first, length == 0, out, cache, kept)
     carry = jax.lax.while_loop(unfinished, step, carry)
     return carry[3], carry[5]
@@ -112,7 +113,7 @@ def generate(
 def pad_prompts(prompts: list[Example], rows: int, slots: int, multiple: int = 16) -> tuple[np.ndarray, ...]:
     """Prompts -> tokens int32[rows, T], length int32[rows], image_start int32[rows, slots]; spare rows are empty.
 
-    T is the longest prompt rounded up, so that few shapes are compiled.
+    T is the length of the longest prompt, rounded up to a multiple of `multiple` so that few shapes are compiled.
     """
     longest = max(len(p.tokens) for p in prompts)
     tokens = np.zeros((rows, -(-longest // multiple) * multiple), np.int32)
@@ -126,5 +127,5 @@ def pad_prompts(prompts: list[Example], rows: int, slots: int, multiple: int = 1
 
 
 def until(ids: np.ndarray, stop: Sequence[int]) -> list[int]:
-    """The ids before the first that ends an answer."""
+    """The ids before the first one in `stop`."""
     return list(itertools.takewhile(lambda i: i not in stop, map(int, ids)))

@@ -1,4 +1,4 @@
-"""What the tower, the fusion and the LLM share: weights with named axes, norms, activations, rotary."""
+"""Parts that the tower, the fusion and the LLM share: weights with named axes, norms, activations, rotary positions."""
 
 from __future__ import annotations
 

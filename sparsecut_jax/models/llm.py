@@ -1,8 +1,9 @@
 """Llama-style decoder whose layers take shortcuts from a bank of image features.
 
-Source: Llama (arXiv 2302.13971), Hugging Face `LlamaForCausalLM`; grouped-query attention (arXiv
-2305.13245). Mistral, Qwen2, Qwen3 and Phi-3 are the same decoder with other settings. Layers are scanned: parameters carry a leading layer axis, and an int per layer and source
-says which row of the bank enters there. That costs one masked add a layer and compiles one layer only.
+Source: Llama (arXiv 2302.13971), Hugging Face `LlamaForCausalLM`; grouped-query attention (arXiv 2305.13245). Mistral,
+Qwen2, Qwen3 and Phi-3 are the same decoder with other settings. The layers are scanned: parameters have a leading layer
+axis, and an int per layer and source selects the row of the bank that enters there. This costs one masked add per layer,
+and only one layer is compiled.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ INTERMEDIATES = ("hidden", "shortcut_ratio")
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of generation: k, v [L, B, G, S, H], the order that products take; positions, int32[B, S], the
-    rotary position of each; `length`, int32[], how many are filled so far."""
+    """The key-value cache of generation.
+
+    k, v: [L, B, G, S, H], the axis order in which matmuls read them without a transpose.
+    positions: int32[B, S], the rotary position of each entry.
+    length: int32[], how many of the S entries are filled.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -49,13 +54,13 @@ class Cache:
 
 @flax.struct.dataclass
 class Context:
-    """What every layer reads.
+    """The inputs that all layers share.
 
     table: rotary cos and sin of the T positions.
-    sight: who sees whom: Packed, or bool[B, T, S] with S the positions of the cache, or T without one.
-    distance: int32[B, T, S] beside the latter, how far back each of them lies; None where no layer has a window.
+    sight: the attention mask: Packed, or bool[B, T, S] with S the length of the cache, or T without one.
+    distance: int32[B, T, S], from each query back to each key; None with Packed, or if no layer has a window.
     bank: [R, B, M, N, D] or None; image_start: int32[B, M].
-    start: int32[], where in the cache the T positions go.
+    start: int32[], where in the cache the T positions are written; None without a cache.
     """
 
     table: tuple[jax.Array, jax.Array]
@@ -67,7 +72,10 @@ class Context:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; reads and writes layer `index` of the cache if there is one."""
+    """Grouped-query attention with rotary positions.
+
+    x: [B, T, D] -> ([B, T, D], the cache with layer `index`, int32[], extended by the T positions; None without one).
+    """
 
     config: LLMConfig
     lora: LoraConfig
@@ -102,7 +110,7 @@ class Attention(nn.Module):
         elif window and cfg.sliding_from:
             window = jnp.where(index < cfg.sliding_from, sight.segments.shape[1], window)
         if cfg.replicate_kv and cfg.kv_heads % ways("kv_heads"):
-            # Every device has all KV heads, and each query head of its own gets a copy of the one it attends with.
+            # Every device holds all KV heads; each of its query heads gets a copy of the one it attends with.
             each = lambda y: constrain(
                 jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None
             )
@@ -128,7 +136,7 @@ class Mlp(nn.Module):
             y = Linear(features, axes, use_bias=False, name=name)(x)
             return add_adapter(self, self.lora, f"llm/layers/mlp/{name}", x, y, (x.shape[-1], features), axes)
 
-        # All positions are rows of one matrix: for the gradient of a kernel XLA otherwise writes `hidden` anew, transposed.
+        # All positions as rows of one matrix; otherwise XLA writes a transposed copy of `hidden` for a kernel's gradient.
         rows = x.reshape(-1, x.shape[-1])
         gate = linear("gate", rows, cfg.mlp_dim, ("embed", "mlp"))
         up = linear("up", rows, cfg.mlp_dim, ("embed", "mlp"))
@@ -172,9 +180,9 @@ class Decoder(nn.Module):
 
     Attributes:
       plan: the shortcuts; its route is compiled in as data, so that all layers share one body.
-      intermediates: names among INTERMEDIATES to hand out, per layer, without a second forward pass.
+      intermediates: names from INTERMEDIATES to return, per layer, from the same forward pass.
       attention: backend for packed sequences, see models/attention.py.
-      lora: adapters beside the linears.
+      lora: adapters of the LLM's weight matrices.
     """
 
     config: LLMConfig
@@ -204,8 +212,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32[B, T] -> [B, T, D]."""
-        # Every device looks up its columns for the rows of all fsdp devices, and gets whole rows of its own in
-        # exchange: that moves less than collecting the table would, and its gradient stays split.
+        # Each device looks up its columns for the rows of all fsdp devices, then an all-to-all gives it whole rows of
+        # its own: this moves less than an all-gather of the table would, and the table's gradient stays sharded.
         table = constrain_weight(self.embedding.astype(dtype), "vocab", "embed")
         columns = table[constrain(tokens, "batch_of_copies", "length")]
         return constrain(constrain(columns, "batch_of_copies", "length", "embed"), "batch", "length", "act_embed")
@@ -225,15 +233,14 @@ class Decoder(nn.Module):
         Args:
           x: [B, T, D] embeddings, image positions already filled.
           positions: int32[B, T], rotary positions.
-          sight: what each position may see: Packed, or bool[B, T, S] with S = T or the length of the cache.
-          bank, image_start: the shortcuts' sources [R, B, M, N, D] and where they go; None for none.
+          sight: the attention mask: Packed, or bool[B, T, S] with S = T or the length of the cache.
+          bank, image_start: the shortcuts' sources [R, B, M, N, D] and where they go; None for no shortcuts.
           cache: to read and extend, in generation.
-          lengths: int32[B, 1] or [B, T], length of the text at each position, which decides the factors of longrope
-            (`rotary_table`); None: of each segment, or row, as far as it goes.
+          lengths: int32[B, 1] or [B, T], length of the text at each position, which selects the factors of longrope
+            (`rotary_table`); None: the length of each segment, or of each row of x.
 
         Returns:
-          hidden [B, T, D] after the final norm (`logits` turns it into words), the cache, and
-          {name: [L, ...]} of the intermediates that were asked for.
+          hidden [B, T, D] after the final norm (for `logits`), the cache, and {name: [L, ...]} of the intermediates.
         """
         cfg = self.config
         keys = positions
@@ -262,7 +269,7 @@ class Decoder(nn.Module):
         return word_logits(*self.to_words(hidden))
 
     def to_words(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D] -> [B, T, D'] and [D', W], whose product are the logits; D' is wider where the head has an adapter."""
+        """[B, T, D] -> [B, T, D'] and [D', W], whose product is the logits; D' > D if the head has an adapter."""
         if self.config.tie_embeddings:
             return hidden, constrain_weight(self.embedding.astype(hidden.dtype), "vocab", "embed").T
         head = constrain_weight(self.head.astype(hidden.dtype), "embed", "vocab")
@@ -280,7 +287,7 @@ def word_logits(hidden: jax.Array, words: jax.Array) -> jax.Array:
 
 
 def empty_cache(cfg: LLMConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-    """Room for `length` positions of `batch` rows."""
+    """A cache with room for `length` positions of `batch` rows."""
     shape = (cfg.layers, batch, cfg.kv_heads, length, cfg.head_dim)
     positions = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))

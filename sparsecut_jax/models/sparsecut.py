@@ -20,15 +20,19 @@ from sparsecut_jax.types import Batch
 
 @flax.struct.dataclass
 class Encoded:
-    """Images as the LLM takes them: tokens [B, M, N, D] for the image positions, and the bank
-    [R, B, M, N, D] of the shortcuts (None when the plan has none)."""
+    """Encoded images.
+
+    tokens: [B, M, N, D], which replace the word embeddings at image positions.
+    bank: [R, B, M, N, D], the sources of the shortcuts; None if the plan has none.
+    aux_loss: float32[], the fusion's own loss.
+    """
 
     tokens: jax.Array
     bank: jax.Array | None
     aux_loss: jax.Array
 
     def rows(self, index: jax.Array) -> Encoded:
-        """The encodings of the images `index`, int32[B'], one batch row each: encode once, ask often."""
+        """The rows `index`, int32[B'], so that images encoded once serve several prompts."""
         bank = None if self.bank is None else self.bank[:, index]
         return Encoded(self.tokens[index], bank, self.aux_loss)
 
@@ -37,12 +41,12 @@ class SparseCut(nn.Module):
     """Batch in, logits out.
 
     Attributes:
-      vision_config, fusion_config, llm_config: the parts' shapes; vocab_size already resolved.
-      plan: which level enters which layer.
-      dtype: of the computation; norms, softmax, logits and loss are float32 always.
+      vision_config, fusion_config, llm_config: the parts' settings, with vocab_size resolved.
+      plan: which tower level enters which LLM layer.
+      dtype: of the computation; norms, softmax, logits and loss are always float32.
       intermediates: see `Decoder`.
       attention: backend, see models/attention.py.
-      lora: adapters beside the LLM's linears.
+      lora: adapters of the LLM's weight matrices.
     """
 
     vision_config: VisionConfig
@@ -55,7 +59,7 @@ class SparseCut(nn.Module):
     lora: LoraConfig = LoraConfig()
 
     def setup(self) -> None:
-        # The main feature is a level like the others; the tower hands a level out once, whoever uses it.
+        # The main feature is a level like the others; the tower returns each level once, however often it is used.
         self.tower_levels = tuple(dict.fromkeys((self.plan.main_level, *self.plan.levels)))
         self.vision = VisionTower(self.vision_config, self.tower_levels, self.attention)
         self.fusion = Fusion(self.fusion_config, self.llm_config.width, self.attention)
@@ -87,8 +91,8 @@ class SparseCut(nn.Module):
         return write_slots(self.llm.embed(tokens, self.dtype), encoded.tokens, image_start, add=False)
 
     def hidden(self, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Returns two factors of the logits, [B, T, D] after the final norm and [D, W] (see `Decoder.to_words`), and
-        the named intermediates, plus "aux_loss"."""
+        """Returns two factors of the logits, [B, T, D'] after the final norm and [D', W] (see `Decoder.to_words`), and
+        the intermediates with "aux_loss"."""
         encoded = self.encode(batch.views)
         x = self.embed(batch.tokens, batch.image_start, encoded)
         sight = Packed(batch.segments, batch.branches, batch.positions, batch.most_segments or x.shape[1])
@@ -96,17 +100,17 @@ class SparseCut(nn.Module):
         return *self.llm.to_words(x), {**seen, "aux_loss": encoded.aux_loss}
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns float32[B, T, W] logits and what `hidden` hands out besides."""
+        """Returns float32[B, T, W] logits, and the intermediates with "aux_loss"."""
         x, words, seen = self.hidden(batch)
         return word_logits(x, words), seen
 
     def prefill(
         self, tokens: jax.Array, length: jax.Array, image_start: jax.Array, encoded: Encoded, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Reads prompts into the cache; the shortcuts act here and nowhere else in generation.
+        """Reads prompts into the cache. In generation the shortcuts act on prompts only.
 
         Args:
-          tokens: int32[B, T], padded on the right; length: int32[B], positions of each prompt.
+          tokens: int32[B, T], padded on the right; length: int32[B], tokens of each prompt.
 
         Returns:
           float32[B, W] logits of the position after each prompt, and the cache.
@@ -127,7 +131,7 @@ class SparseCut(nn.Module):
         encoded: Encoded,
         cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """Reads texts with images into the cache from its beginning.
+        """Reads texts with images into the cache, from its first position on.
 
         Args:
           tokens: int32[B, T]; positions: int32[B, T], rotary ones; real: bool[B, T], False at padding.
@@ -159,8 +163,13 @@ class SparseCut(nn.Module):
 
 
 def build_model(cfg: Config, dtype: Any = jnp.float32, intermediates: tuple[str, ...] = ()) -> SparseCut:
-    """The model of a config whose vocab_size is known; where it is not resolved for a platform (backends.py), the plain
-    attention, and nothing is rematerialised. Raises UserError for an impossible plan."""
+    """The model of a config whose vocab_size is resolved.
+
+    If the config is not resolved for a platform (backends.py), attention is "xla" and nothing is rematerialized.
+
+    Raises:
+      UserError: a plan of shortcuts that is impossible.
+    """
     plan = plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
     attention = "xla" if cfg.attention == "auto" else cfg.attention
     return SparseCut(cfg.vision, cfg.fusion, cfg.llm, plan, dtype, intermediates, attention, cfg.lora)
