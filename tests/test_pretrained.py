@@ -101,6 +101,17 @@ def test_tensors_are_sorted_by_the_part_they_belong_to(tmp_path):
     assert found["llm"].file == os.path.join(llm, "config.json")
 
 
+def test_a_run_is_no_source(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    run = str(tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        opened(llm=run)
+    assert str(caught.value) == (
+        f"config.init.llm={run!r} is a run; start from it with --config.init_from={run}, or export it first: "
+        f"python -m sparsecut_jax.convert to-hf --workdir={run} --out=exported"
+    )
+
+
 def test_a_whole_model_is_the_source_of_every_part(tmp_path):
     found = opened(model=checkpoint(tmp_path, LLAVA, *WHOLE))
     assert sorted(found) == ["fusion", "llm", "vision"]

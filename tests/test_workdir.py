@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparsecut_jax.training.checkpoint import open_run
-from sparsecut_jax.training.workdir import no_run
+from sparsecut_jax.training.workdir import locked, no_run
 from sparsecut_jax.types import UserError
 
 LAYOUTS = {
@@ -29,6 +29,12 @@ def test_an_exported_model_is_named_with_the_command_that_makes_a_run_of_it(tmp_
     )
     expected = f"config.init_from='{folder}' {what}; give it as --config.init.{kind} instead"
     assert no_run(str(folder), "config.init_from") == expected
+    with pytest.raises(UserError) as caught, locked(str(folder)):
+        pass
+    assert str(caught.value) == (
+        f"config.workdir='{folder}' is a model in Hugging Face layout; choose another folder, and start from the model "
+        f"with --config.init.{kind}={folder}"
+    )
 
 
 def test_other_folders(tmp_path, monkeypatch):
@@ -37,7 +43,7 @@ def test_other_folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     (tmp_path / "runs/plan/config.json").write_text('{"seed": 0}')
-    assert no_run("runs/bse") == "workdir 'runs/bse' is not there; did you mean 'base'?; runs has base, smoke"
+    assert no_run("runs/bse") == "workdir 'runs/bse' is not there; did you mean 'base'?; runs has base"
     assert no_run("nowhere/a") == "workdir 'nowhere/a' is not there"
     assert no_run("runs/base/checkpoints/12") == (
         "workdir 'runs/base/checkpoints/12' is inside a run; give its workdir, runs/base"

@@ -45,8 +45,14 @@ def locked(workdir: str) -> Iterator[None]:
     """Creates the workdir and locks it until the block or the process ends.
 
     Raises:
-      UserError: it cannot be written to, another run is using it, or the processes of this run do not share it.
+      UserError: it cannot be written to or is an exported model, another run is using it, or the processes of this run
+        do not share it.
     """
+    if kind := _exported(workdir):
+        raise UserError(
+            f"config.workdir={workdir!r} is a model in Hugging Face layout; choose another folder, and start from the "
+            f"model with --config.init.{kind}={workdir}"
+        )
     make_folder("config.workdir", workdir)
     try:
         file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115 - held open for the whole run
@@ -104,7 +110,8 @@ def no_run(folder: str, setting: str = "") -> str:
 
 
 def is_run(folder: str) -> bool:
-    return os.path.isdir(os.path.join(folder, "checkpoints"))
+    """Whether there is a checkpoint in it."""
+    return any(name.isdecimal() for name in _listed(os.path.join(folder, "checkpoints")))
 
 
 def _exported(folder: str) -> str:

@@ -112,6 +112,11 @@ def _sorted(
 
 def _local(path: str, part: str) -> str:
     """The path itself; for a hub id, the folder it was downloaded to."""
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        raise UserError(
+            f"config.init.{part}={path!r} is a run; start from it with --config.init_from={path}, or export it first: "
+            f"python -m sparsecut_jax.convert to-hf --workdir={path} --out=exported"
+        )
     if os.path.exists(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
