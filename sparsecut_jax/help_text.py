@@ -147,4 +147,6 @@ def _shown(entry: Entry, width: int) -> str:
         f"{entry.name}{value}  ({entry.kind})", width, initial_indent="  ", subsequent_indent=" " * 10,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    return head + "\n" + textwrap.fill(entry.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    indent = " " * 6
+    told = textwrap.fill(entry.meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"{head}\n{told}"
