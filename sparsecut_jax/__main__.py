@@ -49,7 +49,7 @@ def run() -> None:
     if word in COMMANDS:
         told = f"the command is: python -m sparsecut_jax.{word}"
     else:
-        told = f"{word!r} is no command{nearest(word, COMMANDS)}; python -m sparsecut_jax lists them"
+        told = f"{word!r} is not a command{nearest(word, COMMANDS)}; python -m sparsecut_jax lists them"
     print(f"error: {told}", file=sys.stderr)
     sys.exit(2)
 

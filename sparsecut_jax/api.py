@@ -63,7 +63,7 @@ def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:
     path, checkpoint = os.fspath(path), str(checkpoint)
     if not os.path.isdir(path):
         raise UserError(
-            f"{path} is no folder; expected the workdir of a run, or a folder that convert to-hf has written"
+            f"{path} is not a folder; expected the workdir of a run, or a folder that convert to-hf has written"
         )
     is_workdir = os.path.isdir(os.path.join(path, "checkpoints"))
     if not is_workdir and not os.path.isfile(os.path.join(path, "config.json")):

@@ -33,7 +33,7 @@ def find(path: str) -> str:
     near = shipped() if folder == "configs" and not os.path.isdir(folder) else folder or "."
     known = sorted(f for f in os.listdir(near) if f.endswith(".py")) if os.path.isdir(near) else []
     listing = f"; {folder or '.'} has {', '.join(known)}" if known else ""
-    raise UserError(f"config file {path!r} is not there{listing}")
+    raise UserError(f"config file {path!r} does not exist{listing}")
 
 
 def provide_siblings(file: str) -> None:

@@ -70,7 +70,7 @@ def test_the_prompt_that_an_export_names(trained):
 
 WRONG = [
     (dict(images=["a.png", "b.png"]), "2 images given, but the model was trained with config.data.max_images=1"),
-    (dict(images="a.png"), "image a.png is not there"),
+    (dict(images="a.png"), "image a.png does not exist"),
     (dict(images=b"<html>"), "image of 6 bytes cannot be read as an image: no format fits"),
     (dict(images=np.zeros((4, 4, 3))), r"an image is float64[4, 4, 3]; expected uint8[height, width, 3]"),
     (dict(images=np.zeros((4, 4), np.uint8)), r"an image is uint8[4, 4]; expected uint8[height, width, 3]"),
@@ -108,7 +108,7 @@ def test_what_cannot_be_loaded(trained, tmp_path):
         (
             "runs/nowhere",
             "latest",
-            "runs/nowhere is no folder; expected the workdir of a run, or a folder that convert",
+            "runs/nowhere is not a folder; expected the workdir of a run, or a folder that convert",
         ),
         (tmp_path, "latest", f"{tmp_path} holds no .safetensors file"),
         (exported, "best", f"{exported} is an exported model and has no checkpoint 'best'; leave `checkpoint` out"),
@@ -124,7 +124,7 @@ def test_the_code_of_the_page(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained[0])
     exec("\n".join(blocks), {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and len(set(lines[1:5])) == 1 and lines[6].startswith("runs/nothing is no folder")
+    assert len(lines) == 7 and len(set(lines[1:5])) == 1 and lines[6].startswith("runs/nothing is not a folder")
 
 
 def test_the_import_is_cheap_and_names_what_there_is():

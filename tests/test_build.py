@@ -107,12 +107,12 @@ def test_plain_tfds_and_grain_read_it(tmp_path):
 
 def missing(name: str) -> bytes:
     if name == "b.jpg":
-        raise BadSample("missing_image", f"image {name} is not there")
+        raise BadSample("missing_image", f"image {name} does not exist")
     return FILES[name]
 
 
 def test_a_broken_row_stops_the_build_and_leaves_nothing(tmp_path):
-    with pytest.raises(BadSample, match=re.escape("row 1 (id 2): image b.jpg is not there")) as raised:
+    with pytest.raises(BadSample, match=re.escape("row 1 (id 2): image b.jpg does not exist")) as raised:
         build(ROWS, missing, str(tmp_path / "out"), shard_rows=1)
     assert raised.value.cause == "missing_image"
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +123,7 @@ def test_broken_rows_are_left_out_on_request(tmp_path):
     built = build(rows, missing, str(tmp_path / "out"), skip=True)
     assert (built.rows, built.images) == (2, 1)
     assert [(row.cause, str(row)) for row in built.skipped] == [
-        ("missing_image", "row 1 (id 2): image b.jpg is not there"),
+        ("missing_image", "row 1 (id 2): image b.jpg does not exist"),
         ("format", "row 3: expected an object, got list"),
         ("format", "row 4 (id 'x'): key 'image' must be a path or a list of paths, got [7]"),
     ]

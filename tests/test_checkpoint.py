@@ -120,7 +120,7 @@ def test_a_half_written_checkpoint_is_not_seen(saved, tmp_path):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_run(str(tmp_path))
-    with pytest.raises(UserError, match="nowhere' is not there$"):
+    with pytest.raises(UserError, match="nowhere' does not exist$"):
         open_run(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 

@@ -53,7 +53,7 @@ config.vision: Vision tower: CLIP, SigLIP or DINOv2 by its fields.
       Number of transformer blocks.
 """
 NEXT_STEPS = {
-    "__main__ trian": "'trian' is no command; did you mean 'train'?; python -m sparsecut_jax lists them",
+    "__main__ trian": "'trian' is not a command; did you mean 'train'?; python -m sparsecut_jax lists them",
     "__main__ train": "the command is: python -m sparsecut_jax.train",
     "train": "--config is missing; for example: python -m sparsecut_jax.train --config=configs/base.py",
     f"train {BASE} help": "unexpected argument 'help'; settings are written --config.KEY=VALUE (--help lists them)",

@@ -85,11 +85,11 @@ def test_imports_find_the_sibling_and_then_the_shipped(elsewhere, monkeypatch, s
 
 
 def test_a_file_that_is_nowhere(elsewhere):
-    near = re.escape("config file 'configs/bse.py' is not there; configs has base.py, llava.py")
+    near = re.escape("config file 'configs/bse.py' does not exist; configs has base.py, llava.py")
     with pytest.raises(UserError, match=near):
         config_files.find("configs/bse.py")
     for path in ("base.py", "other/base.py", f"{elsewhere}/configs/base.py"):  # only configs/NAME.py is a shipped name
-        with pytest.raises(UserError, match=f"^config file '{path}' is not there$"):
+        with pytest.raises(UserError, match=f"^config file '{path}' does not exist$"):
             config_files.find(path)
     with pytest.raises(UserError, match="config file '..' is a folder; expected a Python file"):
         config_files.find("..")

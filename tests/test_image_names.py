@@ -73,10 +73,10 @@ def test_links_to_nothing(folder):
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "gone").symlink_to("nowhere")
     assert refusal(resolve, folder, "loop.png") == (
-        f"image {folder}/loop.png: {folder}/loop.png is a link to loop.png, which is not there"
+        f"image {folder}/loop.png: {folder}/loop.png is a link to loop.png, which does not exist"
     )
     assert refusal(resolve, folder, "gone/a.png") == (
-        f"image {folder}/gone/a.png: {folder}/gone is a link to nowhere, which is not there"
+        f"image {folder}/gone/a.png: {folder}/gone is a link to nowhere, which does not exist"
     )
     assert cause(folder, "gone/a.png") == cause(folder, "loop.png") == "missing_image"
 
@@ -98,7 +98,7 @@ def test_what_is_no_file(folder, follow_links):
 
 @pytest.mark.parametrize("name", ["b.png", "a.png/c.png", "~/a.png", "a" * 300])
 def test_not_there(folder, name):
-    assert refusal(resolve, folder, name) == f"image {folder / name} is not there"
+    assert refusal(resolve, folder, name) == f"image {folder / name} does not exist"
     assert cause(folder, name) == "missing_image"
     assert resolve(folder, name, stat=False) == folder / name
 

@@ -144,7 +144,7 @@ def test_what_is_no_file(tmp_path, make, kind):
 
 
 def test_nothing_there(tmp_path):
-    assert refusal(read_image, tmp_path / "none.png", LIMIT) == f"image {tmp_path / 'none.png'} is not there"
+    assert refusal(read_image, tmp_path / "none.png", LIMIT) == f"image {tmp_path / 'none.png'} does not exist"
     assert cause(read_image, tmp_path / "none.png", LIMIT) == "missing_image"
 
 
@@ -165,7 +165,7 @@ def test_reading_from_a_bucket(monkeypatch):
     at = functools.partial(resolve, "gs://bucket/images")
     np.testing.assert_array_equal(read_image(at("a.png"), LIMIT), NOISE)
     np.testing.assert_array_equal(read_image("gs://bucket/images/a.png", LIMIT), NOISE)
-    assert refusal(read_image, at("none.png"), LIMIT) == "image gs://bucket/images/none.png is not there"
+    assert refusal(read_image, at("none.png"), LIMIT) == "image gs://bucket/images/none.png does not exist"
     assert cause(read_image, at("none.png"), LIMIT) == "missing_image"
     assert cause(read_image, at("b.png"), LIMIT) == "broken_image"
 

@@ -366,7 +366,7 @@ def test_is_folder(tmp_path):
         with pytest.raises(UserError) as caught:
             is_folder(path)
         assert str(caught.value) == (
-            f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a dataset "
+            f"data source {path!r} does not exist; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a dataset "
             "or of shards, or a JSON, JSONL, Parquet, Arrow or tar file"
         )
 

@@ -453,12 +453,12 @@ def test_scenes():
             "path",
             "FILE row 1 (id 'x'): image '\\ud800.png' in 'IMAGES' has a name that no file",
         ),
-        (image_row("c.png"), "missing_image", "image IMAGES/c.png is not there"),
+        (image_row("c.png"), "missing_image", "image IMAGES/c.png does not exist"),
         (image_row("a" * 300), "missing_image", "image IMAGES/aaa"),
         (
             {"id": "x", "images": ["a.png", "c.png"], "conversations": turns("<image><image>")},
             "missing_image",
-            "image IMAGES/c.png is not there",
+            "image IMAGES/c.png does not exist",
         ),
     ],
 )
@@ -550,7 +550,7 @@ def test_source_that_is_not_there(tmp_path):
     for path in (str(tmp_path / "no.json"), "", "easy-vqa", "a\0.json"):
         with pytest.raises(UserError) as caught:
             load_source(Config(data=DataConfig(source=path)))
-        assert str(caught.value).startswith(f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', ")
+        assert str(caught.value).startswith(f"data source {path!r} does not exist; expected 'easy_vqa', 'scenes', ")
 
 
 def test_a_folder_without_a_dataset(tmp_path):

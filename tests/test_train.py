@@ -332,7 +332,7 @@ BAD = [
         "config.llm.remat='offload' moves activations to host memory, where a CPU already has them",
     ),
     (["--config.shortcuts.count=9"], "shortcuts.count=9 levels cannot be picked: the vision tower has 5 blocks"),
-    (["--config.data.source=nowhere.json"], "data source 'nowhere.json' is not there"),
+    (["--config.data.source=nowhere.json"], "data source 'nowhere.json' does not exist"),
     (["--confg=configs/base.py"], "unknown flag --confg; did you mean 'config'?"),
 ]
 
@@ -341,7 +341,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     base = lambda i: ["--config=configs/base.py", f"--config.workdir={tmp_path}/run{i}"]
     cases = [("train", [*base(i), *args], sentence) for i, (args, sentence) in enumerate(BAD)]
     cases += [
-        ("train", ["--config=configs/bse.py"], "config file 'configs/bse.py' is not there; configs has base.py"),
+        ("train", ["--config=configs/bse.py"], "config file 'configs/bse.py' does not exist; configs has base.py"),
         ("train", ["--config=configs/base.py:smok"], "config variant 'smok' is not known; did you mean 'smoke'?"),
         ("evaluate", [f"--workdir={tmp_path}"], f"workdir '{tmp_path}' holds no checkpoint"),
         ("generate", [f"--workdir={tmp_path}", "--prompt=why?"], f"workdir '{tmp_path}' holds no checkpoint"),

@@ -245,7 +245,7 @@ def test_looking_at_images(part_of, encode, look, expected, tmp_path):
     reasons = {bad.row: bad.reason for bad in found.bad}
     folder = (tmp_path / "images").resolve()
     if expected:
-        assert reasons[8] == f"{part.name} row 8 (id 'gone'): image {folder}/c.png is not there"
+        assert reasons[8] == f"{part.name} row 8 (id 'gone'): image {folder}/c.png does not exist"
     if look == "decode":
         assert reasons[9].startswith(
             f"{part.name} row 9 (id 'broken'): image {folder}/b.png cannot be read as an image"

@@ -43,8 +43,8 @@ def test_other_folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     (tmp_path / "runs/plan/config.json").write_text('{"seed": 0}')
-    assert no_run("runs/bse") == "workdir 'runs/bse' is not there; did you mean 'base'?; runs has base"
-    assert no_run("nowhere/a") == "workdir 'nowhere/a' is not there"
+    assert no_run("runs/bse") == "workdir 'runs/bse' does not exist; did you mean 'base'?; runs has base"
+    assert no_run("nowhere/a") == "workdir 'nowhere/a' does not exist"
     assert no_run("runs/base/checkpoints/12") == (
         "workdir 'runs/base/checkpoints/12' is inside a run; give its workdir, runs/base"
     )

@@ -29,7 +29,7 @@ def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_link
       follow_links: whether links inside the folder may lead out of it.
 
     Raises:
-      BadSample: it leaves the folder, is not there, is no file, or is no name that a file can have.
+      BadSample: the path leaves the folder, does not exist, is not a file, or is not a valid file name.
     """
     place = os.fspath(folder)
     try:
@@ -63,9 +63,9 @@ def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_link
         broken = next((link for link in _links(root, path) if not os.path.exists(link)), None)
         if broken:
             target = os.readlink(broken)
-            raise BadSample("missing_image", f"image {path}: {broken} is a link to {target}, which is not there")
+            raise BadSample("missing_image", f"image {path}: {broken} is a link to {target}, which does not exist")
         kind = what_else(real)
-        raise BadSample("missing_image", f"image {real} is {f'{kind}, not a file' if kind else 'not there'}")
+        raise BadSample("missing_image", f"image {real} {f'is {kind}, not a file' if kind else 'does not exist'}")
     return Path(real)
 
 

@@ -50,7 +50,7 @@ def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int,
     become 8, and colours of another ICC profile become sRGB.
 
     Raises:
-      BadSample: what is no image or a damaged one, is not there, or has more than `max_pixels`.
+      BadSample: the file is not an image, is damaged, does not exist, or has more than `max_pixels`.
     """
     name = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
@@ -65,7 +65,7 @@ def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int,
             image.load()
             return _upright(_rgb(image), image)
     except FileNotFoundError:
-        raise BadSample("missing_image", f"image {name} is not there") from None
+        raise BadSample("missing_image", f"image {name} does not exist") from None
     except (UserError, MemoryError):
         raise
     except ImportError as error:  # no fault of the image: what reads gs:// is not installed

@@ -56,7 +56,7 @@ class Folder:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise BadSample("missing_image", f"image {path} is not there") from None
+            raise BadSample("missing_image", f"image {path} does not exist") from None
         images.read_image(data, self.max_pixels, str(path))
         return data
 

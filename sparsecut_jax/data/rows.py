@@ -111,7 +111,7 @@ def is_folder(path: str) -> bool:
             return True
         if not path or not source.exists():
             raise UserError(
-                f"data source {path!r} is not there; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a "
+                f"data source {path!r} does not exist; expected 'easy_vqa', 'scenes', 'tfds:NAME', the folder of a "
                 "dataset or of shards, or a JSON, JSONL, Parquet, Arrow or tar file"
             )
         return False

@@ -95,7 +95,7 @@ def no_run(folder: str, setting: str = "") -> str:
     if not os.path.isdir(folder):
         runs = sorted(each for each in _listed(above) if is_run(os.path.join(above, each)))
         known = f"; {above or 'this folder'} has {', '.join(runs)}" if runs else ""
-        return f"{name} is not there{nearest(last, runs)}{known}"
+        return f"{name} does not exist{nearest(last, runs)}{known}"
     if "adapter_config.json" in _listed(folder):
         return f"{name} holds adapters alone; give the workdir of the run that they come from, or to-hf --merge it"
     if kind := _exported(folder):
