@@ -80,10 +80,10 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
 
 
 def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, merge: bool, check: bool) -> None:
-    """Writes the model of a run to `out`; see weights/export.py and adapter.py. Nothing is left where something is wrong.
+    """Writes the model of a run to `out`; see weights/export.py and adapter.py. Leaves nothing behind after an error.
 
     Raises:
-      UserError: flags that do not go together, or the format cannot say what the model is.
+      UserError: incompatible flags, or the format cannot represent the model.
     """
     if kind == "adapter" and (merge or check or drop_shortcuts):
         raise UserError("--as=adapter writes no whole model; leave out --merge, --verify and --drop-shortcuts")
@@ -147,20 +147,20 @@ def main(command: str) -> None:
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
     command = cli.command_word()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half-written goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that partial output is removed
     cli.define_config(workdir=False)
     flags.DEFINE_string("model", "", "A whole model, a folder or hub id in llava-hf layout or from to-hf.")
     flags.DEFINE_string("vision", "", "The vision tower, a folder, hub id, .safetensors or .onnx file.")
     flags.DEFINE_string("llm", "", "The LLM, a folder, hub id, .safetensors or .gguf file.")
     flags.DEFINE_string("fusion", "", "The projector of LLaVA or SparseCut, a .safetensors file.")
-    flags.DEFINE_string("tokenizer", "", "Folder of the tokenizer; left out: the LLM's.")
-    flags.DEFINE_string("out", "", "Folder to write; must not be there yet.")
+    flags.DEFINE_string("tokenizer", "", "Folder of the tokenizer; default: the LLM's.")
+    flags.DEFINE_string("out", "", "Folder to write; must not exist yet.")
     flags.DEFINE_string("workdir", "", "Workdir of a run, or from from-hf.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
     flags.DEFINE_enum("as", "auto", export.KINDS, "What to write.")
-    flags.DEFINE_boolean("drop_shortcuts", False, "Write a llava although shortcuts are lost, another model.")
-    flags.DEFINE_boolean("merge", False, "Add a run's adapters to the linears beside which they stand.")
-    flags.DEFINE_boolean("verify", False, "Load what was written, and compare parameters and logits.")
+    flags.DEFINE_boolean("drop_shortcuts", False, "Write llava without the shortcuts, which is a different model.")
+    flags.DEFINE_boolean("merge", False, "Merge the run's LoRA adapters into the LLM's weights.")
+    flags.DEFINE_boolean("verify", False, "Load the export and compare parameters and logits.")
     cli.run(lambda: main(command), __doc__, words_of=WORDS_OF)
 
 

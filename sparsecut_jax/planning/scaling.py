@@ -112,8 +112,8 @@ def save(path: str | os.PathLike, plans: list[dict[str, Any]]) -> None:
     bytes_.legend(frameon=False)
     for axes in (times, bytes_):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{plans[0]['config']}, stage {plans[0]['stage']}, {found[0]['rows'] / found[0]['chips']:g} sequences per chip"
-    )
+    per_chip = found[0]["rows"] / found[0]["chips"]
+    sequences = "1 sequence" if per_chip == 1 else f"{per_chip:g} sequences"
+    figure.suptitle(f"{plans[0]['config']}, stage {plans[0]['stage']}, {sequences} per chip")
     figure.savefig(path)
     plt.close(figure)
