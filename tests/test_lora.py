@@ -545,7 +545,7 @@ def test_exports_that_would_lose_something_are_refused(trained, folder):
     assert "trained llm/" in refusal(adapter.write_adapter, both, str(folder))
     fused = dataclasses.replace(run.config.llm, family="phi3")
     phi3 = dataclasses.replace(run, config=dataclasses.replace(run.config, llm=fused))
-    assert "a phi3 model has llm/layers/" in refusal(adapter.write_adapter, phi3, str(folder))
+    assert "a phi3 model stores llm/layers/" in refusal(adapter.write_adapter, phi3, str(folder))
     nowhere = lambda **flags: to_hf(str(trained[1]), "latest", str(folder / "x"), "adapter", **flags)
     assert refusal(lambda: nowhere(drop_shortcuts=False, merge=True, check=False)) == (
         "--as=adapter writes no whole model; leave out --merge, --verify and --drop-shortcuts"
