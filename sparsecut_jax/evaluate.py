@@ -96,8 +96,9 @@ def main() -> None:
     check_template(FLAGS.template, "--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     cfg = run.config
-    if FLAGS.max_new_tokens is not None:
-        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, max_new_tokens=FLAGS.max_new_tokens))
+    limit = 0 if FLAGS.data else cfg.eval.max_new_tokens  # the run's own limit was set for its own test rows
+    limit = limit if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, max_new_tokens=limit))
     if FLAGS.template:
         cfg = cfg.with_stage(cfg.run_stages[-1], template=FLAGS.template)
     if FLAGS.data:
@@ -130,7 +131,7 @@ def run() -> None:
     flags.DEFINE_string("images", "", "Folder of the images of --data; left out: config.data.images of the run.")
     flags.DEFINE_string("template", "", "How questions are written; left out: as the run was trained.")
     flags.DEFINE_integer(
-        "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it."
+        "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it, with --data 0."
     )
     hosts.define_flags()
     cli.run(main, __doc__)
