@@ -40,6 +40,8 @@ def benchmark(cfg: Config) -> None:
         _ = bench.data  # so that bad data is reported before the other parts take their time
     peak = peaks.measure(bench.dtype, bench.mesh)
     stage = bench.cfg.stages[bench.name]
+    for note in bench.notes:
+        print(f"note       {note}")
     print(f"devices    {bench.mesh.size} x {bench.device}, {bench.dtype}: {peak.flops / 1e9:,.0f} GFLOP/s in matmuls, "
           f"{peak.bandwidth / 1e9:,.1f} GB/s")  # fmt: skip
     print(

@@ -115,10 +115,6 @@ def check_values(cfg: Config) -> None:
     }.items():
         need(value >= 0, f"config.{key}={value}: expected 0 or more")
     need(cfg.data.holdout >= -1, f"config.data.holdout={cfg.data.holdout}: expected a number of rows, or -1")
-    need(
-        bool(cfg.data.test) or not cfg.data.test_images,
-        f"config.data.test_images={cfg.data.test_images!r} has no effect without config.data.test, the rows to test on",
-    )
     need(cfg.seed < 2**32, f"config.seed={cfg.seed}: expected a number below 2^32")
     for key, value in {"log_every": cfg.log_every, "loss_chunk": cfg.loss_chunk}.items():
         need(value >= 1, f"config.{key}={value}: expected at least 1")

@@ -116,8 +116,12 @@ def _mixed(cfg: Config, _: Any) -> str:
 
 def _own_pictures(cfg: Config, data: Any) -> str:
     name = data.source
-    own = not data.mix and (name in DRAWN or name.startswith("tfds:"))
+    own = not data.mix and not data.test and (name in DRAWN or name.startswith("tfds:"))  # rows to test on need both
     return f"with config.data.source={name!r}, which has pictures of its own" * own
+
+
+def _no_test(_: Config, data: Any) -> str:
+    return "" if data.test else "without config.data.test, the rows to test on"
 
 
 def _drawn(_: Config, source: Any) -> str:
@@ -171,7 +175,8 @@ RULES = (
     ),
     Rule(("init_parts",), _no_run, ("init_from",)),
     Rule(("data.source", "data.images"), _mixed, (), files=False),
-    Rule(("data.images",), _own_pictures, ("data.source",)),
+    Rule(("data.images", "data.follow_links"), _own_pictures, ("data.source", "data.test")),
+    Rule(("data.test_images",), _no_test, ("data.test",)),
     Rule(tuple(f"data.mix.*.{name}" for name in ("images", "split", "data_dir", "image", "question", "answer")),
          _drawn, ("data.mix.*.path",)),
     Rule(tuple(f"data.scenes.{name}" for name in ("size", "train", "test", "seed", "levels", "scales")), _no_scenes,

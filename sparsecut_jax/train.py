@@ -33,17 +33,19 @@ from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
 from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.inference.run import Run
+from sparsecut_jax.models.shortcuts import plan_shortcuts
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.planning import flops, hardware
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
-from sparsecut_jax.training.checkpoint import Checkpoints, check_resumable, check_same_data
+from sparsecut_jax.training.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
 from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
 from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
 from sparsecut_jax.weights.resolve import differences, resolve
 
@@ -70,6 +72,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
     meta = checkpoints.meta(resumed) if resumed is not None else None
     if meta is not None:
         check_resumable(meta, asked, cfg.workdir)
+    elif cfg.init_from:
+        state.check_init_from(cfg)
+    steps = {name: cfg.stages[name].max_steps for name in cfg.run_stages}
+    if all(steps.values()):
+        loop.plan_stages(cfg, steps)  # a profile behind the last step; where epochs count, the rows decide that below
     earlier = meta["seconds"] if meta else 0.0
     clock = lambda: earlier + time.monotonic() - began
 
@@ -79,8 +86,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
     checks.check_room(cfg)
     sharding.check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))
+    plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
+    if meta is None and cfg.init_from:
+        state.check_init_from(cfg, resolved=True)
 
-    # ------------------------------------------------------------------ data
+    # ------------------------------------------------------------------ data, no row of which is read but for a tokenizer
     startup.done("devices")
     source = sources.load_source(cfg)
     if meta is not None:
@@ -89,22 +99,33 @@ def run_stages(cfg: Config) -> dict[str, float]:
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
     pictures = pipeline.Images(cfg)
-    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
     readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
+
+    # ------------------------------------------------------------------ shapes, against all that must fit them
+    startup.done("data")
+    here = backends.resolve(cfg, sharding.platform(mesh))
+    dtype = backends.compute_dtype(here)
+    shaped = build_model(here, dtype, ("shortcut_ratio",))
+    abstract_of = lambda name: state.abstract_params(shaped, cfg, mesh, state.stage_dtypes(here, name))
+    abstract = abstract_of(meta["stage"] if meta else cfg.run_stages[0])
+    shapes = {path: leaf.shape for path, leaf in state.flatten(abstract).items()}
+    for name in cfg.run_stages:
+        opt.checked_rates(shapes, cfg.stages[name], name)
+    matched = load.match(abstract, cfg, parts)
+    if meta is None and cfg.init_from:
+        state.check_init_from(cfg, abstract, resolved=True)
+
+    # ------------------------------------------------------------------ rows
+    startup.done("shapes")
+    bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
     plans = {name: make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
-    startup.done("data")
+    startup.done("rows")
     branched = any(plan.branched for plan in plans.values())
     here = backends.resolve(cfg, sharding.platform(mesh), branched)  # checkpoints keep the unresolved config
-    dtype = backends.compute_dtype(here)
     model = build_model(here, dtype, ("shortcut_ratio",))
-    abstract_of = lambda name: state.abstract_params(model, cfg, mesh, state.stage_dtypes(here, name))
-    abstract = abstract_of(meta["stage"] if meta else spans[0].name)
-    shapes = {path: leaf.shape for path, leaf in state.flatten(abstract).items()}
-    for s in spans:
-        opt.checked_rates(shapes, s.stage, s.name)
     states = {
         s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage), mesh) for s in spans
     }
@@ -112,12 +133,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
     print_data(source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
-    startup.done("shapes")
     compilations, stop = loop.Compilations(), loop.StopSignal()
     with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
         if resumed is None:
-            params, told = state.initial_params(model, cfg, abstract, parts)
+            params, told = state.initial_params(model, cfg, abstract, matched)
             if parts:
                 print("\n".join([*differences(asked, parts), str(told)]))
             if cfg.init_from:
@@ -194,16 +214,6 @@ def run_stages(cfg: Config) -> dict[str, float]:
         write_json(path, {**read_results(path, step), **results})
     print_written(cfg.workdir, results["seconds"], *vqa.example([*source.tests.values(), *source.train.values()]))
     return results
-
-
-def as_saved(cfg: Config, saved: dict) -> Config:
-    """The config of a resumed run, with the sizes that its pretrained parts determined at the start."""
-    old = config_lib.check(saved)
-    data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
-    vision = dataclasses.replace(old.vision, remat=cfg.vision.remat)
-    fusion = dataclasses.replace(old.fusion, remat=cfg.fusion.remat)
-    llm = dataclasses.replace(old.llm, remat=cfg.llm.remat, replicate_kv=cfg.llm.replicate_kv)
-    return dataclasses.replace(cfg, vision=vision, fusion=fusion, shortcuts=old.shortcuts, llm=llm, data=data)
 
 
 def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:

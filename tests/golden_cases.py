@@ -48,7 +48,8 @@ def load_case(name: str) -> Case:
     cfg = resolve(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
-    params, report = state.initial_params(model, cfg, state.abstract_params(model, cfg, mesh), found)
+    abstract = state.abstract_params(model, cfg, mesh)
+    params, report = state.initial_params(model, cfg, abstract, load.match(abstract, cfg, found))
     io = numbers_of(name)
     return Case(model, params, make_batch(io), io, spec, report)
 

@@ -66,6 +66,9 @@ CASES = [
     *(({"data.images": "DIR"}, {"data.source": name},
        f"with config.data.source={name!r}, which has pictures of its own; leave it out")
       for name in ("easy_vqa", "scenes", "tfds:vqa")),
+    ({"data.follow_links": True}, {"data.source": "scenes"},
+     "with config.data.source='scenes', which has pictures of its own; leave it out"),
+    ({"data.test_images": "DIR"}, {}, "without config.data.test, the rows to test on; leave it out"),
     ({"data.scenes.size": 64}, {}, "without the source 'scenes'; leave it out"),
     ({"data.scenes.levels": ("low",)}, {"data.source": "rows.json"}, "without the source 'scenes'; leave it out"),
     ({"tokenizer.vocab_size": 600}, {"tokenizer.path": "DIR"},
@@ -119,6 +122,7 @@ def test_a_config_file_without_effect(setting, switch, expected):
         {"init.vision": "DIR", "init.image_size": 56, "init.fresh": ("fusion/.*",)},
         {"fusion.name": "mlp", "fusion.grid": (2, 3), "data.source": "scenes"},  # the pictures are as large
         {"data.source": "rows.json", "data.images": "DIR"},
+        {"data.source": "scenes", "data.test": "rows.json", "data.images": "DIR", "data.follow_links": True},
         {"stages.align.batching": "buckets", "stages.align.buckets": (640,)},
         {"init.llm": "DIR", "llm.rope.factor": 4.0},  # what kind it is, its config.json says
         {"init.fusion": "DIR", "shortcuts.order": "parallel", "shortcuts.density": "explicit"},

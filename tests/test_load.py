@@ -240,7 +240,8 @@ def test_fresh_parts_are_those_of_a_run_without_sources(llama):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model, cfg = build_model(llama.cfg), llama.cfg
     abstract = state.abstract_params(model, cfg, mesh)
-    params, _ = state.initial_params(model, cfg, abstract, pretrained.open_sources(cfg.init))
+    matched = load.match(abstract, cfg, pretrained.open_sources(cfg.init))
+    params, _ = state.initial_params(model, cfg, abstract, matched)
     alone = state.init_params(model, cfg, abstract)
     for path, leaf in flat(params).items():
         same = np.array_equal(leaf, flat(llama.params if path.startswith("llm/") else alone)[path])

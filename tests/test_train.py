@@ -15,6 +15,7 @@ import pytest
 
 import runs
 from sparsecut_jax import config as config_lib
+from sparsecut_jax import train as train_lib
 from sparsecut_jax.cli import Exit
 from sparsecut_jax.convert import to_hf
 from sparsecut_jax.data.sources import open_tests
@@ -112,7 +113,7 @@ def test_the_start_shows_devices_parameters_and_plan(unbroken):
 
 def test_the_log_says_what_the_start_took(unbroken):
     (startup,) = [line["startup"] for line in read_metrics(str(unbroken)) if "startup" in line]
-    assert list(startup) == ["imports", "devices", "data", "shapes", "parameters", "first step"]
+    assert list(startup) == ["imports", "devices", "data", "shapes", "rows", "parameters", "first step"]
     assert all(0 <= seconds < 240 for seconds in startup.values()) and startup["imports"] > 0.5
 
 
@@ -295,6 +296,77 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
     for name in new:
         same = np.array_equal(new[name], old[name])
         assert same == ("llm" not in name), name
+
+
+@pytest.fixture
+def no_rows(monkeypatch):
+    """Rows that nobody may walk, and weights that nobody may load."""
+    monkeypatch.setattr(train_lib, "make_stage_plan", lambda *_: pytest.fail("rows are walked"))
+    monkeypatch.setattr(train_lib.state, "initial_params", lambda *_: pytest.fail("weights are loaded"))
+
+
+@pytest.fixture
+def no_data(no_rows, monkeypatch):
+    """Data that nobody may open either."""
+    monkeypatch.setattr(train_lib.sources, "load_source", lambda *_: pytest.fail("data are opened"))
+
+
+def sentence_of(pictures, workdir, given=(), **settings) -> str:
+    raw = runs.small(pictures, workdir, set={name.replace("__", "."): value for name, value in settings.items()})
+    with pytest.raises(UserError) as error:
+        train(config_lib.asked(raw, given))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"init_from": "{}/nowhere"}, "config.init_from='{}/nowhere'"),
+        ({"init_parts": ("fusion/.*", "fsion/.*")}, "config.init_parts='fsion/.*' matches no parameter of {}; paths look like "),
+        (
+            {"llm.rope_theta": 5e5, "llm.mlp_dim": 48},
+            "{} has config.llm.mlp_dim=32, here 48; config.llm.rope_theta=10000.0, here 500000.0; with another value its "
+            "weights would compute something else: set the same, or leave that part out of config.init_parts",
+        ),
+        ({"shortcuts.count": 4}, "shortcuts.count=4 levels cannot be picked: the vision tower has 3 blocks (0 to 2) and the LLM 3 layers (0 to 2); expected 1 to 3"),
+        ({"profile": "5:13"}, "config.profile='5:13' ends after the last of the run's 12 steps"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_data_is_checked_before_they_are_opened(
+    pictures, unbroken, tmp_path, one_device, no_data, changes, expected
+):
+    settings = {"init_from": str(unbroken), **changes}
+    settings = {
+        key: value.replace("{}", str(unbroken)) if key == "init_from" else value for key, value in settings.items()
+    }
+    found = sentence_of(pictures, tmp_path / "run", **{key.replace(".", "__"): v for key, v in settings.items()})
+    assert found.startswith(expected.replace("{}", str(unbroken))), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"llm.vocab_size": 512}, "checkpoint {}/checkpoints/12 is of another model: params/llm/embedding: expected float32["),
+        ({"init_parts": ("fusion/.*",), "stages.instruct.trainable": ("fsion/.*",)}, "config.stages.instruct.trainable"),
+        ({"init_from": "", "stages.align.lr_of": {"lm": 1e-3}}, "config.stages.align.lr_of='lm' matches the start of no"),
+        ({"init_from": "", "stages.align.template": "tokenizer"}, "the tokenizer's chat template is not there"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_tokenizer_is_checked_before_rows_are_walked(
+    pictures, unbroken, tmp_path, one_device, no_rows, changes, start
+):
+    settings = {"init_from": str(unbroken), **changes}
+    found = sentence_of(pictures, tmp_path / "run", **{key.replace(".", "__"): v for key, v in settings.items()})
+    assert found.startswith(start.replace("{}", str(unbroken))), found
+
+
+def test_a_flag_takes_the_parts_of_another_run_into_another_function(pictures, unbroken, tmp_path, capsys, one_device):
+    changes = {
+        "init_from": str(unbroken), "llm.rope_theta": 5e5, "shortcuts.position": "post", "eval.test": False,
+        "run_stages": ("instruct",), "stages.instruct.max_steps": 1,
+    }  # fmt: skip
+    train(config_lib.asked(runs.small(pictures, tmp_path / "run", set=changes), ["llm.rope_theta"]))
+    assert "  differs: config.shortcuts.position='post', there 'pre'" in capsys.readouterr().out
 
 
 def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys, one_device):

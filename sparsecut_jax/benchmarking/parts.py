@@ -119,7 +119,7 @@ class Bench:
           new: tokens to generate in decode.
           trace: also trace where the time goes.
         """
-        cfg, _ = prepared(cfg, name)
+        cfg, self.notes = prepared(cfg, name)
         self.asked, self.name, self.steps, self.new, self.trace = cfg, name, steps, new, trace
         self.mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
         sharding.check_mesh(cfg, self.mesh.shape)

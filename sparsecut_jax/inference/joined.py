@@ -40,7 +40,8 @@ class Joined:
 
     def read(self) -> tuple[Any, load.Report]:
         """The parameters, fresh where no source has them, and what came from where. Raises UserError."""
-        return state.initial_params(self.model, self.config, self.abstract, self.sources)
+        matched = load.match(self.abstract, self.config, self.sources)
+        return state.initial_params(self.model, self.config, self.abstract, matched)
 
 
 def join(cfg: Config) -> Joined:

@@ -105,7 +105,8 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
 
 def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
     """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
-    cfg, notes, _, away = resolve_here(cfg)
+    cfg, told, _, away = resolve_here(cfg)
+    notes = [" ".join(line.split()) for line in told]
     notes += [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
     if not cfg.llm.vocab_size:
         vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64

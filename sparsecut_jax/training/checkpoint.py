@@ -121,7 +121,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other parameters or shapes, or cannot be read.
         """
-        self._compare(step, target)
+        self.compare(step, target)
         try:
             return self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
         except Exception as error:
@@ -132,7 +132,7 @@ class Checkpoints:
         folder = os.path.join(self.folder, str(step), "state")
         item = {"params": target}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        self._compare(step, item)
+        self.compare(step, item)
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
@@ -158,8 +158,8 @@ class Checkpoints:
         found = self.shapes(step)
         return lambda path: jnp.dtype(found.get(f"params/{path}", "float32[").partition("[")[0])
 
-    def _compare(self, step: int, target: Any) -> None:
-        """Names the first arrays that are not as expected; Orbax itself would flood the log."""
+    def compare(self, step: int, target: Any) -> None:
+        """Raises UserError naming the first arrays that are not as expected; Orbax itself would flood the log."""
         found = self.shapes(step)
         if not found:
             raise self._damaged(step, ValueError("its list of arrays is missing"))
@@ -243,6 +243,16 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
                 f"{workdir} holds a run with config.{key}={resolved[key]!r} from the files of config.init, now "
                 f"{new[key]!r} is given; leave it out, or give another --config.workdir"
             )
+
+
+def as_saved(cfg: Config, saved: dict) -> Config:
+    """The config of a resumed run, with the sizes that its pretrained parts determined at the start."""
+    old = config_lib.check(saved)
+    data = dataclasses.replace(cfg.data, image_fit=old.data.image_fit)
+    vision = dataclasses.replace(old.vision, remat=cfg.vision.remat)
+    fusion = dataclasses.replace(old.fusion, remat=cfg.fusion.remat)
+    llm = dataclasses.replace(old.llm, remat=cfg.llm.remat, replicate_kv=cfg.llm.replicate_kv)
+    return dataclasses.replace(cfg, vision=vision, fusion=fusion, shortcuts=old.shortcuts, llm=llm, data=data)
 
 
 def _flat(cfg: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Collection
@@ -24,7 +25,6 @@ from sparsecut_jax.training import checkpoint
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import Batch, TrainState, UserError
 from sparsecut_jax.weights import load
-from sparsecut_jax.weights.pretrained import Source
 
 flatten = functools.partial(traverse_util.flatten_dict, sep="/")
 unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
@@ -105,13 +105,17 @@ def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[s
     return unflatten(jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed)) if wanted else {})
 
 
-def initial_params(model: SparseCut, cfg: Config, abstract: Any, sources: dict[str, Source]) -> tuple[Any, load.Report]:
-    """Parameters from their pretrained sources, the rest fresh; and a report of what came from where.
+def initial_params(
+    model: SparseCut, cfg: Config, abstract: Any, matched: tuple[dict[str, load.Filling], load.Report]
+) -> tuple[Any, load.Report]:
+    """Parameters from their pretrained sources, the rest fresh, and what came from where.
+
+    matched: what `weights.load.match` found for `abstract`.
 
     Raises:
-      UserError: a tensor is missing, unused or has another shape; see `weights.load.match`.
+      UserError: a file that ends early, or a value that is not finite.
     """
-    fillings, report = load.match(abstract, cfg, sources)
+    fillings, report = matched
     loaded = load.read(fillings, cfg)
     fresh = flatten(init_params(model, cfg, abstract, skip=loaded))
     return unflatten({**fresh, **loaded}), report
@@ -146,38 +150,113 @@ def begin_stage(
     return TrainState(place(step), params, opt_state, place(skipped), place(0))
 
 
+def check_init_from(cfg: Config, abstract: Any = None, resolved: bool = False) -> None:
+    """Raises UserError if cfg.init_from cannot be what this run starts from, without reading a parameter.
+
+    abstract: the run's parameters as shapes, once they are known.
+    resolved: whether `cfg` has what the config.json of pretrained parts say.
+    """
+    with contextlib.closing(_Origin(cfg)) as origin:
+        if resolved:
+            origin.check_settings(cfg)
+        if abstract is not None:
+            origin.target(cfg, flatten(abstract))
+
+
 def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
     """Parameters with cfg.init_parts taken from another run, and a report of loaded, fresh and unused arrays.
 
     Raises:
-      UserError: cfg.init_from is not a run, a regex matches nothing in it, a tensor has another shape, or the run's LoRA
-        adapters would be lost or scaled differently.
+      UserError: as `check_init_from`, which has been asked before.
     """
-    workdir, patterns = cfg.init_from, cfg.init_parts
-    run, step, theirs, _ = checkpoint.open_run(workdir, setting="config.init_from")
-    saved = {k.removeprefix("params/"): v for k, v in run.shapes(step).items() if k.startswith("params/")}
     flat = flatten(params)
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in saved):
-            raise UserError(
-                f"config.init_parts={pattern!r} matches no parameter of {workdir}; paths look like {', '.join(list(saved)[:3])}"
-            )
-    wanted = {path for path in saved if any(re.fullmatch(p, path) for p in patterns)}
-    adapters = {path for path in wanted if is_adapter(path)}
-    if adapters - flat.keys() or adapters and cfg.lora.alpha != theirs.lora.alpha:
-        raise UserError(
-            f"{workdir} has LoRA adapters with config.lora.rank={theirs.lora.rank}, .alpha={theirs.lora.alpha:g} and "
-            f".targets={theirs.lora.targets}, without which its LLM is another; set the same, or merge them first: "
-            "convert to-hf --merge, then config.init.model"
-        )
-    taken = {path: leaf for path, leaf in flat.items() if path in wanted}
-    dtype = lambda path: jnp.dtype(saved[path].partition("[")[0])
-    target = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
-    loaded = flatten(run.restore_params(step, unflatten(target)))
-    run.close()
+    with contextlib.closing(_Origin(cfg)) as origin:
+        target = origin.target(cfg, flat)
+        loaded = flatten(origin.run.restore_params(origin.step, unflatten(target)))
     flat |= {path: leaf.astype(flat[path].dtype) for path, leaf in loaded.items()}
-    fresh, unused = sorted(set(flat) - set(taken)), sorted(set(saved) - set(taken))
-    report = [f"init_from {workdir} step {step}: {len(taken)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"]
+    saved, step = origin.saved, origin.step
+    fresh, unused = sorted(set(flat) - set(target)), sorted(set(saved) - set(target))
+    report = [
+        f"init_from {cfg.init_from} step {step}: {len(target)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"
+    ]
     report += [f"  fresh:  {path} {list(flat[path].shape)}" for path in fresh]
     report += [f"  unused: {path} {saved[path]}" for path in unused]
+    report += [f"  differs: config.{key}={ours!r}, there {theirs!r}" for key, ours, theirs in origin.around(cfg)]
     return unflatten(flat), "\n".join(report)
+
+
+# Settings of a part that leave its function as it is: `init_from` does not compare them. A tower has no blocks above the
+# highest one that is needed, so their number is compared by shape.
+NO_FUNCTION = {
+    "vision": ("family", "layers", "select_layer", "scan_layers", "remat"),
+    "fusion": ("remat",),
+    "llm": ("family", "vocab_size", "max_positions", "scan_layers", "remat", "replicate_kv"),
+}
+
+
+class _Origin:
+    """The run that cfg.init_from names.
+
+    Attributes:
+      run, step, config: its checkpoints, the latest one's step, and its resolved config.
+      saved: {path: "float32[3, 4]"} of its parameters; wanted: the paths that cfg.init_parts match.
+
+    Raises:
+      UserError: it is no run, or a regex matches nothing in it.
+    """
+
+    def __init__(self, cfg: Config):
+        self.run, self.step, self.config, _ = checkpoint.open_run(cfg.init_from, setting="config.init_from")
+        shapes = self.run.shapes(self.step)
+        self.saved = {k.removeprefix("params/"): v for k, v in shapes.items() if k.startswith("params/")}
+        for pattern in cfg.init_parts:
+            if not any(re.fullmatch(pattern, path) for path in self.saved):
+                raise UserError(
+                    f"config.init_parts={pattern!r} matches no parameter of {cfg.init_from}; paths look like "
+                    f"{', '.join(list(self.saved)[:3])}"
+                )
+        self.wanted = {path for path in self.saved if any(re.fullmatch(p, path) for p in cfg.init_parts)}
+
+    def close(self) -> None:
+        self.run.close()
+
+    def check_settings(self, cfg: Config) -> None:
+        """Raises UserError if the parts that are taken would compute another function here, and no flag says so."""
+        differing = []
+        for part, left in NO_FUNCTION.items():
+            ours, theirs = vars(getattr(cfg, part)), vars(getattr(self.config, part))
+            taken = any(path.startswith(f"{part}/") for path in self.wanted)
+            for name in ours if taken else ():
+                kept = any(f"{key}.".startswith(f"{part}.{name}.") for key in cfg.init.keep)
+                if name not in left and ours[name] != theirs[name] and not kept:
+                    differing.append(f"config.{part}.{name}={theirs[name]!r}, here {ours[name]!r}")
+        if differing:
+            raise UserError(
+                f"{cfg.init_from} has {'; '.join(differing)}; with another value its weights would compute something "
+                "else: set the same, or leave that part out of config.init_parts"
+            )
+
+    def target(self, cfg: Config, flat: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """{path: what is to be read} of those that `flat` has too. Raises UserError for other shapes or lost adapters."""
+        adapters, lora = {path for path in self.wanted if is_adapter(path)}, self.config.lora
+        if adapters - flat.keys() or adapters and cfg.lora.alpha != lora.alpha:
+            raise UserError(
+                f"{cfg.init_from} has LoRA adapters with config.lora.rank={lora.rank}, .alpha={lora.alpha:g} and "
+                f".targets={lora.targets}, without which its LLM is another; set the same, or merge them first: "
+                "convert to-hf --merge, then config.init.model"
+            )
+        dtype = lambda path: jnp.dtype(self.saved[path].partition("[")[0])
+        taken = {path: leaf for path, leaf in flat.items() if path in self.wanted}
+        found = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
+        self.run.compare(self.step, {"params": unflatten(found)})
+        return found
+
+    def around(self, cfg: Config) -> list[tuple[str, Any, Any]]:
+        """(setting, its value here, there) of what differs in how parts are joined and pictures are shown to them."""
+        settings = lambda c: {
+            **{f"shortcuts.{name}": value for name, value in vars(c.shortcuts).items()},
+            "vision.select_layer": c.vision.select_layer,
+            "data.image_fit": c.data.image_fit,
+        }
+        ours, theirs = settings(cfg), settings(self.config)
+        return [(key, ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]]
