@@ -1,6 +1,7 @@
 """Compressed files and other encodings become plain files once, and cut or damaged ones a sentence."""
 
 import bz2
+import functools
 import gzip
 import json
 import os
@@ -16,6 +17,7 @@ from sparsecut_jax.types import BadSample, UserError
 
 ROWS = [{"id": i, "text": "Gr\u00fc\u00dfe \u65e5 \U0001f600"} for i in range(300)]
 LIST = json.dumps(ROWS, ensure_ascii=False).encode()
+gz = functools.partial(gzip.compress, mtime=0)  # the same bytes, and so the same names of tests, in all processes
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
 
 
@@ -24,19 +26,19 @@ def codec(name: str, content: bytes) -> bytes:
 
 
 PACKED = {
-    "gzip": gzip.compress(LINES),
-    "gzip members": gzip.compress(LINES[:999]) + gzip.compress(b"") + gzip.compress(LINES[999:]),  # as pigz and cat
+    "gzip": gz(LINES),
+    "gzip members": gz(LINES[:999]) + gz(b"") + gz(LINES[999:]),  # as pigz and cat
     "zstd": codec("zstd", LINES),
     "zstd frames": codec("zstd", LINES[:999]) + codec("zstd", LINES[999:]),
     "zstd seekable": struct.pack("<II", 0x184D2A50, 4) + b"abcd" + codec("zstd", LINES),
     "bz2": bz2.compress(LINES),
     "lz4": codec("lz4", LINES),
-    "list": gzip.compress(LIST),
-    "twice": gzip.compress(codec("zstd", LIST)),
+    "list": gz(LIST),
+    "twice": gz(codec("zstd", LIST)),
     "utf-16": LIST.decode().encode("utf-16"),
     "utf-16-le without a mark": LINES.decode().encode("utf-16-le"),
     "utf-16-be": b"\xfe\xff" + LINES.decode().encode("utf-16-be"),
-    "utf-16 in gzip": gzip.compress(LINES.decode().encode("utf-16")),
+    "utf-16 in gzip": gz(LINES.decode().encode("utf-16")),
     "utf-32": LINES.decode().encode("utf-32"),
     "mark": b"\xef\xbb\xbf" + LIST,
 }
@@ -76,10 +78,10 @@ def test_only_the_last_layer_stays(tmp_path):
         (PACKED["bz2"][:-3], "cannot be read: it is cut short after "),
         (PACKED["lz4"][:-9], "cannot be read: it is cut short after "),
         (PACKED["utf-16"][:-1], "cannot be read: it begins as UTF-16, but is none from byte "),
-        (gzip.compress(b""), "is an empty file; expected at least one row"),
-        (gzip.compress(b"<html>"), "is a web page, not the data"),
-        (gzip.compress(b"[]"), "is an empty list; expected at least one row"),
-        (gzip.compress(b'[{"a": 1}'), "is not valid JSON: Expecting ',' delimiter: line 1 column 10 (char 9)"),
+        (gz(b""), "is an empty file; expected at least one row"),
+        (gz(b"<html>"), "is a web page, not the data"),
+        (gz(b"[]"), "is an empty list; expected at least one row"),
+        (gz(b'[{"a": 1}'), "is not valid JSON: Expecting ',' delimiter: line 1 column 10 (char 9)"),
     ],
 )  # fmt: skip
 def test_refused(tmp_path, content, expected):
@@ -94,7 +96,7 @@ def test_refused(tmp_path, content, expected):
 def test_packed_without_end(tmp_path):
     content = LIST
     for _ in range(6):
-        content = gzip.compress(content)
+        content = gz(content)
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UserError, match="is packed more than 4 times; unpack it$"):
         unpacked(str(tmp_path / "x"))
