@@ -181,4 +181,4 @@ def test_a_config_file_can_insist(tmp_path):
 
 def test_a_plan_of_which_the_file_does_not_speak(tmp_path):
     cfg, sources, path = asked(tmp_path, "fusion", {"shortcuts.count": 3})
-    assert differences(cfg, sources) == [f"kept       config.shortcuts.count=3 as given; {path} lists its pairs"]
+    assert differences(cfg, sources) == [f"kept       config.shortcuts.count=3 as given; {path} has a plan of its own"]

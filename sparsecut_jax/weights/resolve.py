@@ -87,7 +87,7 @@ def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
             replaced.setdefault(claim.file, []).append(f"{claim.key}={claim.value!r}, not {_value(cfg, claim.key)!r}")
     for key in plan:
         file = found["shortcuts.density"].file
-        lines.append(f"kept       config.{key}={_value(cfg, key)!r} as given; {file} lists its pairs")
+        lines.append(f"kept       config.{key}={_value(cfg, key)!r} as given; {file} has a plan of its own")
     return lines + [f"replaced   by {file}: {'; '.join(texts)}" for file, texts in replaced.items()]
 
 
