@@ -112,8 +112,8 @@ def test_a_half_written_checkpoint_is_not_seen(saved, tmp_path):
     shutil.rmtree(done.with_name("4.orbax-checkpoint-tmp") / "state")
     run = Checkpoints(str(tmp_path / "run"))
     assert run.latest == 3
+    run.save(state.replace(step=jnp.int32(4)), {"stage": "align"}, None)  # the same step again
     run.close()
-    save(tmp_path / "run", state, 4)  # the same step again
     assert sorted(path.name for path in done.parent.iterdir()) == ["4"]
 
 
