@@ -27,20 +27,12 @@ from ml_collections import config_flags
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import help_text, hosts, parsing, platforms, watch
 from sparsecut_jax.settings import Config, DataConfig
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Exit, UserError, shown
 
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 DEBUG = flags.DEFINE_boolean("debug", False, "Print the traceback of an error.")
 _word = ""  # the subcommand, such as "check" in "data check"
 PLATFORM = flags.DEFINE_enum("require_platform", None, ["tpu", "gpu", "cpu"], "Refuse to run on other devices.")
-
-
-class Exit(Exception):
-    """Ends a command with a sentence and an exit code of its own."""
-
-    def __init__(self, code: int, sentence: str):
-        super().__init__(sentence)
-        self.code = code
 
 
 def define_config(workdir: bool = True) -> None:
@@ -243,11 +235,6 @@ def _keep_compiled() -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             folder = None
     jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def shown(text: str) -> str:
-    """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _fail(code: int, sentence: str, debug: bool) -> None:

@@ -21,30 +21,25 @@ import os
 import time
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from sparsecut_jax import backends, checks, cli, hosts, placing, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data import tokenizer as tokenizer_lib
-from sparsecut_jax.data.plan import Plan
-from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
-from sparsecut_jax.evaluate import report_accuracy
 from sparsecut_jax.evaluation import vqa
+from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.shortcuts import plan_shortcuts
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops, hardware
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import loop, report, state
+from sparsecut_jax.training import inputs, loop, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
-from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
 from sparsecut_jax.weights.resolve import differences, resolve
@@ -95,11 +90,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
     source = sources.load_source(cfg)
     if meta is not None:
         check_same_data(meta["data"], source.fingerprint, cfg)
-    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
+    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else inputs.make_tokenizer(cfg, source, parts)
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
     pictures = pipeline.Images(cfg)
-    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
+    readers = {name: inputs.make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
 
     # ------------------------------------------------------------------ shapes, against all that must fit them
     startup.done("data")
@@ -118,7 +113,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     # ------------------------------------------------------------------ rows
     startup.done("shapes")
     bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
-    plans = {name: make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
+    plans = {name: inputs.make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
@@ -130,7 +125,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage), mesh) for s in spans
     }
     print(report.heading(mesh, model.plan, abstract, states, dtype), flush=True)
-    print_data(source, spans, plans, bad_samples)
+    inputs.print_data(source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
@@ -172,7 +167,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 step=jax.jit(step_fn, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh))),
                 data=data,
                 note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
-                holdout_loss=make_holdout_loss(model, source, span.name, cfg, tokenizer, pictures, mesh),
+                holdout_loss=inputs.make_holdout_loss(model, source, span.name, cfg, tokenizer, pictures, mesh),
                 meta={
                     "stage": span.name,
                     "asked": json.loads(config_lib.to_json(asked)),
@@ -194,7 +189,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         writer.close()
         stop.restore()
         if stop.asked(step + 1):
-            raise cli.Exit(3, f"stopped by SIGTERM; step {step} is saved; run the same command for the test")
+            raise Exit(3, f"stopped by SIGTERM; step {step} is saved; run the same command for the test")
 
         # -------------------------------------------------------------- results
         if hosts.first():
@@ -214,89 +209,6 @@ def run_stages(cfg: Config) -> dict[str, float]:
         write_json(path, {**read_results(path, step), **results})
     print_written(cfg.workdir, results["seconds"], *vqa.example([*source.tests.values(), *source.train.values()]))
     return results
-
-
-def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
-    """The tokenizer of the LLM or of config.tokenizer; for an LLM trained from scratch, one trained on the rows."""
-    tokenizer = weights.source_tokenizer(cfg, parts)
-    if tokenizer is None and "llm" in parts:
-        raise UserError(
-            f"{parts['llm'].path} has no tokenizer; set config.tokenizer.path to a folder with the LLM's tokenizer"
-        )
-    return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
-
-
-def make_reader(
-    source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, holdout: bool = False
-) -> pipeline.Reader:
-    """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
-    stage = cfg.stages[name]
-    encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
-    return pipeline.Reader(source.stage(stage, holdout), encoder, pictures, cfg.data.flip, cfg.data.shift)
-
-
-def make_stage_plan(
-    name: str, reader: pipeline.Reader, cfg: Config, source: sources.Source, bad_samples: BadSamples
-) -> Plan:
-    """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
-    split = reader.split
-    progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
-    kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
-    update = progress.update if progress else lambda n: None
-    with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote
-        walked = walk_once(kept, split, reader.encode, source.fingerprint, update)
-    if progress:
-        progress.close()
-    bad_samples.add(name, walked.bad, len(split), write=hosts.first())
-    bad_samples.cut[name] = walked.cut_counts
-    return stage_plan(name, walked, split, cfg.stages[name], cfg)
-
-
-def make_holdout_loss(
-    model: SparseCut, source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, mesh: Mesh
-):
-    """Function from parameters to the mean loss over the held-out rows; None if there are none."""
-    if not cfg.eval.every or not any(map(len, source.holdout.values())):
-        return None
-    stage = cfg.stages[name]
-    reader = make_reader(source, name, cfg, tokenizer, pictures, holdout=True)
-    size, placed = stage.batch_size // stage.accumulate, sharding.batch_sharding(mesh)
-    held = placing.rows_here(placed, size)
-    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, held))
-    if not placing.gather(np.array([batch.loss_mask.any() for batch in batches])).any():
-        return None
-
-    @jax.jit
-    def sums(params, batch):
-        return summed_loss(model, params, batch, cfg.loss_chunk)[:2]
-
-    def holdout_loss(params) -> float:
-        on_devices = (placing.place(batch, placed, held, size) for batch in batches)
-        found = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
-        return float(found[:, 0].sum() / found[:, 1].sum())
-
-    return holdout_loss
-
-
-def print_data(
-    source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, Plan], bad_samples: BadSamples
-) -> None:
-    counts = [sum(map(len, parts.values())) for parts in (source.train, source.holdout, source.tests)]
-    print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} to test")
-    for s in spans:
-        plan = plans[s.name]
-        rates = "".join(f", of {pattern} {rate:g}" for pattern, rate in s.stage.lr_of.items())
-        print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} sequences, {s.stage.rows} "
-              f"{s.stage.batching}, {plan.useful:.0%} non-padding tokens, lr {s.stage.lr:g}{rates}")  # fmt: skip
-    if counted := bad_samples.counts():
-        listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
-        print(f"skipped    {listing}: {bad_samples.path}")
-    for s in spans:
-        answers, rows = bad_samples.cut[s.name]
-        if answers:
-            print(f"cut        {s.name}: {answers:,} answers, of {rows:,} rows, do not fit into seq_len={s.stage.seq_len} and "
-                  "are dropped")  # fmt: skip
-    print(flush=True)
 
 
 def run() -> None:

@@ -24,6 +24,19 @@ class UserError(Exception):
     """An error that the user can fix: printed as one sentence without traceback, exit code 2."""
 
 
+class Exit(Exception):
+    """Ends a command with a sentence and an exit code of its own."""
+
+    def __init__(self, code: int, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+
+def shown(text: str) -> str:
+    """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 CAUSES = {
     "format": "not a row in LLaVA's format",
     "text": "not valid UTF-8 or JSON",

@@ -17,7 +17,6 @@ from PIL import Image
 
 import runs
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.cli import Exit
 from sparsecut_jax.data.__main__ import open_data
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.pipeline import BatchReader, closing, train_batches
@@ -27,11 +26,12 @@ from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import bin_edges, stats
 from sparsecut_jax.data.walk import walk
 from sparsecut_jax.settings import StageConfig
-from sparsecut_jax.train import make_stage_plan, print_data, train
+from sparsecut_jax.train import train
 from sparsecut_jax.training.bad_samples import BadSamples
+from sparsecut_jax.training.inputs import make_stage_plan, print_data
 from sparsecut_jax.training.loop import StageSpan
 from sparsecut_jax.training.plots import plt
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Exit, UserError
 
 STAGE = StageConfig(template="qa", seq_len=32, batch_size=8, epochs=1.0)
 GOOD = 200

@@ -111,6 +111,21 @@ def test_every_command_is_a_script():
         assert not inspect.signature(getattr(importlib.import_module(module), function)).parameters
 
 
+def test_nothing_imports_a_command():
+    """What two commands share stands in a module that both import; only programs know how a command starts and ends."""
+    folder, found = ROOT / "sparsecut_jax", set()
+    commands = {target.partition(":")[0] for target in PROJECT["project"]["scripts"].values()}
+    for file in folder.glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                is_program = "cli.run(" in file.read_text()
+                found |= {
+                    (file.name, name) for name in names & (commands if is_program else commands | {"sparsecut_jax.cli"})
+                }
+    assert found == set()
+
+
 def test_commands_define_no_flags_until_they_are_run():
     """They are imported by one another, and by programs with flags of their own."""
     code = (

@@ -19,7 +19,6 @@ import runs
 from parity_cases import FOLDER, join
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import sharding
-from sparsecut_jax.cli import Exit
 from sparsecut_jax.convert import to_hf
 from sparsecut_jax.inference.run import Run, load_run
 from sparsecut_jax.models import lora as lora_lib
@@ -31,6 +30,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import report, state
 from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.training.step import make_gradients
+from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import adapter, export
 from tiny import IMAGE, make_batch, params_of, refusal, tiny_config
 

@@ -16,14 +16,13 @@ import pytest
 import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import train as train_lib
-from sparsecut_jax.cli import Exit
 from sparsecut_jax.convert import to_hf
 from sparsecut_jax.data.sources import open_tests
-from sparsecut_jax.evaluate import report_accuracy
+from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.inference.run import load_run
 from sparsecut_jax.train import locked, train
 from sparsecut_jax.training.report import read_metrics
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Exit, UserError
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +300,7 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
 @pytest.fixture
 def no_rows(monkeypatch):
     """Rows that nobody may walk, and weights that nobody may load."""
-    monkeypatch.setattr(train_lib, "make_stage_plan", lambda *_: pytest.fail("rows are walked"))
+    monkeypatch.setattr(train_lib.inputs, "make_stage_plan", lambda *_: pytest.fail("rows are walked"))
     monkeypatch.setattr(train_lib.state, "initial_params", lambda *_: pytest.fail("weights are loaded"))
 
 

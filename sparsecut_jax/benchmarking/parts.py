@@ -35,6 +35,7 @@ from sparsecut_jax.planning.roofline import UPDATE
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
+from sparsecut_jax.training.inputs import make_reader, make_tokenizer
 from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch
@@ -271,8 +272,6 @@ class Bench:
     @functools.cached_property
     def data(self) -> tuple[Any, Any]:
         """Reader and batch plan of the config's data, as in a run. Raises UserError if the data cannot be read."""
-        from sparsecut_jax.train import make_reader, make_tokenizer
-
         source = sources.load_source(self.asked)
         tokenizer = make_tokenizer(self.asked, source, {})
         reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))

@@ -28,12 +28,11 @@ from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
-from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config
-from sparsecut_jax.train import make_tokenizer
 from sparsecut_jax.training import report
+from sparsecut_jax.training.inputs import make_reader, make_tokenizer
 from sparsecut_jax.training.workdir import make_folder
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, shown
 from sparsecut_jax.weights import pretrained as weights
 from sparsecut_jax.weights.resolve import differences, resolve
 
@@ -65,11 +64,7 @@ def open_data(cfg: Config) -> Opened:
     source = sources.load_source(cfg)
     tokenizer = make_tokenizer(cfg, source, parts)
     pictures = pipeline.Images(cfg)
-    readers = {}
-    for name in cfg.run_stages:
-        stage = cfg.stages[name]
-        encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
-        readers[name] = pipeline.Reader(source.stage(stage), encoder, pictures, cfg.data.flip, cfg.data.shift)
+    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
     return Opened(cfg, source, readers)
 
 
@@ -103,7 +98,7 @@ def build_dataset() -> None:
     )
     progress.close()
     for error in built.skipped:
-        print(f"left out: {cli.shown(str(error))}")
+        print(f"left out: {shown(str(error))}")
     print(f"{built.rows:,} rows, {built.images:,} images, {built.bytes / 2**20:,.1f} MiB in {built.shards} shards, "
           f"{built.seconds:.1f} s: {FLAGS.out}")  # fmt: skip
 

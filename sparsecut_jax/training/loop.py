@@ -13,7 +13,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from sparsecut_jax import hosts
-from sparsecut_jax.cli import Exit
 from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
@@ -21,7 +20,7 @@ from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
 from sparsecut_jax.training.report import MetricsWriter, Progress, Startup
 from sparsecut_jax.training.step_log import StepLog
-from sparsecut_jax.types import Batch, TrainState, UserError
+from sparsecut_jax.types import Batch, Exit, TrainState, UserError
 
 
 @dataclasses.dataclass(frozen=True)

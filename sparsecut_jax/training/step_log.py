@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from sparsecut_jax import placing
-from sparsecut_jax.cli import Exit
 from sparsecut_jax.training.report import shortcut_names
-from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.types import Batch, Exit, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
 RECENT = 20  # steps over which the displayed speed is averaged

@@ -1,0 +1,74 @@
+"""Answers the test rows of a run, prints the scores, and writes every answer."""
+
+from __future__ import annotations
+
+from sparsecut_jax import hosts
+from sparsecut_jax.data.parts import Part
+from sparsecut_jax.evaluation import scores, vqa
+from sparsecut_jax.evaluation.answered import Answered, write_answers
+from sparsecut_jax.inference.run import Run
+from sparsecut_jax.training.report import Progress, table
+from sparsecut_jax.types import UserError
+
+SAMPLES = 12
+
+
+def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, float | int | list[float]]:
+    """Answers all test rows, prints scores by kind and samples, writes every answer to answers.jsonl in `folder`.
+
+    Returns what results.json holds.
+    """
+    answered: list[Answered] = []
+    results: dict[str, float | int | list[float]] = {}
+    for test, part in tests.items():
+        limit = vqa.answer_limit(run, part)
+        progress, found, broken = Progress(len(part), 0, f"rows of {test}"), [], []
+        answers = vqa.answer_part(run, part, test, limit)
+        for some in progress.awaiting("answering the first rows, compilation included", answers):
+            found += some.answered
+            broken += some.broken
+            progress.update(some.rows)
+        progress.close()
+        if not found:
+            reason = (
+                f"can be read: {broken[0]}"
+                if broken
+                else 'has a question to ask: their first answers have "loss": false'
+            )
+            raise UserError(f"none of the {len(part)} rows of {test} {reason}")
+        results |= report(test, found, limit)
+        if broken:
+            print(f"left out   {len(broken):,} of {len(part):,} broken rows of {test}; the first: {broken[0]}")
+            results[f"{test}/broken_rows"] = len(broken)
+        answered += found
+    print()
+    shown = vqa.samples(answered, SAMPLES)
+    rows = [[a.question, a.expected, a.answer, _verdict(a)] for a in shown]
+    print(table(["sample question", "expected", "answered", ""], rows), flush=True)
+    if hosts.first():
+        write_answers(folder, answered)
+    return results
+
+
+def report(test: str, answered: list[Answered], limit: int) -> dict[str, float | int | list[float]]:
+    """Prints the scores of a test as a table by kind; returns them as results.json holds them."""
+    groups = scores.summarize(answered)
+    names = [name for name in scores.SCORES if name in groups[""]]
+    rows = [
+        [group or "all", f"{found['accuracy'].count:,}", *(str(found.get(name, "")) for name in names)]
+        for group, found in groups.items()
+    ]
+    print(
+        f"\n{test}: every question asked alone, answered by generation; accuracy is exact match, 95 % intervals in ()"
+    )
+    print(table(["kind", "questions", *(scores.SCORES[name] for name in names)], rows))
+    cut = sum(item.cut for item in answered)
+    if cut:
+        print(
+            f"cut        {cut:,} of {len(answered):,} answers were cut at {limit} tokens (config.eval.max_new_tokens)"
+        )
+    return {**scores.results(test, groups), f"{test}/cut": cut}
+
+
+def _verdict(item: Answered) -> str:
+    return ", ".join([*["wrong"] * (not item.correct), *["cut"] * item.cut])

@@ -1,0 +1,105 @@
+"""What a run reads: its tokenizer, the rows of its stages as readers and batch plans, and the loss on held-out rows."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsecut_jax import hosts, placing, sharding
+from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data import tokenizer as tokenizer_lib
+from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
+from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.settings import Config
+from sparsecut_jax.training import loop, report
+from sparsecut_jax.training.bad_samples import BadSamples
+from sparsecut_jax.training.losses import summed_loss
+from sparsecut_jax.types import UserError
+from sparsecut_jax.weights import pretrained as weights
+
+
+def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
+    """The tokenizer of the LLM or of config.tokenizer; for an LLM trained from scratch, one trained on the rows."""
+    tokenizer = weights.source_tokenizer(cfg, parts)
+    if tokenizer is None and "llm" in parts:
+        raise UserError(
+            f"{parts['llm'].path} has no tokenizer; set config.tokenizer.path to a folder with the LLM's tokenizer"
+        )
+    return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
+
+
+def make_reader(
+    source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, holdout: bool = False
+) -> pipeline.Reader:
+    """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
+    stage = cfg.stages[name]
+    encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
+    return pipeline.Reader(source.stage(stage, holdout), encoder, pictures, cfg.data.flip, cfg.data.shift)
+
+
+def make_stage_plan(
+    name: str, reader: pipeline.Reader, cfg: Config, source: sources.Source, bad_samples: BadSamples
+) -> Plan:
+    """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
+    split = reader.split
+    progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
+    kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
+    update = progress.update if progress else lambda n: None
+    with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote
+        walked = walk_once(kept, split, reader.encode, source.fingerprint, update)
+    if progress:
+        progress.close()
+    bad_samples.add(name, walked.bad, len(split), write=hosts.first())
+    bad_samples.cut[name] = walked.cut_counts
+    return stage_plan(name, walked, split, cfg.stages[name], cfg)
+
+
+def make_holdout_loss(
+    model: SparseCut, source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, mesh: Mesh
+):
+    """Function from parameters to the mean loss over the held-out rows; None if there are none."""
+    if not cfg.eval.every or not any(map(len, source.holdout.values())):
+        return None
+    stage = cfg.stages[name]
+    reader = make_reader(source, name, cfg, tokenizer, pictures, holdout=True)
+    size, placed = stage.batch_size // stage.accumulate, sharding.batch_sharding(mesh)
+    held = placing.rows_here(placed, size)
+    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, held))
+    if not placing.gather(np.array([batch.loss_mask.any() for batch in batches])).any():
+        return None
+
+    @jax.jit
+    def sums(params, batch):
+        return summed_loss(model, params, batch, cfg.loss_chunk)[:2]
+
+    def holdout_loss(params) -> float:
+        on_devices = (placing.place(batch, placed, held, size) for batch in batches)
+        found = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
+        return float(found[:, 0].sum() / found[:, 1].sum())
+
+    return holdout_loss
+
+
+def print_data(
+    source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, Plan], bad_samples: BadSamples
+) -> None:
+    counts = [sum(map(len, parts.values())) for parts in (source.train, source.holdout, source.tests)]
+    print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} to test")
+    for s in spans:
+        plan = plans[s.name]
+        rates = "".join(f", of {pattern} {rate:g}" for pattern, rate in s.stage.lr_of.items())
+        print(f"stage      {s.name}: {s.last - s.first:,} steps of {s.stage.batch_size} sequences, {s.stage.rows} "
+              f"{s.stage.batching}, {plan.useful:.0%} non-padding tokens, lr {s.stage.lr:g}{rates}")  # fmt: skip
+    if counted := bad_samples.counts():
+        listing = ", ".join(f"{count:,} {cause}" for cause, count in counted.items())
+        print(f"skipped    {listing}: {bad_samples.path}")
+    for s in spans:
+        answers, rows = bad_samples.cut[s.name]
+        if answers:
+            print(f"cut        {s.name}: {answers:,} answers, of {rows:,} rows, do not fit into seq_len={s.stage.seq_len} and "
+                  "are dropped")  # fmt: skip
+    print(flush=True)
