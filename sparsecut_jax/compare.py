@@ -17,7 +17,7 @@ from sparsecut_jax import cli
 from sparsecut_jax.evaluation import comparison, comparison_page
 from sparsecut_jax.evaluation.scores import SCORES
 from sparsecut_jax.training.report import table
-from sparsecut_jax.training.workdir import make_folder, write_json
+from sparsecut_jax.training.workdir import make_folder, print_files, write_json
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS
@@ -39,14 +39,11 @@ def main(*folders: str) -> None:
     for note in notes:
         print(f"note: {note}")
 
-    told = {"compare.html": "all of this, and answers that differ or are wrong with their pictures"}
-    told["compare.json"] = "the figures"
     curves = os.path.join(out, "curves.png")
     if any("loss" in line for run in runs for line in run.metrics):
         from sparsecut_jax.training import plots  # here: matplotlib takes a third of a second
 
         plots.save_curves(curves, {run.name: run.metrics for run in runs})
-        told["curves.png"] = "loss of all runs"
     elif os.path.exists(curves):
         os.remove(curves)  # of an earlier comparison
     write_json(
@@ -57,8 +54,14 @@ def main(*folders: str) -> None:
     with open(os.path.join(out, "compare.html"), "w", encoding="utf-8") as file:
         file.write(page)
     print(f"\nwritten to {out}:")
-    for name, what in told.items():
-        print(f"  {name:<17} {what}")
+    print_files(
+        out,
+        {
+            "compare.html": "all of this, and answers that differ or are wrong with their pictures",
+            "compare.json": "the figures",
+            "curves.png": "loss of all runs",
+        },
+    )
 
 
 def rows_of(lines: list[comparison.Line]) -> list[list[str]]:

@@ -99,9 +99,7 @@ def check_override(name: str, value: str | None) -> None:
         else:
             hints = typing.get_type_hints(kind)
             if key not in hints:
-                raise UserError(
-                    f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}"
-                )
+                raise _unknown(path, key, hints)
             kind = hints[key]
         path += f".{key}"
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
@@ -121,8 +119,12 @@ def _build(kind: type, raw: Any, path: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in raw:
         if key not in hints:
-            raise UserError(f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}")
+            raise _unknown(path, key, hints)
     return kind(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in raw.items()})
+
+
+def _unknown(path: str, key: str, hints: Iterable[str]) -> UserError:
+    return UserError(f"{path}.{key} is not a setting{nearest(key, hints)}; known: {', '.join(sorted(hints))}")
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

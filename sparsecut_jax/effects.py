@@ -114,7 +114,7 @@ def _mixed(cfg: Config, _: Any) -> str:
     return "with config.data.mix, whose sources are described there" * bool(cfg.data.mix)
 
 
-def _own_pictures(cfg: Config, data: Any) -> str:
+def _own_pictures(_: Config, data: Any) -> str:
     name = data.source
     own = not data.mix and not data.test and (name in DRAWN or name.startswith("tfds:"))  # rows to test on need both
     return f"with config.data.source={name!r}, which has pictures of its own" * own

@@ -21,7 +21,7 @@ from sparsecut_jax.data import sources
 from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.inference.answering import check_template
 from sparsecut_jax.inference.run import FRESH_FUSION, load_run
-from sparsecut_jax.training.workdir import make_folder, read_results, write_json
+from sparsecut_jax.training.workdir import make_folder, update_results
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS
@@ -55,8 +55,7 @@ def main() -> None:
     with jax.set_mesh(run.mesh):
         results = report_accuracy(run, tests, folder)
     if hosts.first():
-        path = os.path.join(folder, "results.json")
-        write_json(path, {**read_results(path, run.step), "step": run.step, **results})
+        update_results(folder, run.step, results)
         print(f"\nwritten to {folder}: answers.jsonl, results.json")
 
 

@@ -38,7 +38,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
 from sparsecut_jax.training.step import make_train_step
-from sparsecut_jax.training.workdir import locked, print_written, read_results, write_json, write_run_files
+from sparsecut_jax.training.workdir import locked, print_written, update_results, write_run_files
 from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
@@ -204,9 +204,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
         elif cfg.eval.test:
             print(f"not tested: {sources.NO_TESTS}", flush=True)
     results["seconds"] = clock()
-    path = os.path.join(cfg.workdir, "results.json")
     if hosts.first():
-        write_json(path, {**read_results(path, step), **results})
+        update_results(cfg.workdir, step, results)
     print_written(cfg.workdir, results["seconds"], *vqa.example([*source.tests.values(), *source.train.values()]))
     return results
 

@@ -16,7 +16,6 @@ from typing import Any
 import flax.struct
 import jax
 
-PADDING_SEGMENT = 0
 EMPTY_SLOT = -1
 
 
@@ -35,6 +34,11 @@ class Exit(Exception):
 def shown(text: str) -> str:
     """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 CAUSES = {

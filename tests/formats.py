@@ -12,6 +12,12 @@ import pyarrow.parquet as pq
 
 PAIR = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TURNS = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string()), ("kind", pa.string())]))
+NAMES = [
+    "list.json", "lines.jsonl", "lines.jsonl.gz", "lines.jsonl.zst", "utf16.json", "one.parquet", "shards",
+    "paths.parquet", "binary.parquet", "stream.arrow", "file.arrow", "lz4.feather", "saved", "dict", "dict/train",
+    "rows.tar", "rows.tar.gz", "tars",
+]  # fmt: skip
+
 
 
 def table(rows: list[dict], pictures: dict[str, bytes]) -> pa.Table:
@@ -97,14 +103,9 @@ def write_all(folder: Path, rows: list[dict], pictures: dict[str, bytes]) -> dic
     content = members(rows, pictures)
     (folder / "rows.tar").write_bytes(tar_of(content))
     (folder / "rows.tar.gz").write_bytes(gzip.compress(tar_of(content)))
-    (folder / "unsorted.tar").write_bytes(tar_of(sorted(content, key=lambda found: found[0].endswith("json"))[::1]))
+    (folder / "unsorted.tar").write_bytes(tar_of(sorted(content, key=lambda found: found[0].endswith("json"))))
     (folder / "tars").mkdir()
     cut = next(k for k, (name, _) in enumerate(content) if name.startswith(f"some/{half:04}"))
     (folder / "tars" / "000.tar").write_bytes(tar_of(content[:cut]))
     (folder / "tars" / "001.tar").write_bytes(tar_of(content[cut:]))
-    names = [
-        "list.json", "lines.jsonl", "lines.jsonl.gz", "lines.jsonl.zst", "utf16.json", "one.parquet", "shards",
-        "paths.parquet", "binary.parquet", "stream.arrow", "file.arrow", "lz4.feather", "saved", "dict", "dict/train",
-        "rows.tar", "rows.tar.gz", "unsorted.tar", "tars",
-    ]  # fmt: skip
-    return {name: str(folder / name) for name in names}
+    return {name: str(folder / name) for name in (*NAMES, "unsorted.tar")}

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 import runs
+from sparsecut_jax import config as config_lib
+from sparsecut_jax.data.sources import open_tests
 from sparsecut_jax.evaluation import comparison, comparison_page
 from sparsecut_jax.evaluation.answered import Answered, write_answers
+from sparsecut_jax.settings import Config, DataConfig, ScenesConfig
 from sparsecut_jax.types import UserError
 from tiny import refusal
 
@@ -141,13 +144,10 @@ def test_the_page_shows_what_differs_and_what_is_wrong(tmp_path):
 
 def test_pictures_that_are_not_files_come_from_the_data(tmp_path):
     """Scenes are drawn; an answer says which row it is about."""
-    from sparsecut_jax.settings import Config, DataConfig, ScenesConfig
-
-    cfg = dataclasses.asdict(Config(data=DataConfig(source="scenes", scenes=ScenesConfig(train=40, test=8), holdout=4)))
-    cfg = json.loads(json.dumps(cfg))
-    from sparsecut_jax.data.sources import open_tests
-
-    (part,) = open_tests(Config(data=DataConfig(source="scenes", scenes=ScenesConfig(train=40, test=8), holdout=4))).values()
+    cfg = Config(data=DataConfig(source="scenes", scenes=ScenesConfig(train=40, test=8), holdout=4))
+    (part,) = open_tests(cfg).values()
+    cfg = json.loads(config_lib.to_json(cfg))
+    cfg["stages"]["instruct"]["lr_of"] = {"fusion/.*": 1e-3}  # a name with a dot
     rows = [str(part.row(i).get("id", part.number(i))) for i in range(2)]
     items = [answered(0, "blue", test="scenes/test", row=rows[1], images=(None,))]
     lost = [answered(0, "blue", test="scenes/test", row="unknown", images=(None,))]

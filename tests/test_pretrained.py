@@ -20,6 +20,7 @@ from sparsecut_jax.weights import pretrained
 from sparsecut_jax.weights.architecture import whole_settings
 from sparsecut_jax.weights.pretrained import open_sources, source_tokenizer
 from sparsecut_jax.weights.resolve import resolve
+from tiny import refusal
 
 CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 24, "image_size": 20, "intermediate_size": 40,
@@ -67,13 +68,6 @@ def resolved(settings: dict | None = None, **init) -> Config:
     raw.init.update(init)
     cfg = config.check(raw)
     return resolve(cfg, open_sources(cfg.init))
-
-
-def refusal(call, *inputs, **named) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*inputs, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -114,10 +114,10 @@ class Tiny:
         return np.asarray(self.apply(self.params, batch)[0])
 
 
-def refusal(read, *inputs) -> str:
+def refusal(read, *inputs, **named) -> str:
     """The one sentence with which `read` refuses its inputs."""
     with pytest.raises(UserError) as caught:
-        read(*inputs)
+        read(*inputs, **named)
     text = str(caught.value)
     assert "\n" not in text
     return text

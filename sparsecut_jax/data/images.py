@@ -229,17 +229,21 @@ def augment(views: np.ndarray, rng: np.random.Generator, flip: bool, shift: int,
     result[0] = _move(views[0], dy, dx, mirror)
     if len(views) > 1:
         rows, columns = grid
-        size = views.shape[1]
-        canvas = views[1:].reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
-        result[1:] = _cut(_move(canvas, rows * dy, columns * dx, mirror), grid)
+        result[1:] = _cut(_move(canvas(views[1:], grid), rows * dy, columns * dx, mirror), grid)
     return result
 
 
-def _cut(canvas: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """[rows * S, columns * S, 3] -> crops [rows * columns, S, S, 3], row by row."""
+def canvas(crops: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Crops [rows * columns, S, S, 3], row by row, put together again: [rows * S, columns * S, 3]."""
+    rows, columns, size = *grid, crops.shape[1]
+    return crops.reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+
+
+def _cut(whole: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The reverse of `canvas`."""
     rows, columns = grid
-    size = canvas.shape[0] // rows
-    return canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    size = whole.shape[0] // rows
+    return whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
 def _move(picture: np.ndarray, dy: int, dx: int, mirror: bool) -> np.ndarray:

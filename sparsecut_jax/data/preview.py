@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from sparsecut_jax.data.glyphs import Run, draw_runs, label, runs_of
+from sparsecut_jax.data.images import canvas
 from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.tokenizer import Tokenizer
@@ -108,22 +109,14 @@ def _sheet(batch: Batch, i: int, reader: Reader, image_tokens: int) -> Image.Ima
 def _group(views: np.ndarray, grid: tuple[int, ...]) -> Image.Image:
     """Low-res view and crops, uint8[V, S, S, 3], side by side: SIDE high, and no wider than the page."""
     room = (WIDTH - SIDE - MARGIN, SIDE)
-    pictures = [ImageOps.contain(Image.fromarray(view), room) for view in (views[0], *_canvas(views, grid))]
+    pair = [views[0], canvas(views[1:], grid)] if len(views) > 1 else [views[0]]
+    pictures = [ImageOps.contain(Image.fromarray(view), room) for view in pair]
     width = sum(picture.width for picture in pictures) + MARGIN * (len(pictures) - 1)
     group, x = Image.new("RGB", (width, SIDE), "#f7f7f7"), 0
     for picture in pictures:
         group.paste(picture, (x, 0))
         x += picture.width + MARGIN
     return group
-
-
-def _canvas(views: np.ndarray, grid: tuple[int, ...]) -> list[np.ndarray]:
-    """The crops put together again: [] where there are none."""
-    if len(views) == 1:
-        return []
-    rows, columns, size = *grid, views.shape[1]
-    canvas = views[1:].reshape(rows, columns, size, size, 3).swapaxes(1, 2)
-    return [canvas.reshape(rows * size, columns * size, 3)]
 
 
 def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[Word]:

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import mmap
-import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from etils import epath
 from sparsecut_jax.data.broken_json import LONGEST, fault_of
 from sparsecut_jax.data.kinds import BOM
 from sparsecut_jax.data.scratch import MappedArray
-from sparsecut_jax.data.unpacked import changed, state_of, unpacked
+from sparsecut_jax.data.unpacked import DataFile, unpacked
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]
@@ -68,8 +67,7 @@ class JsonRows(Sequence):
         """
         self.path = path
         try:
-            self.local = local or unpacked(path)[0]
-            self.state = state_of(os.stat(self.local))
+            self.file = DataFile.of(path, local or unpacked(path)[0], "json")
             self.places = MappedArray(_places(self._bytes, path))
         except OSError as error:
             raise UserError(f"data source {path!r} cannot be read: {error.strerror}") from error
@@ -77,11 +75,8 @@ class JsonRows(Sequence):
             raise UserError(f"data source {path!r} is an empty list; expected at least one row")
 
     @functools.cached_property
-    def _bytes(self) -> mmap.mmap | bytes:
-        with open(self.local, "rb") as file:
-            if state_of(os.fstat(file.fileno())) != self.state:  # its rows are no longer where they were
-                raise changed(self.path)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(self.local) else b""
+    def _bytes(self) -> mmap.mmap:
+        return self.file.mapped()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_bytes"}

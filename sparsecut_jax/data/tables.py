@@ -26,7 +26,7 @@ from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.scratch import MappedArray, scratch
 from sparsecut_jax.data.unpacked import DataFile, no_room, sampled
 from sparsecut_jax.settings import SourceConfig
-from sparsecut_jax.types import BadSample, UserError
+from sparsecut_jax.types import BadSample, UserError, first_line
 
 LARGE, HUGE = 1 << 25, 1 << 28  # bytes of a row group that is not read for one row if it need not be, and never
 OPEN, GROUPS, BATCHES = 64, 4, 4096  # files, row groups and mapped batches that a process keeps
@@ -95,7 +95,9 @@ class TableRows(Sequence):
                 batch = read(self.files[which], group, columns)
             (values,) = batch.slice(local, 1).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise BadSample("format", f"row group {group} of the file cannot be read: {_first_line(error)}") from None
+            raise BadSample(
+                "format", f"row group {group} of the file cannot be read: {first_line(error).rstrip('.')}"
+            ) from None
         return spelling.row(values)
 
     def place(self, i: int) -> str:
@@ -120,9 +122,10 @@ def _checked(file: DataFile, read: Callable[[DataFile], Any]) -> Any:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"data source {file.path!r} cannot be read as {file.kind.partition(' ')[0].capitalize()}: "
-            f"{_first_line(error)}; it may be cut short or damaged: fetch or write it again"
+            f"{reason}; it may be cut short or damaged: fetch or write it again"
         ) from error
 
 
@@ -268,7 +271,3 @@ def _labels(schema: pa.Schema, name: str) -> tuple[str, ...]:
         return tuple(features[name]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -162,9 +162,7 @@ def _scan(file: DataFile, endings: list[str], prints: Any) -> dict[str, array.ar
 
 @functools.lru_cache(maxsize=OPEN)
 def _mapped(file: DataFile) -> mmap.mmap:
-    file.check()
-    with open(file.local, "rb") as opened:
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    return file.mapped()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ import functools
 import re
 
 from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, first_line
 
 OWN = "tokenizer"  # the name that selects the tokenizer's own template
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -208,7 +208,7 @@ def _around(tokenizer: Tokenizer, *roles: str, pad: str = "") -> list[str]:
             pad_token=name(tokenizer.pad),
         )
     except Exception as error:  # a third-party program may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise _refused(f"fails: {reason}") from error
     cut = re.split("\ue000([0-9]+)\ue001", text)
     if cut[1::2] != [str(i) for i in range(len(roles))]:

@@ -24,7 +24,7 @@ from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.data.images import read_image
 from sparsecut_jax.settings import SourceConfig
-from sparsecut_jax.types import BadSample, UserError
+from sparsecut_jax.types import BadSample, UserError, first_line
 
 FORMAT = "sparsecut_jax rows 1"  # in the metadata.json of a folder that `build` wrote
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ def open_tfds(source: SourceConfig, max_pixels: int) -> TfdsRows:
     try:
         metadata = info.metadata
     except Exception as error:  # not JSON, not text, or not a file
-        raise UserError(f"{source.path}: metadata.json cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{source.path}: metadata.json cannot be read: {first_line(error)}") from error
     built = isinstance(metadata, dict) and metadata.get("format") == FORMAT
     return (BuiltRows if built else MappedRows)(builder, source, max_pixels)
 
@@ -73,7 +73,7 @@ class TfdsRows(Sequence):
             ).data_source
             parts = builder.info.splits[source.split].file_instructions
         except Exception as error:  # TFDS parses "train[:10%]" and raises many kinds of errors
-            raise UserError(f"{source.path}: split {source.split!r} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"{source.path}: split {source.split!r} cannot be read: {first_line(error)}") from error
         self.files = sorted({os.fspath(part.filename) for part in parts})
         there = {path.name for path in epath.Path(self.folder).iterdir()}
         for file in self.files:
@@ -109,7 +109,7 @@ class TfdsRows(Sequence):
                 raise ValueError("it is empty")
             return tfds.core.example_parser.ExampleParserNp(self.specs).parse_example(record)
         except Exception as error:  # a damaged block, a record that is not an example, a missing feature
-            raise BadSample("format", f"the record cannot be read: {_first_line(error)}") from error
+            raise BadSample("format", f"the record cannot be read: {first_line(error)}") from error
 
 
 class BuiltRows(TfdsRows):
@@ -234,9 +234,9 @@ def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
             f"`tfds build {name} --file_format=array_record`"
         ) from error
     except ImportError as error:  # the bucket's client is not installed
-        raise UserError(f"{source.path} cannot be read: {_first_line(error)}, or mount the bucket (gcsfuse)") from error
+        raise UserError(f"{source.path} cannot be read: {first_line(error)}, or mount the bucket (gcsfuse)") from error
     except Exception as error:  # a name or files that TFDS cannot parse
-        raise UserError(f"{source.path} cannot be read as a TFDS dataset: {_first_line(error)}") from error
+        raise UserError(f"{source.path} cannot be read as a TFDS dataset: {first_line(error)}") from error
     hint = f"; did you mean {versions[-1]!r}?" if versions else ""
     raise UserError(f"{source.path} is not the folder of a prepared TFDS dataset: it has no dataset_info.json{hint}")
 
@@ -262,14 +262,10 @@ def _check_shard(file: str, records: int) -> None:
             return
         reason = f"expected {records} records, got {found}"
     except RuntimeError as error:
-        reason = _first_line(error) if str(error) else "it is truncated or damaged"
+        reason = first_line(error) if str(error) else "it is truncated or damaged"
     hint = "; if the bucket cannot be read from here, mount it (gcsfuse) and name that folder" * ("://" in file)
     raise UserError(f"{file} cannot be read: {reason}{hint}")
 
 
 def _size(file: str) -> int:
     return epath.Path(file).stat().length if "://" in file else os.path.getsize(file)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

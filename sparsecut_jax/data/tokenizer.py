@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, first_line
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SHORT = 500  # characters; longer texts rarely repeat and would fill the cache
@@ -179,7 +179,7 @@ def load(path: str) -> Tokenizer:
     try:
         outer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers raises different errors for different broken files
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(f"tokenizer.path={path!r}: no Hugging Face tokenizer could be read there: {reason}") from error
     if outer.eos_token_id is None:
         raise UserError(f"tokenizer.path={path!r} has no end-of-text token, so an answer could never end")

@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import tempfile
@@ -42,20 +43,22 @@ class DataFile:
 
     @classmethod
     def of(cls, path: str, local: str, kind: str, original: str = "") -> DataFile:
-        return cls(path, local, kind, original or local, state_of(os.stat(local)))
+        return cls(path, local, kind, original or local, _state(os.stat(local)))
 
-    def check(self) -> None:
-        """Raises UserError if the file is another one by now."""
-        if state_of(os.stat(self.local)) != self.state:
-            raise changed(self.path)
+    def check(self, now: os.stat_result | None = None) -> None:
+        """Raises UserError if the file is another one by now. `now`: of the file where it is open."""
+        if _state(now or os.stat(self.local)) != self.state:
+            raise UserError(f"data source {self.path!r} has changed since this run opened it; start again")
+
+    def mapped(self) -> mmap.mmap:
+        """The content. Raises UserError if the file is another one by now."""
+        with open(self.local, "rb") as file:
+            self.check(os.fstat(file.fileno()))
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def state_of(found: os.stat_result) -> tuple[int, int]:
+def _state(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
-
-
-def changed(path: str) -> UserError:
-    return UserError(f"data source {path!r} has changed since this run opened it; start again")
 
 
 def sampled(local: str) -> str:

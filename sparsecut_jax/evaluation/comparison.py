@@ -21,9 +21,11 @@ Key = tuple[str, str, str, str, int]  # a question of any run: test, row, questi
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a run has left in its folder: `settings` by their dotted names, `metrics` as the lines of metrics.jsonl."""
+    """What a run has left in its folder: `config` as it is in config.json, `settings` by their dotted names, `metrics` as
+    the lines of metrics.jsonl."""
 
     name: str
+    config: dict[str, Any]
     settings: dict[str, Any]
     answers: dict[Key, Answered]
     metrics: list[dict[str, Any]]
@@ -87,11 +89,12 @@ def _load(folder: str, name: str) -> Finished:
         raise UserError(f"{folder} has no config.json; expected the workdir of a run")
     try:
         with open(os.path.join(homes[0], "config.json")) as file:
-            settings = traverse_util.flatten_dict(json.load(file), sep=".")
+            config = json.load(file)
+        settings = traverse_util.flatten_dict(config, sep=".")
     except (ValueError, AssertionError) as error:
         raise UserError(f"{homes[0]}/config.json is not the config of a run: {error}") from error
     settings["step"] = max(item.step for item in answers)
-    return Finished(name, settings, keyed, read_metrics(homes[0]))
+    return Finished(name, config, settings, keyed, read_metrics(homes[0]))
 
 
 def settings_that_differ(runs: Sequence[Finished]) -> dict[str, list[str]]:

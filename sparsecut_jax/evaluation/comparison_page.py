@@ -185,9 +185,8 @@ class Pictures:
 
     def _open(self, run: Finished) -> None:
         """Adds the tests of a run, if its data are still there."""
-        flat = {key: value for key, value in run.settings.items() if key != "step"}
         try:
-            tests = sources.open_tests(config_lib.check(_nested(flat)))
+            tests = sources.open_tests(config_lib.check(run.config))
         except UserError:
             return
         for name, part in tests.items():
@@ -200,17 +199,6 @@ class Pictures:
                 except BadSample:
                     continue
             self.parts[name] = part, places
-
-
-def _nested(flat: dict) -> dict:
-    tree: dict = {}
-    for key, leaf in flat.items():
-        *path, last = key.split(".")
-        group = tree
-        for name in path:
-            group = group.setdefault(name, {})
-        group[last] = leaf
-    return tree
 
 
 def small(picture: Image.Image) -> str:

@@ -23,7 +23,7 @@ from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training.workdir import no_run
-from sparsecut_jax.types import TrainState, UserError
+from sparsecut_jax.types import TrainState, UserError, first_line
 
 METRIC = "holdout_loss"
 CONVERTED = "converted"  # the "stage" of parameters that convert from-hf has put together
@@ -172,7 +172,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder}/{step} is of another model: {'; '.join(wrong[:3])}")
 
     def _damaged(self, step: int | str, error: Exception) -> UserError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return UserError(
             f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); put back a copy of it, or remove that "
             "folder, and training starts from what is left"

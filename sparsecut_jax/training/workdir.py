@@ -138,14 +138,13 @@ def _listed(folder: str) -> list[str]:
     return os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
 
 
-def read_results(path: str, step: int) -> dict:
-    """The contents of results.json if they are of the same step; otherwise {}."""
-    try:
-        with open(path) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("step") == step else {}
+def update_results(folder: str, step: int, results: dict) -> None:
+    """Writes results.json. What it held stays if it is of the same step."""
+    path, found = os.path.join(folder, "results.json"), None
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        found = json.load(file)
+    kept = found if isinstance(found, dict) and found.get("step") == step else {}
+    write_json(path, {**kept, "step": step, **results})
 
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
@@ -185,11 +184,16 @@ def print_written(workdir: str, seconds: float, question: str, images: list[str]
         "checkpoints": "latest and best",
     }
     print(f"\nwritten to {workdir} in {seconds:.0f} s:")
-    for name, told in what.items():
-        if os.path.exists(os.path.join(workdir, name)):
-            print(f"  {name:<17} {told}")
+    print_files(workdir, what)
     asked = [f"--workdir={workdir}", *(f"--image={image}" for image in images), f"--prompt={question}"]
     print(f"\nask it:  python -m sparsecut_jax.generate {' '.join(map(_quoted, asked))}")
+
+
+def print_files(folder: str, what: dict[str, str]) -> None:
+    """Lists those of the files that are there, each with what it holds."""
+    for name, told in what.items():
+        if os.path.exists(os.path.join(folder, name)):
+            print(f"  {name:<17} {told}")
 
 
 def _quoted(flag: str) -> str:
