@@ -19,12 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
-MESH_AXES = (
-    "replica",
-    "data",
-    "fsdp",
-    "tensor",
-)  # the axes that communicate most come last, on the fastest interconnect
+# The axes that communicate most come last, on the fastest interconnect.
+MESH_AXES = ("replica", "data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations

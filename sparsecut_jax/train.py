@@ -67,8 +67,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     meta = checkpoints.meta(resumed) if resumed is not None else None
     if meta is not None:
         check_resumable(meta, asked, cfg.workdir)
-    elif cfg.init_from:
-        state.check_init_from(cfg)
+    origin = state.Origin(cfg) if meta is None and cfg.init_from else None
     steps = {name: cfg.stages[name].max_steps for name in cfg.run_stages}
     if all(steps.values()):
         loop.plan_stages(cfg, steps)  # a profile behind the last step; where epochs count, the rows decide that below
@@ -82,8 +81,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
     sharding.check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))
     plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
-    if meta is None and cfg.init_from:
-        state.check_init_from(cfg, resolved=True)
+    if origin:
+        origin.check_settings(cfg)
 
     # ------------------------------------------------------------------ data, no row of which is read but for a tokenizer
     startup.done("devices")
@@ -107,8 +106,9 @@ def run_stages(cfg: Config) -> dict[str, float]:
     for name in cfg.run_stages:
         opt.checked_rates(shapes, cfg.stages[name], name)
     matched = load.match(abstract, cfg, parts)
-    if meta is None and cfg.init_from:
-        state.check_init_from(cfg, abstract, resolved=True)
+    if origin:
+        origin.target(cfg, state.flatten(abstract))  # refuses other shapes
+        origin.run.close()
 
     # ------------------------------------------------------------------ rows
     startup.done("shapes")
@@ -135,8 +135,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
             params, told = state.initial_params(model, cfg, abstract, matched)
             if parts:
                 print("\n".join([*differences(asked, parts), str(told)]))
-            if cfg.init_from:
-                params, told = state.init_from(cfg, params)
+            if origin:
+                params, told = state.Origin(cfg).load(cfg, params)  # opened anew: it may have trained on since
                 print(told)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")

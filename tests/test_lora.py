@@ -504,7 +504,7 @@ def test_adapters_are_not_lost_on_the_way_to_another_run(trained, folder):
         cfg = config_lib.check(runs.small(folder, folder / "none", set=changes))
         mesh = sharding.make_mesh({})
         abstract = state.abstract_params(build_model(cfg), cfg, mesh)
-        assert refusal(state.init_from, cfg, abstract) == text
+        assert refusal(state.Origin(cfg).load, cfg, abstract) == text
 
 
 def test_an_adapter_of_a_run_goes_out_with_the_fusion(trained, folder):

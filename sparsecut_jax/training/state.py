@@ -150,41 +150,6 @@ def begin_stage(
     return TrainState(place(step), params, opt_state, place(skipped), place(0))
 
 
-def check_init_from(cfg: Config, abstract: Any = None, resolved: bool = False) -> None:
-    """Raises UserError if cfg.init_from cannot be what this run starts from, without reading a parameter.
-
-    abstract: the run's parameters as shapes, once they are known.
-    resolved: whether `cfg` has what the config.json of pretrained parts say.
-    """
-    with contextlib.closing(_Origin(cfg)) as origin:
-        if resolved:
-            origin.check_settings(cfg)
-        if abstract is not None:
-            origin.target(cfg, flatten(abstract))
-
-
-def init_from(cfg: Config, params: Any) -> tuple[Any, str]:
-    """Parameters with cfg.init_parts taken from another run, and a report of loaded, fresh and unused arrays.
-
-    Raises:
-      UserError: as `check_init_from`, which has been asked before.
-    """
-    flat = flatten(params)
-    with contextlib.closing(_Origin(cfg)) as origin:
-        target = origin.target(cfg, flat)
-        loaded = flatten(origin.run.restore_params(origin.step, unflatten(target)))
-    flat |= {path: leaf.astype(flat[path].dtype) for path, leaf in loaded.items()}
-    saved, step = origin.saved, origin.step
-    fresh, unused = sorted(set(flat) - set(target)), sorted(set(saved) - set(target))
-    report = [
-        f"init_from {cfg.init_from} step {step}: {len(target)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"
-    ]
-    report += [f"  fresh:  {path} {list(flat[path].shape)}" for path in fresh]
-    report += [f"  unused: {path} {saved[path]}" for path in unused]
-    report += [f"  differs: config.{key}={ours!r}, there {theirs!r}" for key, ours, theirs in origin.around(cfg)]
-    return unflatten(flat), "\n".join(report)
-
-
 # Settings of a part that leave its function as it is: `init_from` does not compare them. A tower has no blocks above the
 # highest one that is needed, so their number is compared by shape.
 NO_FUNCTION = {
@@ -194,8 +159,8 @@ NO_FUNCTION = {
 }
 
 
-class _Origin:
-    """The run that cfg.init_from names.
+class Origin:
+    """The run that cfg.init_from names, to be checked first and then read.
 
     Attributes:
       run, step, config: its checkpoints, the latest one's step, and its resolved config.
@@ -216,9 +181,6 @@ class _Origin:
                     f"{', '.join(list(self.saved)[:3])}"
                 )
         self.wanted = {path for path in self.saved if any(re.fullmatch(p, path) for p in cfg.init_parts)}
-
-    def close(self) -> None:
-        self.run.close()
 
     def check_settings(self, cfg: Config) -> None:
         """Raises UserError if the parts that are taken would compute another function here, and no flag says so."""
@@ -250,6 +212,26 @@ class _Origin:
         found = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
         self.run.compare(self.step, {"params": unflatten(found)})
         return found
+
+    def load(self, cfg: Config, params: Any) -> tuple[Any, str]:
+        """Parameters with cfg.init_parts taken from the run, which is closed, and a report of loaded, fresh and unused
+        arrays.
+
+        Raises:
+          UserError: as `target`.
+        """
+        flat = flatten(params)
+        with contextlib.closing(self.run):
+            target = self.target(cfg, flat)
+            loaded = flatten(self.run.restore_params(self.step, unflatten(target)))
+        flat |= {path: leaf.astype(flat[path].dtype) for path, leaf in loaded.items()}
+        fresh, unused = sorted(set(flat) - set(target)), sorted(set(self.saved) - set(target))
+        counts = f"{len(target)} arrays loaded, {len(fresh)} fresh, {len(unused)} unused"
+        report = [f"init_from {cfg.init_from} step {self.step}: {counts}"]
+        report += [f"  fresh:  {path} {list(flat[path].shape)}" for path in fresh]
+        report += [f"  unused: {path} {self.saved[path]}" for path in unused]
+        report += [f"  differs: config.{key}={ours!r}, there {theirs!r}" for key, ours, theirs in self.around(cfg)]
+        return unflatten(flat), "\n".join(report)
 
     def around(self, cfg: Config) -> list[tuple[str, Any, Any]]:
         """(setting, its value here, there) of what differs in how parts are joined and pictures are shown to them."""
