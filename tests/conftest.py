@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from who star
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["COLUMNS"] = "100"  # --help is as wide as the terminal
 os.environ["NPROC"] = "32"  # threads for eight devices that wait for one another; with few a busy machine locks up
 os.environ["XLA_FLAGS"] = " ".join(
     [

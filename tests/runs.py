@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -122,9 +123,15 @@ for number, (module, *args) in enumerate(json.loads(sys.argv[1])):
 def each(*commands: Sequence[str]) -> list[tuple[int, str, str]]:
     """`finish` of commands (MODULE, *ARGS), one after the other; what they import is imported only once."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-c", FORKS, json.dumps(commands), folder],
-            cwd=ROOT, env=with_devices(1), check=True, stdout=subprocess.PIPE, text=True, timeout=240,
+            cwd=ROOT, env=with_devices(1), stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
+        try:
+            out, _ = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the command that hangs as well
+        assert process.returncode == 0
         text = lambda name: Path(folder, name).read_text()
-        return [(int(code), text(f"{i}.out"), text(f"{i}.err")) for i, code in enumerate(done.stdout.split())]
+        return [(int(code), text(f"{i}.out"), text(f"{i}.err")) for i, code in enumerate(out.split())]

@@ -110,7 +110,7 @@ def test_what_cannot_be_loaded(trained, tmp_path):
             "latest",
             "runs/nowhere is not a folder; expected the workdir of a run, or a folder that convert",
         ),
-        (tmp_path, "latest", f"{tmp_path} holds no .safetensors file"),
+        (tmp_path, "latest", f"{tmp_path} has no .safetensors file"),
         (exported, "best", f"{exported} is an exported model and has no checkpoint 'best'; leave `checkpoint` out"),
     ]:
         with pytest.raises(sparsecut_jax.UserError, match=re.escape(said)):

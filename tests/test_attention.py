@@ -209,7 +209,7 @@ def test_splash_of_another_number_of_keys(interpreted):
 
 @pytest.mark.parametrize("backend", ["splash", "cudnn"])
 def test_fused_kernels_refuse_branches(backend):
-    with pytest.raises(ValueError, match="cannot keep branches apart"):
+    with pytest.raises(ValueError, match="cannot mask branches"):
         attention(*(normal(2, 72, 2, 8) for _ in range(3)), packed(2, 72, branches=True), None, backend)
 
 
