@@ -65,7 +65,9 @@ def need(*examples: str) -> None:
     lacking = [each for each in examples if not flags.FLAGS[each.partition("=")[0].lstrip("-")].value]
     if lacking:
         names = " and ".join(each.partition("=")[0] for each in lacking)
-        line = shell_line(*([_word] if _word else []), *sys.argv[1:], *lacking)
+        empty = {each.partition("=")[0] + "=" for each in lacking}
+        typed = [arg for arg in sys.argv[1:] if arg not in empty]
+        line = shell_line(*([_word] if _word else []), *typed, *lacking)
         raise UserError(f"{names} {'is' if len(lacking) == 1 else 'are'} missing; for example: {line}")
 
 

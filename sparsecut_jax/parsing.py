@@ -24,6 +24,8 @@ def parse(arguments: bool) -> list[str]:
         name, given, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and name.startswith("config."):
             config_lib.check_override(name, value if given else None)
+            if "config" in flags.FLAGS and not file:
+                raise UserError(f"--{name} changes a setting of a config file; name one, such as --config=configs/base.py")
     argv = [*sys.argv[:1], *map(_with_underscores, sys.argv[1:])]
     if file:
         ((at, value),) = _config_arguments()

@@ -130,10 +130,11 @@ def test_broken_rows_are_left_out_on_request(tmp_path):
     assert [row.get("id") for row in opened(tmp_path / "out")] == ["one", "text only"]
 
 
-@pytest.mark.parametrize("rows", [[], ROWS[1:2]])
-def test_nothing_to_write(tmp_path, rows):
-    with pytest.raises(UserError, match=f"there is no row to write: {len(rows)} of {len(rows)} were left out"):
+@pytest.mark.parametrize(("rows", "first"), [([], ""), (ROWS[1:2], "; the first: row 0 (id 2): image b.jpg does not exist")])
+def test_nothing_to_write(tmp_path, rows, first):
+    with pytest.raises(UserError) as caught:
         build(rows, missing, str(tmp_path / "out"), skip=True)
+    assert str(caught.value) == f"there is no row to write: {len(rows)} of {len(rows)} were left out{first}"
     assert list(tmp_path.iterdir()) == []
 
 

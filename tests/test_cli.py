@@ -55,12 +55,16 @@ config.vision: Vision tower: CLIP, SigLIP or DINOv2 by its fields.
 NEXT_STEPS = {
     "__main__ trian": "'trian' is not a command; did you mean 'train'?; python -m sparsecut_jax lists them",
     "__main__ train": "the command is: python -m sparsecut_jax.train",
+    "train --config.llm.layers=3": "--config.llm.layers changes a setting of a config file; name one, such as "
+    "--config=configs/base.py",
     "train": "--config is missing; for example: python -m sparsecut_jax.train --config=configs/base.py",
     f"train {BASE} help": "unexpected argument 'help'; settings are written --config.KEY=VALUE (--help lists them)",
     f"train {BASE} --print_config --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are two folders; give one of them",
     "train --help=remta": "--help=remta: no flag or setting contains it; did you mean 'remat'?; --help shows them all",
     "evaluate": "--workdir is missing; for example: python -m sparsecut_jax.evaluate --workdir=runs/base",
     "generate --workdir=a": "--prompt is missing; for example: python -m sparsecut_jax.generate --workdir=a "
+    "'--prompt=what color is the shape?'",
+    "generate --workdir=a --prompt=": "--prompt is missing; for example: python -m sparsecut_jax.generate --workdir=a "
     "'--prompt=what color is the shape?'",
     "generate --workdir=a --prompt=b --image=https://c.d/e.png": "image https://c.d/e.png is a URL; download it, "
     "then name the file e.png: curl -LO https://c.d/e.png",

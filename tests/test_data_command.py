@@ -115,6 +115,13 @@ def test_check_finds_every_fault(folder, tmp_path):
         assert f"{cause}, first {min(3, count)} of {count}:" in out
 
 
+def test_a_setting_that_is_refused_is_not_called_kept(folder, tmp_path, capsys):
+    config = config_of(folder, tmp_path / "run", **{"init.llm": "tests/parity/qwen3", "llm.layers": 9})
+    with pytest.raises(UserError, match="config.llm.layers=9 contradicts the weights of tests/parity/qwen3/config.json"):
+        open_data(config_lib.asked(config, ["llm.layers"]))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("look", "counts"),
     [("none", {**ROW_FAULTS, "path": EACH}), ("stat", {**ROW_FAULTS, "path": EACH, "missing_image": EACH})],

@@ -227,7 +227,7 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
     """Whatever the run was trained on; a length that cuts answers is honoured, and what it cuts is counted."""
     shutil.copytree(unbroken, tmp_path / "run")
     asked = {"id": "x", "image": "0.png", "answers": ["Red", "crimson"]}
-    asked["conversations"] = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
+    asked["conversations"] = [{"from": "human", "value": "<image>\nwhat\ncolor?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "mine.json").write_text(json.dumps([asked]))
     (tmp_path / "0.png").write_bytes((pictures / "0.png").read_bytes())
     flags = [f"--workdir={tmp_path}/run", f"--data={tmp_path}/mine.json"]
@@ -238,8 +238,9 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
         ["evaluate", *flags, "--images=nowhere"],
     )
     assert [code for code, _, _ in found] == [0, 0, 2, 2]
-    assert "1 of 1 answers were cut at 1 tokens (config.eval.max_new_tokens)" in found[0][1]
+    assert "1 of 1 answers were cut at 1 tokens (config.eval.max_new_tokens, --max" in found[0][1]
     assert "mine/test: every question asked alone" in found[1][1]
+    assert "\n  what\\ncolor? " in found[1][1]  # one line of the table
     assert "error: --images=" in found[2][2] and "the folder of the images of --data, which is missing" in found[2][2]
     assert "none of the 1 rows of mine/test can be read" in found[3][2]
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -56,10 +56,10 @@ class Opened:
 
 def open_data(cfg: Config) -> Opened:
     parts = weights.open_sources(cfg.init)
-    for line in differences(cfg, parts):
-        print(line)
-    cfg = resolve(cfg, parts)
+    asked, cfg = cfg, resolve(cfg, parts)
     checks.check_room(cfg)
+    for line in differences(asked, parts):
+        print(line)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, holdout=0))
     source = sources.load_source(cfg)
     tokenizer = make_tokenizer(cfg, source, parts)

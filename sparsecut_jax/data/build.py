@@ -160,7 +160,8 @@ def _write(
         writer.add_examples({"train": shard})
         finish_shards()
     if not built.rows:
-        raise UserError(f"there is no row to write: {len(built.skipped)} of {len(rows)} were left out")
+        first = f"; the first: {built.skipped[0]}" if built.skipped else ""
+        raise UserError(f"there is no row to write: {len(built.skipped)} of {len(rows)} were left out{first}")
     metadata["sha256"] = digest.hexdigest()
     writer.close_all()
     finish_shards()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsecut_jax import hosts
+from sparsecut_jax import cli, hosts
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.evaluation import scores, vqa
 from sparsecut_jax.evaluation.answered import Answered, write_answers
@@ -43,7 +43,7 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
         answered += found
     print()
     shown = vqa.samples(answered, SAMPLES)
-    rows = [[a.question, a.expected, a.answer, _verdict(a)] for a in shown]
+    rows = [[*map(cli.shown, (a.question, a.expected, a.answer)), _verdict(a)] for a in shown]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
     if hosts.first():
         write_answers(folder, answered)
@@ -65,7 +65,8 @@ def report(test: str, answered: list[Answered], limit: int) -> dict[str, float |
     cut = sum(item.cut for item in answered)
     if cut:
         print(
-            f"cut        {cut:,} of {len(answered):,} answers were cut at {limit} tokens (config.eval.max_new_tokens)"
+            f"cut        {cut:,} of {len(answered):,} answers were cut at {limit} tokens (config.eval.max_new_tokens, "
+            "--max_new_tokens of evaluate)"
         )
     return {**scores.results(test, groups), f"{test}/cut": cut}
 
