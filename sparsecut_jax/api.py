@@ -48,8 +48,9 @@ class Model:
           UserError: an image that cannot be read, more images than the model takes, or arguments out of range.
         """
         check_asked(max_new_tokens, temperature, seed, template)
-        one = isinstance(images, Picture)
-        return answer(self.run, prompt, [images] if one else images, max_new_tokens, temperature, seed, template)
+        several = isinstance(images, Sequence) and not isinstance(images, Picture | bytearray)
+        pictures = images if several else [images]
+        return answer(self.run, prompt, pictures, max_new_tokens, temperature, seed, template)
 
 
 def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:
@@ -78,11 +79,10 @@ def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that what is opened to be read cannot be written to."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Orbax warns that what is opened to be read cannot be written to, transformers that PyTorch is not there."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

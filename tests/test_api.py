@@ -74,8 +74,14 @@ WRONG = [
     (dict(images=b"<html>"), "image of 6 bytes cannot be read as an image: no format fits"),
     (dict(images=np.zeros((4, 4, 3))), r"an image is float64[4, 4, 3]; expected uint8[height, width, 3]"),
     (dict(images=np.zeros((4, 4), np.uint8)), r"an image is uint8[4, 4]; expected uint8[height, width, 3]"),
+    (dict(images=""), "image '' does not exist"),
+    (dict(images=None), "an image is a NoneType; expected a path, bytes, a PIL image or an array"),
+    (dict(images=bytearray(b"GIF89a")), "an image is a bytearray; expected a path, bytes, a PIL image or an array"),
+    (dict(images=(image for image in ())), "an image is a generator; expected a path, bytes, a PIL image or an array"),
     (dict(images=[3]), "an image is a int; expected a path, bytes, a PIL image or an array uint8[height, width, 3]"),
     (dict(max_new_tokens=0), "max_new_tokens=0: expected 1 to 100,000"),
+    (dict(max_new_tokens=2.0), "max_new_tokens=2.0: expected 1 to 100,000"),
+    (dict(prompt=None), "the prompt is a NoneType; expected a text"),
     (dict(temperature=-1.0), "temperature=-1.0: expected 0 or more"),
     (dict(seed=-1), "seed=-1: expected 0 to below 2^32"),
     (dict(template="vicuna"), "template='vicuna' is not known; did you mean 'vicuna_v1'?"),
@@ -85,8 +91,15 @@ WRONG = [
 @pytest.mark.parametrize("arguments, said", WRONG)
 def test_what_cannot_be_asked(models, arguments, said):
     with pytest.raises(sparsecut_jax.UserError) as caught:
-        models[0].answer(QUESTION, **arguments)
+        models[0].answer(**{"prompt": QUESTION, **arguments})
     assert str(caught.value).startswith(said)
+
+
+def test_loading_says_nothing(trained):
+    """Neither of what is missing on this machine nor of an architecture that transformers does not know."""
+    code = f"import sparsecut_jax; sparsecut_jax.load({str(trained[0] / 'exported')!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_checkpoints_by_name(trained, models):

@@ -313,7 +313,7 @@ def test_a_template_that_cannot_be_used(jinja, reason):
         get_template(OWN, tokenizer_of(jinja))
     sentence = str(caught.value)
     assert sentence.startswith(f"the tokenizer's chat template {reason}")
-    assert sentence.endswith("; set config.stages.*.template to one of " + ", ".join(TEMPLATES))
+    assert sentence.endswith("; set the template (config.stages.*.template) to one of " + ", ".join(TEMPLATES))
     assert "\n" not in sentence
 
 

@@ -52,7 +52,7 @@ def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int,
     Raises:
       BadSample: the file is not an image, is damaged, does not exist, or has more than `max_pixels`.
     """
-    name = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else str(source))
+    name = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else str(source) or "''")
     try:
         with _image(source) as image:
             width, height = image.size  # from the header: nothing is decoded yet

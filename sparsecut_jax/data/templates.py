@@ -218,4 +218,4 @@ def _around(tokenizer: Tokenizer, *roles: str, pad: str = "") -> list[str]:
 
 def _refused(reason: str) -> UserError:
     others = ", ".join(TEMPLATES)
-    return UserError(f"the tokenizer's chat template {reason}; set config.stages.*.template to one of {others}")
+    return UserError(f"the tokenizer's chat template {reason}; set the template (config.stages.*.template) to one of {others}")

@@ -55,6 +55,8 @@ def reply(
         tokenizer.
     """
     check_local(pictures)
+    if not isinstance(prompt, str):
+        raise UserError(f"the prompt is a {type(prompt).__name__}; expected a text")
     cfg = run.config
     slots = cfg.data.max_images
     if len(pictures) > slots:
@@ -95,7 +97,7 @@ def check_local(pictures: Sequence[Picture]) -> None:
 
 def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:
     """Raises UserError where one of these is not what `answer` takes; `dashes` stand before its name."""
-    if not 1 <= max_new_tokens <= 100_000:
+    if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= 100_000:
         raise UserError(f"{dashes}max_new_tokens={max_new_tokens}: expected 1 to 100,000")
     if not 0 <= temperature < math.inf:
         raise UserError(f"{dashes}temperature={temperature}: expected 0 or more")
