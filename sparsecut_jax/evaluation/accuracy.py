@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sparsecut_jax import cli, hosts
+from sparsecut_jax import hosts
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.evaluation import scores, vqa
 from sparsecut_jax.evaluation.answered import Answered, write_answers
 from sparsecut_jax.inference.run import Run
 from sparsecut_jax.training.report import Progress, table
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, shown
 
 SAMPLES = 12
 
@@ -42,8 +42,8 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
             results[f"{test}/broken_rows"] = len(broken)
         answered += found
     print()
-    shown = vqa.samples(answered, SAMPLES)
-    rows = [[*map(cli.shown, (a.question, a.expected, a.answer)), _verdict(a)] for a in shown]
+    some = vqa.samples(answered, SAMPLES)
+    rows = [[*map(shown, (a.question, a.expected, a.answer)), _verdict(a)] for a in some]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
     if hosts.first():
         write_answers(folder, answered)
