@@ -43,6 +43,8 @@ def main() -> None:
         cfg = cfg.with_stage(cfg.run_stages[-1], template=FLAGS.template)
     if FLAGS.data:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, test=FLAGS.data, test_images=FLAGS.images))
+    if FLAGS.follow_links is not None:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, follow_links=FLAGS.follow_links))
     run = dataclasses.replace(run, config=cfg)
     tests = sources.open_tests(cfg)
     if not tests:
@@ -65,6 +67,9 @@ def run() -> None:
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
     flags.DEFINE_string("data", "", "Test rows: a file or any other source; left out: those of the run.")
     flags.DEFINE_string("images", "", "Folder of the images of --data; left out: config.data.images of the run.")
+    flags.DEFINE_boolean(
+        "follow_links", None, "Follow links that lead out of the folder of the images; left out: as the run was trained."
+    )
     flags.DEFINE_string("template", "", "How questions are written; left out: as the run was trained.")
     flags.DEFINE_integer(
         "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it, with --data 0."

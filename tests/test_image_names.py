@@ -58,7 +58,7 @@ def test_links(folder):
     for name, (link, target) in leads.items():
         assert refusal(resolve, folder, name) == (
             f"image {name!r} leaves its folder {folder}: {folder / link} is a link to {folder.parent / target}; "
-            "set config.data.follow_links=True to follow such links"
+            "set config.data.follow_links=True (--follow_links of evaluate) to follow such links"
         )
         assert cause(folder, name) == "path"
         assert resolve(folder, name, stat=False) == folder / name  # by its name alone it is inside

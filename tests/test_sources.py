@@ -311,6 +311,12 @@ def test_a_file_of_test_rows(load, tmp_path):
     assert source.tests["hard/test"].pictures.path == str(tmp_path)
     source = load({"a": [text_row(0)], "b": [text_row(1)]}, test="easy_vqa")
     assert [(name, len(part)) for name, part in source.tests.items()] == [("easy_vqa/test", 1000)]
+    with pytest.raises(UserError) as caught:
+        load([text_row(0)], test="scenes", test_images="pictures")
+    assert str(caught.value) == (
+        "config.data.test_images='pictures' (--images of evaluate) has no effect with 'scenes', which has pictures of its own; "
+        "leave it out"
+    )
     no_folder = load([text_row(0)], images="", test=str(tmp_path / "hard.json"))
     with pytest.raises(BadSample, match=r"config\.data\.test_images \(--images of evaluate\), the folder of the images, is empty"):
         no_folder.tests["hard/test"].row(0)
@@ -530,7 +536,7 @@ def test_links_are_followed_by_a_setting(load, tmp_path):
     row = image_row("linked/far.png")
     for rows, name in (([row], ""), ({"m": [row]}, "m")):
         assert load(rows, follow_links=True).train[name].pictures.open("linked/far.png").size == (4, 4)
-        with pytest.raises(BadSample, match="set config.data.follow_links=True to follow such links$"):
+        with pytest.raises(BadSample, match="set config.data.follow_links=True .* to follow such links$"):
             load(rows).train[name].pictures.open("linked/far.png")
 
 

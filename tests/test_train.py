@@ -230,14 +230,18 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
     asked["conversations"] = [{"from": "human", "value": "<image>\nwhat\ncolor?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "mine.json").write_text(json.dumps([asked]))
     (tmp_path / "0.png").write_bytes((pictures / "0.png").read_bytes())
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0.png").symlink_to("../0.png")
     flags = [f"--workdir={tmp_path}/run", f"--data={tmp_path}/mine.json"]
     found = runs.each(
         ["evaluate", *flags, "--max_new_tokens=1"],
         ["evaluate", *flags, f"--images={tmp_path}", "--max_new_tokens=0"],
         ["evaluate", f"--workdir={tmp_path}/run", f"--images={tmp_path}"],
         ["evaluate", *flags, "--images=nowhere"],
+        ["evaluate", *flags, f"--images={tmp_path}/links"],
+        ["evaluate", *flags, f"--images={tmp_path}/links", "--follow_links"],
     )
-    assert [code for code, _, _ in found] == [0, 0, 2, 2]
+    assert [code for code, _, _ in found] == [0, 0, 2, 2, 2, 0]
     assert "1 of 1 answers were cut at 1 tokens (config.eval.max_new_tokens, --max" in found[0][1]
     assert "mine/test: every question asked alone" in found[1][1]
     assert "\n  what\\ncolor? " in found[1][1]  # one line of the table
@@ -246,7 +250,7 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["mine/test/count"] == 1 and results["rows/holdout/count"] == 16  # of the same step
     last = json.loads((tmp_path / "run" / "answers.jsonl").read_text().splitlines()[-1])
-    assert (last["references"], last["images"]) == (["Red", "crimson"], [f"{tmp_path}/0.png"])
+    assert (last["references"], last["images"]) == (["Red", "crimson"], [f"{tmp_path}/links/0.png"])
 
 
 def test_a_run_without_test_rows(pictures, tmp_path, one_device, capsys):

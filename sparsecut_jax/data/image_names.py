@@ -57,7 +57,7 @@ def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_link
         raise BadSample(
             "path",
             f"image {name!r} leaves its folder {root}: {link} is a link to {os.path.realpath(link)}; "
-            "set config.data.follow_links=True to follow such links",
+            "set config.data.follow_links=True (--follow_links of evaluate) to follow such links",
         )
     if not os.path.isfile(real):
         broken = next((link for link in _links(root, path) if not os.path.exists(link)), None)

@@ -110,6 +110,9 @@ def open_test(cfg: Config) -> dict[str, Part]:
     """{name in the results: rows} of config.data.test.
 
     If the run has a mixture, they are read with the settings of the first source of its last stage.
+
+    Raises:
+      UserError: as `load_source`, or a folder of images is named for a source that has pictures of its own.
     """
     data = cfg.data
     like = SourceConfig(images=data.images)
@@ -120,6 +123,11 @@ def open_test(cfg: Config) -> dict[str, Part]:
     if isinstance(part.pictures, Folder):
         pictures = dataclasses.replace(part.pictures, setting="config.data.test_images (--images of evaluate)")
         part = dataclasses.replace(part, pictures=pictures)
+    elif data.test_images:
+        raise UserError(
+            f"config.data.test_images={data.test_images!r} (--images of evaluate) has no effect with {data.test!r}, which "
+            "has pictures of its own; leave it out"
+        )
     return {f"{_title(part)}/test": part}
 
 
