@@ -68,6 +68,9 @@ NEXT_STEPS = {
     "'--prompt=what color is the shape?'",
     "generate --workdir=a --prompt=b --image=https://c.d/e.png": "image https://c.d/e.png is a URL; download it, "
     "then name the file e.png: curl -LO https://c.d/e.png",
+    "generate --workdir=a --prompt=b --image=s3://c/e.png": "image s3://c/e.png is a URL; download it, "
+    "then name the file e.png",
+    "generate --workdir=a --prompt=b --image=gs://c/e.png": "workdir 'a' does not exist",
     "convert": "no command given; expected from-hf (reads weights, for example: python -m sparsecut_jax.convert from-hf "
     "--model=llava-hf/llava-1.5-7b-hf --out=runs/llava) or to-hf (writes a run, for example: python -m "
     "sparsecut_jax.convert to-hf --workdir=runs/base --out=exported); --help explains both",

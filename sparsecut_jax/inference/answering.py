@@ -88,11 +88,12 @@ def reply(
 
 
 def check_local(pictures: Sequence[Picture]) -> None:
-    """Raises UserError for a URL among them: nothing is downloaded."""
+    """Raises UserError for a URL among them: nothing is downloaded but from a bucket, gs://..."""
     for picture in pictures:
-        if isinstance(picture, str) and "://" in picture:
+        if isinstance(picture, str) and "://" in picture and not picture.startswith("gs://"):
             name = os.path.basename(picture) or "picture.png"
-            raise UserError(f"image {picture} is a URL; download it, then name the file {name}: curl -LO {picture}")
+            how = f": curl -LO {picture}" if picture.startswith(("http://", "https://")) else ""
+            raise UserError(f"image {picture} is a URL; download it, then name the file {name}{how}")
 
 
 def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:
