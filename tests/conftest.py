@@ -47,9 +47,20 @@ def one_device(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
-HEAVY = ("test_train", "test_hosts", "test_sharding", "test_convert", "test_lora", "test_state")
+HEAVY = ("test_train", "test_tour", "test_hosts", "test_sharding", "test_convert", "test_lora", "test_state", "test_api")
+# Files that compile whole models or start whole commands: not part of `-m quick`.
+SLOW = (
+    *HEAVY,
+    *("test_attention", "test_benchmark", "test_checkpoint", "test_cli", "test_compare", "test_data_command"),
+    *("test_decoding", "test_easy_vqa", "test_generate", "test_golden", "test_install", "test_launch", "test_load"),
+    *("test_parity", "test_pipeline", "test_plan", "test_planning_answer", "test_planning_flops", "test_planning_memory"),
+    *("test_planning_scaling", "test_planning_shortcuts", "test_scenes_controls", "test_sparsecut", "test_step"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest first: two workers then end at about the same time."""
+    """Files that take longest first, so that two workers end at about the same time; what is quick is marked so."""
     items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
+    for item in items:
+        if item.path.stem not in SLOW and not item.get_closest_marker("plan"):
+            item.add_marker("quick")
