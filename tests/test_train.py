@@ -253,13 +253,24 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
     assert (last["references"], last["images"]) == (["Red", "crimson"], [f"{tmp_path}/links/0.png"])
 
 
-def test_a_run_without_test_rows(pictures, tmp_path, one_device, capsys):
+@pytest.fixture(scope="module")
+def offspring(pictures, unbroken, tmp_path_factory):
+    """A run of one step from parts of another, with two settings changed and no test rows: (exit code, stdout, stderr)
+    of `train`, and of `evaluate` after it."""
+    folder = tmp_path_factory.mktemp("offspring")
+    changes = {
+        "data.holdout": 0, "run_stages": ("instruct",), "stages.instruct.max_steps": 1, "init_from": str(unbroken),
+        "shortcuts.position": "post",
+    }  # fmt: skip
+    config = runs.write_config(folder / "config.py", runs.small(pictures, folder / "run", set=changes))
+    flags = [f"--config={config}", "--config.llm.rope_theta=5e5"]
+    return runs.each(["train", *flags], ["evaluate", f"--workdir={folder}/run"])
+
+
+def test_a_run_without_test_rows(offspring):
     """Training says so, in its last lines, and `evaluate` is a sentence and exit code 2."""
-    changes = {"data.holdout": 0, "run_stages": ("instruct",), "stages.instruct.max_steps": 1}
-    config = runs.small(pictures, tmp_path / "run", set=changes)
-    train(config_lib.check(config))
-    assert "not tested: there are no test rows: none are held out" in capsys.readouterr().out
-    ((code, out, err),) = runs.each(["evaluate", f"--workdir={tmp_path}/run"])
+    (trained, said, _), (code, out, err) = offspring
+    assert trained == 0 and "not tested: there are no test rows: none are held out" in said
     assert (code, out) == (2, "")
     assert "there are no test rows" in err and "--data=rows.json" in err and err.count("\n") == 1
 
@@ -364,13 +375,9 @@ def test_what_needs_a_tokenizer_is_checked_before_rows_are_walked(
     assert found.startswith(start.replace("{}", str(unbroken))), found
 
 
-def test_a_flag_takes_the_parts_of_another_run_into_another_function(pictures, unbroken, tmp_path, capsys, one_device):
-    changes = {
-        "init_from": str(unbroken), "llm.rope_theta": 5e5, "shortcuts.position": "post", "eval.test": False,
-        "run_stages": ("instruct",), "stages.instruct.max_steps": 1,
-    }  # fmt: skip
-    train(config_lib.asked(runs.small(pictures, tmp_path / "run", set=changes), ["llm.rope_theta"]))
-    assert "  differs: config.shortcuts.position='post', there 'pre'" in capsys.readouterr().out
+def test_a_flag_takes_the_parts_of_another_run_into_another_function(offspring):
+    """As --config.llm.rope_theta does; what differs around the parts is told."""
+    assert "  differs: config.shortcuts.position='post', there 'pre'" in offspring[0][1]
 
 
 def test_a_run_starts_from_an_exported_model_and_resumes_without_it(pictures, unbroken, tmp_path, capsys, one_device):
