@@ -20,11 +20,11 @@ def listing() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join(
         [
-            "Trains, evaluates and runs vision-language models with sparse shortcuts. The commands:",
+            "Train, evaluate and run vision-language models with sparse shortcuts. Commands:",
             "",
             *(f"  python -m sparsecut_jax.{name:<{width}}  {summary(name)}" for name in COMMANDS),
             "",
-            "Each has --help. A first run, in under a minute:",
+            "Every command has --help. A first run, in under a minute:",
             "",
             "  python -m sparsecut_jax.train --config=configs/base.py:smoke",
         ]
@@ -40,7 +40,7 @@ def summary(name: str) -> str:
 
 
 def run() -> None:
-    """The command: ends with exit code 2 where it is given anything but --help."""
+    """The command: ends with exit code 2 if given anything but --help."""
     given = sys.argv[1:]
     if not given or given[0] in ("--help", "-help", "-h"):
         print(listing())

@@ -1,4 +1,4 @@
-"""The Python interface, as docs/api.md has it: load a trained model, and ask it."""
+"""The Python API (docs/api.md): load a trained model and ask it questions."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Model:
         seed: int = 0,
         template: str = "",
     ) -> str:
-        """The answer to a prompt about no image, one or several.
+        """The answer to a prompt with any number of images.
 
         Args:
-          prompt: `<image>` in it says where an image goes; images without one go in front.
+          prompt: `<image>` marks where an image goes; images without a mark go in front.
           images: paths, bytes of image files, PIL images or arrays uint8[H, W, 3].
-          temperature: 0 takes the likeliest token, above that tokens are sampled with `seed`.
-          template: how the prompt is written; "": as in training.
+          temperature: 0 takes the most likely token; above 0, tokens are sampled with `seed`.
+          template: prompt template; "": the one used in training.
 
         Raises:
           UserError: an image that cannot be read, more images than the model takes, or arguments out of range.
@@ -56,21 +56,17 @@ class Model:
 def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:
     """A model from the workdir of a run, or from a folder in the layout of `convert to-hf` or llava-hf.
 
-    checkpoint: of a workdir, "latest", "best" or a step.
+    checkpoint: for a workdir, "latest", "best" or a step.
 
     Raises:
-      UserError: there is no model, or it cannot be read.
+      UserError: `path` holds no model, or the model cannot be read.
     """
     path, checkpoint = os.fspath(path), str(checkpoint)
     if not os.path.isdir(path):
-        raise UserError(
-            f"{path} is not a folder; expected the workdir of a run, or a folder that convert to-hf has written"
-        )
+        raise UserError(f"{path} is not a folder; expected the workdir of a run, or a folder written by convert to-hf")
     is_workdir = os.path.isdir(os.path.join(path, "checkpoints"))
     if not is_workdir and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(
-            f"{path} has neither checkpoints/, as the workdir of a run, nor config.json, as an exported model"
-        )
+        raise UserError(f"{path} has neither checkpoints/ (the workdir of a run) nor config.json (an exported model)")
     if not is_workdir and checkpoint != "latest":
         raise UserError(f"{path} is an exported model and has no checkpoint {checkpoint!r}; leave `checkpoint` out")
     with _without_warnings():

@@ -1,4 +1,4 @@
-"""Times the parts of a config on this machine, each beside the least time it could take.
+"""Times the parts of a config on this machine and compares each with its roofline.
 
     python -m sparsecut_jax.benchmark --config=configs/base.py
     python -m sparsecut_jax.benchmark --config=configs/side_by_side.py --parts=step,decode

@@ -1,4 +1,4 @@
-"""What values the settings may have, alone and together: a sentence for each that cannot be right."""
+"""Validates settings, alone and in combination; an invalid one raises UserError with one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import UserError
 
-MOST_THREADS = 256  # each with batches of its own that are read ahead
+MOST_THREADS = 256  # each prefetches its own batches
 MOST_WORKERS = 256
 MOST_RANK = 2**14
 # Fields of RopeConfig that each kind reads.
@@ -31,14 +31,14 @@ def nearest(key: str, known: Any) -> str:
 
 
 def positive(value: Any) -> bool:
-    """Whether it is a finite number above 0; True is no number."""
+    """Whether it is a finite number above 0; True does not count."""
     return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def rope_fault(rope: Mapping[str, Any], frequencies: int) -> tuple[str, Any, str] | None:
-    """The first field of a RopeConfig that cannot be right, its value and what is expected; None if there is none.
+    """The first invalid field of a RopeConfig, its value and what is expected; None if all are valid.
 
-    It serves settings and config.json alike, so values may have any type.
+    Used for settings and for config.json, so values may have any type.
 
     Args:
       rope: the fields as a dict.
@@ -62,19 +62,19 @@ def rope_fault(rope: Mapping[str, Any], frequencies: int) -> tuple[str, Any, str
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         return "low_freq_factor", rope["low_freq_factor"], f"less than high_freq_factor={rope['high_freq_factor']!r}"
     if kind != "longrope" and rope["attention_factor"] != 1.0:
-        return "attention_factor", rope["attention_factor"], f"1.0, since kind={kind!r} has none"
+        return "attention_factor", rope["attention_factor"], f"1.0, since kind={kind!r} does not use it"
     return None
 
 
 def check_rope(cfg: Config) -> None:
-    """Raises UserError if `cfg.llm.rope` cannot be right."""
+    """Raises UserError if `cfg.llm.rope` is invalid."""
     if fault := rope_fault(vars(cfg.llm.rope), cfg.llm.head_dim // 2):
         name, value, expected = fault
         raise UserError(f"config.llm.rope.{name}={value!r}: expected {expected}")
 
 
 def check_values(cfg: Config) -> None:
-    """Raises UserError for values, or several of them together, that would fail later or mean something else."""
+    """Raises UserError for values, or combinations of values, that would fail later or mean something else."""
 
     def need(ok: bool, sentence: str) -> None:
         if not ok:
@@ -125,7 +125,7 @@ def check_values(cfg: Config) -> None:
     )
     need(v.width % v.heads == 0, f"config.vision.width={v.width} is not a multiple of config.vision.heads={v.heads}")
     need(m.heads % m.kv_heads == 0, f"config.llm.heads={m.heads} is not a multiple of config.llm.kv_heads={m.kv_heads}")
-    need(m.head_dim % 2 == 0, f"config.llm.head_dim={m.head_dim}: rotary embedding needs an even width")
+    need(m.head_dim % 2 == 0, f"config.llm.head_dim={m.head_dim}: rotary embeddings need an even width")
     grid = cfg.fusion.grid
     need(
         len(grid) == 2 and all(1 <= number <= 8 for number in grid),
@@ -148,7 +148,7 @@ def check_values(cfg: Config) -> None:
         "llm.rope_theta": m.rope_theta,
     }.items():
         need(value > 0, f"config.{key}={value}: expected a positive number")
-    if not (cfg.init.model or cfg.init.llm):  # else the LLM's config.json says the rest of it
+    if not (cfg.init.model or cfg.init.llm):  # otherwise the LLM's config.json completes it
         check_rope(cfg)
     _check_lora(cfg, need)
     _check_regexes("config.init_parts", cfg.init_parts)
@@ -170,7 +170,7 @@ def check_values(cfg: Config) -> None:
             operator.attrgetter(key)(cfg)
         except AttributeError:
             raise UserError(
-                f"config.init.keep has {key!r}, which is no setting; for example 'shortcuts.density'"
+                f"config.init.keep has {key!r}, which is not a setting; an example of one is 'shortcuts.density'"
             ) from None
     need(init.image_size >= 0, f"config.init.image_size={init.image_size}: expected 0 or more")
     if cfg.profile:
@@ -186,12 +186,12 @@ def _check_lora(cfg: Config, need: Callable[[bool, str], None]) -> None:
     need(0 <= lora.rank <= MOST_RANK, f"config.lora.rank={lora.rank}: expected 0 (no adapters) to {MOST_RANK}")
     need(lora.alpha > 0, f"config.lora.alpha={lora.alpha}: expected a positive number")
     need(0 <= lora.dropout < 1, f"config.lora.dropout={lora.dropout}: expected 0 to below 1")
-    need(len(lora.targets) > 0, "config.lora.targets is empty; config.lora.rank=0 is no adapters")
+    need(len(lora.targets) > 0, "config.lora.targets is empty; set config.lora.rank=0 to train without adapters")
     _check_regexes("config.lora.targets", lora.targets)
     for pattern in lora.targets:
         need(
             any(re.fullmatch(pattern, path) for path in cfg.llm.linears),
-            f"config.lora.targets has {pattern!r}, which matches no linear of the LLM; they are "
+            f"config.lora.targets has {pattern!r}, which matches no linear layer of the LLM; they are "
             f"{', '.join(cfg.llm.linears)}",
         )
 
@@ -272,4 +272,4 @@ def _check_regexes(name: str, patterns: tuple[str, ...]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{name} has {pattern!r}, which is no regex: {error}") from None
+            raise UserError(f"{name} has {pattern!r}, which is not a valid regular expression: {error}") from None

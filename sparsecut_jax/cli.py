@@ -40,7 +40,9 @@ def define_config(workdir: bool = True) -> None:
 
     workdir: also --workdir, for commands that have no flag of that name with another meaning.
     """
-    config_flags.DEFINE_config_file("config", None, "File in configs/, with arguments after a colon.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, optionally with arguments after a colon.", lock_config=True
+    )
     flags.DEFINE_boolean("print_config", False, "Print the resolved config as JSON and exit.")
     if workdir:
         flags.DEFINE_string("workdir", None, "Short for --config.workdir.")
@@ -156,7 +158,7 @@ def typed_config(required: bool = True, also: Mapping[str, Any] | None = None) -
 
 
 def _print_config(cfg: Config) -> None:
-    """On stdout as JSON; on stderr whether sizes are those of the weights that config.init names."""
+    """Prints the config as JSON on stdout and, on stderr, whether its sizes come from the weights in config.init."""
     from sparsecut_jax.weights.resolve import resolve_here  # here: it imports transformers
 
     cfg, _, here, away = resolve_here(cfg)
@@ -183,12 +185,12 @@ def _set_workdir() -> None:
         return
     other = config_flags.get_override_values(flags.FLAGS["config"]).get("workdir", given)
     if other != given:
-        raise UserError(f"--workdir={given} and --config.workdir={other} are two folders; give one of them")
+        raise UserError(f"--workdir={given} and --config.workdir={other} are different folders; give only one")
     raw.workdir = given
 
 
 def _check_words(words_of: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError for a flag that is given and that the command's word does not read."""
+    """Raises UserError for a given flag that the subcommand does not read."""
     known = set(itertools.chain(*words_of.values()))
     for flag, words in words_of.items():
         if _word in known and _word not in words and flags.FLAGS[flag].present:
@@ -215,7 +217,7 @@ def _help(command: Callable[[], None], doc: str, search: str, words_of: Mapping[
 
 
 def _quiet(debug: bool) -> None:
-    """Leaves out what libraries log and a user cannot act on."""
+    """Hides library logs that a user cannot act on."""
     if debug:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -226,7 +228,7 @@ def _quiet(debug: bool) -> None:
 
 
 def _keep_compiled() -> None:
-    """What has been compiled is kept for later starts; JAX_ENABLE_COMPILATION_CACHE=0 turns that off."""
+    """Caches compiled programs for later starts; JAX_ENABLE_COMPILATION_CACHE=0 turns this off."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(cache, "sparsecut_jax", "xla")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -1,9 +1,9 @@
-"""Compares finished runs: settings that differ, scores with paired intervals, loss curves, and answers with their pictures.
+"""Compares finished runs: settings that differ, scores with paired intervals, loss curves, and answers with their images.
 
     python -m sparsecut_jax.compare runs/a runs/b
     python -m sparsecut_jax.compare runs/a runs/b runs/c --out=runs/comparison
 
-Differences are to the first run. Each folder holds what `train` or `evaluate` has written.
+Differences are from the first run. Each folder was written by `train` or `evaluate`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(*folders: str) -> None:
     print("settings that differ:" if settings else "all settings are the same")
     if settings:
         print(table(["", *names], [[key, *values] for key, values in settings.items()]))
-    print(f"\nscores, and differences to {names[0]} in percentage points, with 95 % intervals:")
+    print(f"\nscores, and differences from {names[0]} in percentage points, with 95 % intervals:")
     print(table(["test", "kind", "score", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows_of(lines)))
     for note in notes:
         print(f"note: {note}")
@@ -57,7 +57,7 @@ def main(*folders: str) -> None:
     print_files(
         out,
         {
-            "compare.html": "all of this, and answers that differ or are wrong with their pictures",
+            "compare.html": "all of this, and the answers that differ or are wrong, with their images",
             "compare.json": "the figures",
             "curves.png": "loss of all runs",
         },
@@ -75,9 +75,9 @@ def rows_of(lines: list[comparison.Line]) -> list[list[str]]:
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the folders
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow the folders
     flags.DEFINE_string("out", "runs/compare", "Folder to write to.")
-    flags.DEFINE_integer("limit", 200, "Questions on the page of answers, at most.")
+    flags.DEFINE_integer("limit", 200, "Maximum number of questions on the page of answers.")
     cli.run(main, __doc__, arguments=True)
 
 

@@ -1,4 +1,4 @@
-"""From a ConfigDict to checked settings, with a sentence for whatever is wrong.
+"""Turns a ConfigDict into checked settings; every error is one sentence.
 
 `check` is called once, at the start of a command; from then on the code reads frozen dataclasses (settings.py),
 and a misspelt key cannot hide.
@@ -29,7 +29,7 @@ def default() -> ConfigDict:
 
 
 def variant_arguments(text: str, **known: Any) -> ConfigDict:
-    """Arguments behind the colon of `--config=file.py:a=1,smoke`, over the defaults `known`.
+    """Arguments after the colon of `--config=file.py:a=1,smoke`, over the defaults `known`.
 
     A tuple in `known` lists all values of its argument, the default first.
 
@@ -68,13 +68,13 @@ def check(raw: ConfigDict | dict) -> Config:
 
 
 def asked(raw: ConfigDict | dict, given: Iterable[str]) -> Config:
-    """`check`, for what a user asks for: settings without effect are refused, and what was given wins over files.
+    """`check` for a user's config: refuses settings without effect; values from the command line win over files.
 
     Args:
       given: settings of the command line, as "stages.align.lr".
 
     Raises:
-      UserError: as `check`, or a setting that would do nothing.
+      UserError: as `check`, or for a setting that has no effect.
     """
     cfg, given = check(raw), set(given)
     effects.check(cfg, given)

@@ -1,4 +1,4 @@
-"""Config files: where --config finds them, and which files `from configs import base` in one of them means."""
+"""Finds config files: those that --config names, and those that they import with `from configs import base`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find(path: str) -> str:
 def provide_siblings(file: str) -> None:
     """Makes `from configs import NAME` find NAME.py in the folder of the config `file`, else among the shipped configs.
 
-    No other package of that name is looked at, wherever the command is started.
+    No other package of that name is considered, whatever the current folder.
     """
     for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         del sys.modules[name]

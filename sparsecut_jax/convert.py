@@ -1,4 +1,4 @@
-"""Brings pretrained weights in, and trained models out, in the formats that others read.
+"""Imports pretrained weights, and exports trained models in formats that other programs read.
 
     python -m sparsecut_jax.convert from-hf --vision=DIR --llm=DIR --config=configs/base.py --out=runs/joined
     python -m sparsecut_jax.convert from-hf --model=llava-hf/llava-1.5-7b-hf --out=runs/llava
@@ -6,7 +6,7 @@
 
 from-hf joins a vision tower, an LLM and, where --fusion names one, a projector into a workdir that evaluate, generate
 and --config.init_from read. to-hf writes the model of a workdir as safetensors with config.json, tokenizer and image
-processor: as `llava` where a LLaVA can say it (one view, no shortcuts), else as `sparsecut`, which --model reads. A run
+processor: as `llava` if LLaVA can represent it (one view, no shortcuts), otherwise as `sparsecut`, which --model reads. A run
 with LoRA is written with its adapters in the LLM (--merge), or as adapters and fusion alone (--as=adapter).
 """
 
@@ -74,7 +74,9 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
         write_run_files(folder, resolved, tokenizer, joined.model.plan)
     print(report.heading(joined.mesh, joined.model.plan, joined.abstract, {}, resolved.param_dtype))
     print("\n" + "".join(f"{line}\n" for line in differences(cfg, joined.sources)), end="")
-    print(f"{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none: give --tokenizer=DIR to ask it'}")
+    print(
+        f"{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none; give --tokenizer=DIR to ask questions'}"
+    )
     print(f"written to {out} as {resolved.param_dtype}; shortcuts.png shows its plan")
     return told
 
@@ -86,7 +88,7 @@ def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, m
       UserError: incompatible flags, or the format cannot represent the model.
     """
     if kind == "adapter" and (merge or check or drop_shortcuts):
-        raise UserError("--as=adapter writes no whole model; leave out --merge, --verify and --drop-shortcuts")
+        raise UserError("--as=adapter does not write a whole model; leave out --merge, --verify and --drop-shortcuts")
     with new_folder(out) as folder:
         run = load_run(workdir, which, text=False)
         with jax.set_mesh(run.mesh):
@@ -105,14 +107,14 @@ def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, m
 
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """A folder to write into that takes the name `path` at the end of the block; it vanishes where that fails.
+    """A folder to write into, renamed to `path` at the end of the block; removed if the block fails.
 
     Raises:
-      UserError: there is something at `path` already.
+      UserError: `path` already exists.
     """
     path = os.path.abspath(path)
     if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path):
-        raise UserError(f"--out={path} is there already; choose another name, or remove it")
+        raise UserError(f"--out={path} already exists; choose another name, or remove it")
     partial = f"{path}.partial-{os.getpid()}"
     os.makedirs(partial)
     try:
@@ -155,8 +157,8 @@ def run() -> None:
     flags.DEFINE_string("fusion", "", "The projector of LLaVA or SparseCut, a .safetensors file.")
     flags.DEFINE_string("tokenizer", "", "Folder of the tokenizer; default: the LLM's.")
     flags.DEFINE_string("out", "", "Folder to write; must not exist yet.")
-    flags.DEFINE_string("workdir", "", "Workdir of a run, or from from-hf.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+    flags.DEFINE_string("workdir", "", "Workdir of a run, or one written by from-hf.")
+    flags.DEFINE_string("checkpoint", "latest", "Checkpoint: latest, best or a step.")
     flags.DEFINE_enum("as", "auto", export.KINDS, "What to write.")
     flags.DEFINE_boolean("drop_shortcuts", False, "Write llava without the shortcuts, which is a different model.")
     flags.DEFINE_boolean("merge", False, "Merge the run's LoRA adapters into the LLM's weights.")

@@ -1,9 +1,9 @@
-"""Settings that would do nothing, because another one switches them off: each is refused with a sentence.
+"""Refuses settings that have no effect because another setting disables them.
 
-A setting given on the command line is always looked at. One that a config file changes from its default is looked at as
-well, unless the command line has turned the switch: a file describes a whole run, and its `lora.dropout` is no mistake
-where somebody tries `--config.lora.rank=0`. Rules with `files=False` leave config files alone, because these build on
-one another: configs/base.py says how many shortcuts there are, also to a file of yours that has none.
+A setting given on the command line is always checked. One that a config file changes from its default is checked too,
+unless the command line sets what disables it: a file describes a whole run, and its `lora.dropout` is not a mistake if
+somebody tries `--config.lora.rank=0`. Rules with `files=False` ignore config files, because these build on one another:
+configs/base.py sets the number of shortcuts even for a file of yours that has none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Rule:
 
     Attributes:
       keys: the settings, without "config."; `*` is any stage, or any source of config.data.mix.
-      why: function of the config and the group that holds the setting (the stage, say): what switches the setting off
-        and, behind a semicolon, what to do if not to leave it out. "" where the setting has an effect.
+      why: function of the config and the group that holds the setting (a stage, for example): what disables the
+        setting and, after a semicolon, an alternative to leaving it out; "" if the setting has an effect.
       switches: settings that `why` looks at.
-      files: whether a config file's value counts, or only one of the command line.
+      files: whether values from config files are checked, or only those from the command line.
     """
 
     keys: tuple[str, ...]
@@ -39,7 +39,7 @@ PAIRS = {
     "none": "with config.shortcuts.density='none'",
     "explicit": "with config.shortcuts.density='explicit', whose pairs are vit_levels and llm_layers",
 }
-DRAWN = ("easy_vqa", "scenes")  # sources with pictures of their own
+DRAWN = ("easy_vqa", "scenes")  # sources with their own images
 
 
 def _plan(cfg: Config, _: Any) -> str:
@@ -95,7 +95,7 @@ def _replicas(cfg: Config, _: Any) -> str:
 
 
 def _lora(_: Config, lora: Any) -> str:
-    return "with config.lora.rank=0, which is no adapters" * (lora.rank == 0)
+    return "with config.lora.rank=0, which means no adapters" * (lora.rank == 0)
 
 
 def _no_source(*parts: str) -> Callable[[Config, Any], str]:
@@ -117,7 +117,7 @@ def _mixed(cfg: Config, _: Any) -> str:
 def _own_pictures(_: Config, data: Any) -> str:
     name = data.source
     own = not data.mix and not data.test and (name in DRAWN or name.startswith("tfds:"))  # rows to test on need both
-    return f"with config.data.source={name!r}, which has pictures of its own" * own
+    return f"with config.data.source={name!r}, which has its own images" * own
 
 
 def _no_test(_: Config, data: Any) -> str:
@@ -125,7 +125,7 @@ def _no_test(_: Config, data: Any) -> str:
 
 
 def _drawn(_: Config, source: Any) -> str:
-    return f"with path={source.path!r}, which has rows of its own" * (source.path in DRAWN)
+    return f"with path={source.path!r}, which has its own rows" * (source.path in DRAWN)
 
 
 def _no_scenes(cfg: Config, _: Any) -> str:
@@ -134,8 +134,8 @@ def _no_scenes(cfg: Config, _: Any) -> str:
 
 def _tokenizer(cfg: Config, tokenizer: Any) -> str:
     if tokenizer.path:
-        return f"with config.tokenizer.path={tokenizer.path!r}, which is trained already"
-    return "with a pretrained LLM, which brings its tokenizer" * bool(cfg.init.model or cfg.init.llm)
+        return f"with config.tokenizer.path={tokenizer.path!r}, which names a trained tokenizer"
+    return "with a pretrained LLM, which has its own tokenizer" * bool(cfg.init.model or cfg.init.llm)
 
 
 def _buckets(_: Config, stage: Any) -> str:
@@ -147,7 +147,7 @@ def _epochs(_: Config, stage: Any) -> str:
 
 
 def _no_holdout(cfg: Config, _: Any) -> str:
-    return "with config.data.holdout=0, which keeps no rows to evaluate on" * (cfg.data.holdout == 0)
+    return "with config.data.holdout=0, which holds out no rows to evaluate on" * (cfg.data.holdout == 0)
 
 
 RULES = (
@@ -189,12 +189,12 @@ RULES = (
 
 
 def check(cfg: Config, given: Collection[str], files: bool = True) -> None:
-    """Raises UserError, one sentence, for the first setting that was asked for and would do nothing.
+    """Raises UserError for the first requested setting that has no effect.
 
     Args:
       given: settings of the command line, as "stages.align.lr".
-      files: whether to look at what differs from the defaults besides. Left out is what the config.json of a source
-        may say: that is looked at once it has been read.
+      files: whether to check settings that differ from the defaults, too. Those that a source's config.json may set
+        are skipped: they are checked once it has been read.
     """
     for key in given:
         group, _, stage = key.partition(".")

@@ -1,11 +1,12 @@
-"""Answers the test rows of a run, or of any file, and scores the answers.
+"""Evaluates a run on its test rows, or on the rows of any file.
 
     python -m sparsecut_jax.evaluate --workdir=runs/base
     python -m sparsecut_jax.evaluate --workdir=runs/base --checkpoint=best
     python -m sparsecut_jax.evaluate --workdir=runs/base --data=rows.json --images=DIR
 
---data takes whatever config.data.source takes, for runs and converted weights alike. answers.jsonl and results.json go to
-the workdir, for another checkpoint than the latest to workdir/step_N. A row may list other correct answers under `answers`.
+--data accepts whatever config.data.source accepts, for runs and converted weights. answers.jsonl and results.json are written
+to the workdir or, for a checkpoint other than the latest, to workdir/step_N. A row may list other correct answers as
+`answers`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ FLAGS = flags.FLAGS
 def main() -> None:
     cli.need("--workdir=runs/base")
     if FLAGS.images and not FLAGS.data:
-        raise UserError(f"--images={FLAGS.images} is the folder of the images of --data, which is missing")
+        raise UserError(f"--images={FLAGS.images} has no effect without --data")
     if FLAGS.max_new_tokens is not None and not 0 <= FLAGS.max_new_tokens <= 100_000:
         raise UserError(f"--max_new_tokens={FLAGS.max_new_tokens}: expected 0 to 100,000")
     check_template(FLAGS.template, "--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     cfg = run.config
-    limit = 0 if FLAGS.data else cfg.eval.max_new_tokens  # the run's own limit was set for its own test rows
+    limit = 0 if FLAGS.data else cfg.eval.max_new_tokens  # the run's limit was set for its own test rows
     limit = limit if FLAGS.max_new_tokens is None else FLAGS.max_new_tokens
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, max_new_tokens=limit))
     if FLAGS.template:
@@ -63,16 +64,20 @@ def main() -> None:
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    flags.DEFINE_string("workdir", "", "Workdir of a run, or of `convert from-hf`.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
-    flags.DEFINE_string("data", "", "Test rows: a file or any other source; left out: those of the run.")
-    flags.DEFINE_string("images", "", "Folder of the images of --data; left out: config.data.images of the run.")
+    flags.DEFINE_string("workdir", "", "Workdir of a run, or one written by `convert from-hf`.")
+    flags.DEFINE_string("checkpoint", "latest", "Checkpoint: latest, best or a step.")
+    flags.DEFINE_string("data", "", "Test rows: a file or any other source; default: those of the run.")
+    flags.DEFINE_string("images", "", "Folder of the images of --data; default: config.data.images of the run.")
     flags.DEFINE_boolean(
-        "follow_links", None, "Follow links that lead out of the folder of the images; left out: as the run was trained."
+        "follow_links",
+        None,
+        "Follow links that lead out of the folder of the images; left out: as the run was trained.",
     )
-    flags.DEFINE_string("template", "", "How questions are written; left out: as the run was trained.")
+    flags.DEFINE_string("template", "", "Prompt template; default: the one the run was trained with.")
     flags.DEFINE_integer(
-        "max_new_tokens", None, "Longest answer in tokens, 0: by the data; left out: as the run has it, with --data 0."
+        "max_new_tokens",
+        None,
+        "Maximum answer length in tokens; 0: from the test answers; default: the run's, with --data 0.",
     )
     hosts.define_flags()
     cli.run(main, __doc__)

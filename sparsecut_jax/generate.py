@@ -1,8 +1,8 @@
-"""Asks a trained run about an image, and prints the answer.
+"""Answers a question about images with a trained model.
 
     python -m sparsecut_jax.generate --workdir=runs/base --image=picture.png --prompt="what color is the shape?"
 
-stdout is the answer alone; whether it was cut, is empty, or comes from a fusion that was never trained stands on stderr.
+Only the answer is printed on stdout; notes, such as an answer that was cut or a fusion that was never trained, go to stderr.
 Without --image the question is text only; --image may be given several times, up to config.data.max_images.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     check_asked(FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template, dashes="--")
     run = load_run(FLAGS.workdir, FLAGS.checkpoint)
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
-    # Only a person sees the seconds counted: a script gets the answer alone.
+    # The seconds are shown on a terminal only: a script gets the answer alone.
     with busy("compiling and answering", sys.stderr) if sys.stderr.isatty() else contextlib.nullcontext():
         found = reply(run, FLAGS.prompt, FLAGS.image, *how)
     print(found.text, flush=True)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def notes(run: Run, image: bool, found: Reply, max_new_tokens: int) -> list[str]:
-    """What to know about an answer beside its text; an image was asked about or not."""
+    """Notes about an answer; `image`: whether the question is about an image."""
     said = []
     if image and run.fresh_fusion:
         said.append(FRESH_FUSION.format(run.workdir))
@@ -50,13 +50,13 @@ def notes(run: Run, image: bool, found: Reply, max_new_tokens: int) -> list[str]
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
     flags.DEFINE_string("workdir", "", "Workdir of a run.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
-    flags.DEFINE_multi_string("image", [], "Picture to ask about; may be repeated.")
-    flags.DEFINE_string("prompt", "", "The question; <image> in it says where an image goes (default: in front).")
-    flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens.")
-    flags.DEFINE_float("temperature", 0.0, "0: the likeliest answer; above: sampled.")
-    flags.DEFINE_string("template", "", "How the prompt is written; left out: as the run was trained.")
-    flags.DEFINE_integer("seed", 0, "Of the sampling.")
+    flags.DEFINE_string("checkpoint", "latest", "Checkpoint: latest, best or a step.")
+    flags.DEFINE_multi_string("image", [], "Image to ask about.")
+    flags.DEFINE_string("prompt", "", "The question; <image> marks where an image goes (default: in front).")
+    flags.DEFINE_integer("max_new_tokens", 64, "Maximum answer length in tokens.")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token; above 0, tokens are sampled.")
+    flags.DEFINE_string("template", "", "Prompt template; default: the one the run was trained with.")
+    flags.DEFINE_integer("seed", 0, "Random seed for sampling.")
     cli.run(main, __doc__)
 
 

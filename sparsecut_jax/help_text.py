@@ -1,4 +1,4 @@
-"""What --help prints: a command's flags and every setting, each with its value, what it may be and what it means."""
+"""What --help prints: a command's flags and every setting, each with its value, allowed values and meaning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY = "NAME"  # stands for the names of a group that has none yet
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A flag or setting: its name, its value as one types it (None: it has none), what it may be, what it means."""
+    """A flag or setting: its name, its value as typed (None: it has none), allowed values and meaning."""
 
     name: str
     value: str | None
@@ -66,7 +66,7 @@ def help_text(
         if not any(group.entries for group in found):
             names = [part for g in groups for e in g.entries for part in (e.name, e.name.rsplit(".")[-1])]
             raise UserError(
-                f"--help={search}: no flag or setting contains it{nearest(search, names)}; --help shows them all"
+                f"--help={search}: no flag or setting contains this{nearest(search, names)}; --help shows them all"
             )
         groups, doc = [group for group in found if group.entries], ""
     width = min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
@@ -105,7 +105,7 @@ FLAG_KINDS = {
 
 def of_flag(flag: flags.Flag, words: Sequence[str]) -> Entry:
     """A flag of absl; `words`: those behind the command that read it, () for all."""
-    meaning = re.sub("^<[^>]*>: ", "", flag.help)  # absl puts an enumeration's values in front
+    meaning = re.sub("^<[^>]*>: ", "", flag.help)  # absl prepends an enumeration's values
     meaning = f"{', '.join(words)}: {meaning}" if words else meaning
     if flag.boolean:
         return Entry(f"--{flag.name}", None, "switch", meaning)
@@ -116,7 +116,7 @@ def of_flag(flag: flags.Flag, words: Sequence[str]) -> Entry:
 
 
 def kind_of(hint: Any) -> str:
-    """What a setting may be: "clip, siglip or dinov2", "int", "tuple of str"."""
+    """Allowed values of a setting: "clip, siglip or dinov2", "int", "tuple of str"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return one_of(args)
@@ -132,7 +132,7 @@ def one_of(values: Sequence[str]) -> str:
 
 
 def typed(value: Any) -> str:
-    """A value as one types it in a shell."""
+    """A value as typed in a shell."""
     text = value if isinstance(value, str) else repr(value)
     return text if re.fullmatch(r"[\w.,:/@%+-]+", text) else f'"{text}"'
 

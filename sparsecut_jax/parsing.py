@@ -1,4 +1,4 @@
-"""The command line into absl's flags, with one sentence for whatever is wrong with it or with the config file."""
+"""Parses the command line into absl's flags; every error in it or in the config file is one sentence."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def parse(arguments: bool) -> list[str]:
         for arg in sys.argv[1:]:
             name = arg.lstrip("-").partition("=")[0].split(".")
             if name[:2] == ["config", "stages"] and len(name) > 2 and repr(name[2]) in str(error.args[0]):
-                raise UserError(f"config.stages.{name[2]} is not a stage of {file!r}: {_cause(error, file)}") from error
+                raise UserError(f"config.stages.{name[2]} is not a stage in {file!r}: {_cause(error, file)}") from error
             if name[:3] == ["config", "data", "mix"] and len(name) > 3 and repr(name[3]) in str(error.args[0]):
                 raise UserError(
-                    f"config.data.mix.{name[3]} is no source of {file!r}; add sources in that file"
+                    f"config.data.mix.{name[3]} is not a source in {file!r}; add sources in that file"
                 ) from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
-    except Exception as error:  # a config file may raise anything, and all of it is the user's to mend
+    except Exception as error:  # a config file may raise anything, and the user has to fix it
         for name in (arg.lstrip("-").partition("=")[0] for arg in sys.argv[1:]):
             given = name.startswith("config.data.mix.") or ".lr_of." in name
             if given and repr(name.split(".")[-1]) in str(error):
-                raise UserError(f"{name}: {file!r} gives no such key; write it there") from error
+                raise UserError(f"{name}: {file!r} has no such key; add it there") from error
         raise UserError(f"config file {file!r}: {_cause(error, file)}") from error
     if len(rest) > 1 and not arguments:
         how = "settings are written --config.KEY=VALUE" if "config" in flags.FLAGS else "flags are written --NAME=VALUE"
@@ -99,7 +99,7 @@ def _cause(error: Exception, file: str | None) -> str:
     ]
     where = f" (line {frames[-1].lineno})" if frames else ""
     if isinstance(error, AttributeError) and error.name == "get_config":
-        return "it defines no get_config()"
+        return "it does not define get_config()"
     if isinstance(error, KeyError) and error.args:
         return " ".join(str(error.args[0]).split()) + where  # a name that is not there, and the nearest one
     said, kind = (str(error).strip().splitlines() or [""])[-1], type(error).__name__

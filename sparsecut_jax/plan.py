@@ -49,7 +49,7 @@ def plan(cfg: Config) -> None:
     folder = make_folder("--out", FLAGS.out or os.path.join("runs/plan", file_name(cfg, stage)))
 
     # ------------------------------------------------------------------ the answers
-    with open(os.dup(2), "w") as stderr:  # the compiler's own noise is kept from the other one
+    with open(os.dup(2), "w") as stderr:  # a copy, so that the compiler's own output can be hidden
         during = lambda what: report.busy(what, stderr)
         found = [
             {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, during)}
@@ -100,9 +100,9 @@ def run() -> None:
         "Sequences per chip and micro-batch; default: the config's batch size, whatever the number of chips.",
         lower_bound=0,
     )
-    flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: counted from config.data, if that is here.")
+    flags.DEFINE_integer("rows", 0, "Rows of the dataset; default: counted from config.data, if it is on this machine.")
     flags.DEFINE_float("price", 0.0, "Price of one chip-hour.")
-    flags.DEFINE_boolean("search", False, "Look for other settings even if these fit.")
+    flags.DEFINE_boolean("search", False, "Search for other settings even if these fit.")
     flags.DEFINE_string("out", "", "Folder for plan.json and plan.png; default: a new folder in runs/plan/.")
     cli.run(lambda: plan(cli.typed_config()), __doc__)
 

@@ -1,6 +1,6 @@
-"""Every setting there is: its type or allowed values, its default and what it means.
+"""Every setting, with its type or allowed values, its default and its meaning.
 
-A file in configs/ starts from these (`config.default()`) and changes what its idea is about; `config.check` turns
+A file in configs/ starts from these (`config.default()`) and changes what it needs; `config.check` turns
 the result into a `Config`, and the program reads nothing else. `--help` of every command prints this list.
 """
 
@@ -29,10 +29,10 @@ def setting(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower: CLIP, SigLIP or DINOv2 by its fields."""
+    """Vision tower: CLIP, SigLIP or DINOv2, depending on its fields."""
 
     family: Literal["clip", "siglip", "siglip2", "dinov2"] = setting(
-        "clip", "Tensor names and config.json that its weights have in files."
+        "clip", "Model family, which sets the tensor names and config.json of its files."
     )
     image_size: int = setting(32, "Side of one view in pixels.")
     patch_size: int = setting(8, "Side of a patch in pixels; a patch is one token.")
@@ -47,12 +47,12 @@ class VisionConfig:
     pre_norm: bool = setting(True, "Apply a layer norm before the first block (CLIP).")
     layer_scale: bool = setting(False, "Scale each channel after attention and after the MLP (DINOv2).")
     select_layer: int = setting(
-        -2, "Main feature, as an index into Hugging Face's hidden_states; -2 is the output of the last block but one."
+        -2, "Main feature, as an index into Hugging Face's hidden_states; -2 is the output of the second-to-last block."
     )
     scan_layers: bool = setting(True, "Compile the blocks as one loop, which compiles faster than unrolled blocks.")
     remat: Remat = setting("auto", REMAT)
     mean: tuple[float, ...] = setting(
-        (0.48145466, 0.4578275, 0.40821073), "Mean of red, green and blue that is subtracted, in 0 to 1."
+        (0.48145466, 0.4578275, 0.40821073), "Mean of red, green and blue, subtracted from values in 0 to 1."
     )
     std: tuple[float, ...] = setting(
         (0.26862954, 0.26130258, 0.27577711), "Standard deviation of red, green and blue, in 0 to 1."
@@ -114,7 +114,7 @@ class RopeConfig:
     high_freq_factor: float = setting(
         4.0, "llama3: wavelengths below original_length / this (in positions) are not scaled."
     )
-    original_length: int = setting(0, "llama3, longrope: positions that the model was first trained on.")
+    original_length: int = setting(0, "llama3, longrope: context length of the original training, in positions.")
     short_factor: tuple[float, ...] = setting(
         (), "longrope: divisor of each frequency in texts of up to original_length positions."
     )
@@ -124,10 +124,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """Decoder: Llama, Mistral, Qwen2, Qwen3 or Phi-3 by its fields."""
+    """Decoder: Llama, Mistral, Qwen2, Qwen3 or Phi-3, depending on its fields."""
 
     family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = setting(
-        "llama", "Tensor names and config.json that its weights have in files."
+        "llama", "Model family, which sets the tensor names and config.json of its files."
     )
     vocab_size: int = setting(0, "Rows of the embedding; 0: the tokenizer's ids, rounded up to a multiple of 64.")
     width: int = setting(64, "Channels of a token (D).")
@@ -140,9 +140,7 @@ class LLMConfig:
     norm_eps: float = setting(1e-5, "Epsilon of the RMS norms.")
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
     rope: RopeConfig = RopeConfig()
-    max_positions: int = setting(
-        0, "Longest text that the model was made for, in tokens, for exported files; 0: not known."
-    )
+    max_positions: int = setting(0, "Context length in tokens, for exported files; 0: unknown.")
     qkv_bias: bool = setting(False, "Add a bias to queries, keys and values (Qwen2).")
     qk_norm: bool = setting(False, "Normalise each head of queries and keys before the rotation (Qwen3).")
     sliding_window: int = setting(0, "Positions that a token attends to, itself included (Mistral); 0: all before it.")
@@ -156,7 +154,7 @@ class LLMConfig:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths of the matrices that an adapter may stand beside, without "/kernel"."""
+        """Paths of the weight matrices that can have an adapter, without "/kernel"."""
         attention = tuple(f"llm/layers/attention/{name}" for name in ("q", "k", "v", "out"))
         mlp = tuple(f"llm/layers/mlp/{name}" for name in ("gate", "up", "down"))
         return attention + mlp + (() if self.tie_embeddings else ("llm/head",))
@@ -182,10 +180,10 @@ class InitConfig:
     Each source is a folder in Hugging Face layout, a file (.safetensors; .gguf for the LLM, .onnx for the tower) or a
     hub id. A part without a source is randomly initialised.
 
-    A source's config.json says sizes and more: of `vision` and `llm`, and for the fusion and whole models also `fusion`,
-    `shortcuts`, `vision.select_layer` and `data.image_fit`. It replaces defaults and what a config file in configs/
-    says, since such a file describes models with and without sources. What is given on the command line, or listed in
-    `keep`, is a demand: it replaces what config.json says, or is refused where the weights have another size.
+    A source's config.json sets sizes and more: of `vision` and `llm`, and for the fusion and whole models also `fusion`,
+    `shortcuts`, `vision.select_layer` and `data.image_fit`. It replaces defaults and values from a file in configs/,
+    since such a file describes models with and without sources. Values given on the command line, or listed in `keep`,
+    override config.json, or are refused if the weights have another size.
     """
 
     model: str = setting(
@@ -204,7 +202,7 @@ class InitConfig:
         False, "Add rows to the embedding for ids that only the tokenizer has, each the mean of the old rows."
     )
     keep: tuple[str, ...] = setting(
-        (), "Settings that replace what a source's config.json says; those of the command line are added by themselves."
+        (), "Settings that override a source's config.json; those on the command line are added automatically."
     )
 
     def decides(self, key: str) -> bool:
@@ -239,16 +237,16 @@ class SourceConfig:
     weight: float = setting(1.0, "How often a row is seen per epoch; at 0.5 each epoch draws another half.")
     split: str = setting("train", "TFDS, DatasetDict or a folder of shards named by split: the split to read.")
     data_dir: str = setting("", "TFDS: folder where tfds:NAME is prepared; empty: TFDS's own.")
-    image: str = setting("image", "Feature, column or tar ending with the picture; empty: none.")
+    image: str = setting("image", "Feature, column or tar member extension with the image; empty: none.")
     question: str = setting(
         "", "Feature or column with the question, or the question itself; empty: column question, or <image> alone."
     )
-    answer: str = setting("caption", "Feature or column with the answer; column answer, if there is none of this name.")
+    answer: str = setting("caption", "Feature or column with the answer; if there is none of this name, column answer.")
 
 
 @dataclass(frozen=True)
 class ScenesConfig:
-    """The procedural pictures of source "scenes" (data/scenes.py)."""
+    """The generated pictures of source "scenes" (data/scenes.py)."""
 
     size: int = setting(0, "Side of a picture in pixels; 0: that of all hi-res crops together.")
     train: int = setting(20_000, "Number of training pictures.")
@@ -271,17 +269,15 @@ class DataConfig:
     mix: dict[str, SourceConfig] = setting({}, "Several sources by name, instead of `source`.")
     scenes: ScenesConfig = ScenesConfig()
     image_fit: Literal["pad", "squash", "crop"] = setting("pad", "How an image becomes square.")
-    max_pixels: int = setting(50_000_000, "Larger images, in pixels, are refused before they are decoded.")
-    max_images: int = setting(1, "Most images of a row.")
+    max_pixels: int = setting(50_000_000, "Largest image in pixels; larger ones are refused before decoding.")
+    max_images: int = setting(1, "Maximum number of images per row.")
     max_bad_fraction: float = setting(0.001, "Share of broken rows, 0 to 1, above which the run stops.")
     flip: bool = setting(False, "Mirror half of the training images; wrong where questions mention left or right.")
     shift: int = setting(0, "Move training images by up to this many low-res pixels.")
     holdout: int = setting(
-        200, "Training rows kept out for evaluation; -1: one in 20, 10 to 500 of them, but at most one in 5."
+        200, "Training rows held out for evaluation; -1: one in 20, 10 to 500 of them, but at most one in 5."
     )
-    test: str = setting(
-        "", "Rows to test on at the end, as source; empty: the official test split or the held-out rows."
-    )
+    test: str = setting("", "Test rows, given like `source`; empty: the official test split or the held-out rows.")
     test_images: str = setting("", "Folder that image paths in `test` start from; empty: `images`.")
     threads: int = setting(2, "Reading threads per worker process; they do not change the order of rows.")
     workers: int = setting(0, "Extra processes that read data; they do not change the order of rows.")
@@ -292,7 +288,7 @@ class TokenizerConfig:
     """A Hugging Face tokenizer, or a byte-level BPE trained on the training rows."""
 
     path: str = setting("", "Folder or hub id of a tokenizer; empty: that of the LLM's weights, else one is trained.")
-    vocab_size: int = setting(512, "Most ids of a trained tokenizer.")
+    vocab_size: int = setting(512, "Maximum vocabulary size of a trained tokenizer.")
 
 
 @dataclass(frozen=True)
@@ -317,7 +313,7 @@ class StageConfig:
         0, "Image slots of a sequence (M); 0: data.max_images, for packed rows what they need on average."
     )
     epochs: float = setting(1.0, "Passes over the rows.")
-    max_steps: int = setting(0, "Most optimizer steps; 0: as many as the epochs take.")
+    max_steps: int = setting(0, "Maximum number of optimizer steps; 0: as many as the epochs take.")
     batch_size: int = setting(128, "Sequences per optimizer step, over all devices.")
     accumulate: int = setting(1, "Micro-batches that a batch is split into.")
     trainable: tuple[str, ...] = setting(
@@ -340,7 +336,7 @@ class CheckpointConfig:
     """When checkpoints are written."""
 
     every: int = setting(500, "Optimizer steps between checkpoints; 0: only at the end.")
-    keep: int = setting(1, "Latest checkpoints that are kept, beside the best one.")
+    keep: int = setting(1, "Number of latest checkpoints to keep, besides the best one.")
 
 
 @dataclass(frozen=True)
@@ -349,15 +345,15 @@ class EvalConfig:
 
     every: int = setting(500, "Optimizer steps between evaluations on held-out training rows; 0: never.")
     batch_size: int = setting(256, "Prompts per batch of generation.")
-    max_new_tokens: int = setting(0, "Longest answer in tokens; 0: the longest test answer and a margin.")
-    test: bool = setting(True, "Answer the test split at the end of training.")
+    max_new_tokens: int = setting(0, "Maximum answer length in tokens; 0: the longest test answer plus a margin.")
+    test: bool = setting(True, "Evaluate on the test rows at the end of training.")
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    seed: int = setting(0, "Seed of initial weights, order of rows, augmentation and dropout.")
+    seed: int = setting(0, "Seed for initial weights, row order, augmentation and dropout.")
     workdir: str = setting("runs/base", "Folder that the run writes to and resumes from.")
     init_from: str = setting("", "Workdir of another run that weights are taken from.")
     init_parts: tuple[str, ...] = setting(
@@ -373,7 +369,9 @@ class Config:
     attention: Literal["auto", "xla", "tiled", "splash", "cudnn"] = setting(
         "auto", "Attention kernel; auto: tiled on CPUs, cudnn on GPUs, splash on TPUs, else xla."
     )
-    loss_chunk: int = setting(256, "Positions of a row whose logits exist at one time; smaller saves memory.")
+    loss_chunk: int = setting(
+        256, "Positions of a row whose logits are in memory at the same time; smaller values save memory."
+    )
     log_every: int = setting(10, "Optimizer steps between lines of metrics.")
     profile: str = setting("", "Optimizer steps to profile, as START:STOP; empty: none.")
     run_stages: tuple[str, ...] = setting(("align", "instruct"), "Names in `stages` to run, in this order.")

@@ -52,7 +52,7 @@ def train(cfg: Config) -> dict[str, float]:
 
 
 def run_stages(cfg: Config) -> dict[str, float]:
-    """`train` in a workdir that is locked already."""
+    """`train` in a workdir that is already locked."""
     began, startup = time.monotonic(), report.Startup()
     startup.done("imports")
 
@@ -60,7 +60,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     backends.resolve(cfg, sharding.platform(mesh))  # refuses unsupported settings before anything is written
 
-    # ------------------------------------------------------------------ where the run stands
+    # ------------------------------------------------------------------ progress of the run
     asked = cfg
     checkpoints = Checkpoints(cfg.workdir, cfg.checkpoint.keep)
     resumed = checkpoints.latest

@@ -1,4 +1,4 @@
-"""The Python interface on a tiny run: the answers of the command, from every kind of image; and the code of docs/api.md."""
+"""The Python API on a tiny run: the answers of the command, from every kind of image; and the code of docs/api.md."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_the_prompt_that_an_export_names(trained):
 WRONG = [
     (dict(images=["a.png", "b.png"]), "2 images given, but the model was trained with config.data.max_images=1"),
     (dict(images="a.png"), "image a.png does not exist"),
-    (dict(images=b"<html>"), "image of 6 bytes cannot be read as an image: no format fits"),
+    (dict(images=b"<html>"), "image of 6 bytes cannot be read as an image: its format is unknown"),
     (dict(images=np.zeros((4, 4, 3))), r"an image is float64[4, 4, 3]; expected uint8[height, width, 3]"),
     (dict(images=np.zeros((4, 4), np.uint8)), r"an image is uint8[4, 4]; expected uint8[height, width, 3]"),
     (dict(images=""), "image '' does not exist"),
@@ -115,7 +115,7 @@ def test_what_cannot_be_loaded(trained, tmp_path):
         (
             trained[0] / "runs",
             "latest",
-            f"{base.parent} has neither checkpoints/, as the workdir of a run, nor config.json",
+            f"{base.parent} has neither checkpoints/ (the workdir of a run) nor config.json",
         ),
         (base, "7", f"checkpoint '7' is not in {base}; expected latest, best or one of [34]"),
         (

@@ -134,7 +134,7 @@ def test_broken_rows_are_left_out_on_request(tmp_path):
 def test_nothing_to_write(tmp_path, rows, first):
     with pytest.raises(UserError) as caught:
         build(rows, missing, str(tmp_path / "out"), skip=True)
-    assert str(caught.value) == f"there is no row to write: {len(rows)} of {len(rows)} were left out{first}"
+    assert str(caught.value) == f"no row to write: {len(rows)} of {len(rows)} were left out{first}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +142,7 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     for taken in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        with pytest.raises(UserError, match="is there already and is not empty; name a new folder or delete it"):
+        with pytest.raises(UserError, match="already exists and is not empty; name a new folder or delete it"):
             build(ROWS, FILES.__getitem__, str(taken))
     with pytest.raises(UserError, match="cannot be written: .*Not a directory"):
         build(ROWS, FILES.__getitem__, str(tmp_path / "full" / "mine.txt" / "out"))
@@ -268,7 +268,7 @@ def test_a_bucket_gets_shards_as_they_fill_and_the_metadata_last(bucket, tmp_pat
     rows = opened("gs://mine/out")  # metadata through etils, records through array_record's own client
     assert [row["id"] for row in rows] == list(range(25))
     assert rows[24]["image"] == FILES["a.png"] and rows.fingerprint().startswith("25 rows, sha256 ")
-    with pytest.raises(UserError, match="gs://mine/out is there already and is not empty"):
+    with pytest.raises(UserError, match="gs://mine/out already exists and is not empty"):
         build(ROWS, FILES.__getitem__, "gs://mine/out")
 
 

@@ -148,31 +148,31 @@ def test_other_spellings(given, expected):
         (row("a", "b", images={"a": 1}), "format", "key 'image' must be a path or a list of paths"),
         (
             row("<image>", "b", image="a.png", images=["b.png"]), "format",
-            "both keys 'image' and 'images' are there; expected one of them",
+            "both keys 'image' and 'images' are present; expected only one",
         ),
         (
             row("a", "b", messages=[user("a"), assistant("b")]), "format",
-            "both keys 'conversations' and 'messages' are there; expected one of them",
+            "both keys 'conversations' and 'messages' are present; expected only one",
         ),
         (row("a", "b", independent="yes"), "format", "key 'independent' must be true or false"),
         (row("a", "b", independent=1), "format", "key 'independent' must be true or false"),
-        (row("a", "b", system=["S"]), "format", "key 'system' must be a text, got ['S']"),
+        (row("a", "b", system=["S"]), "format", "key 'system' must be a string, got ['S']"),
         ({"conversations": [[human("a"), gpt("b")]]}, "format", "turn 0 must be an object, got list"),
-        ({"conversations": [human("a"), {"from": "gpt"}]}, "format", "turn 1 must be an object with a text 'value'"),
-        (row("a", "b", 3, "d"), "format", "turn 2 must be an object with a text 'value'"),
-        (row("a", None), "format", "turn 1 must be an object with a text 'value'"),
-        ({"messages": [user("a"), assistant(None)]}, "format", "turn 1 must be an object with a text 'content'"),
+        ({"conversations": [human("a"), {"from": "gpt"}]}, "format", "turn 1 must be an object with a string 'value'"),
+        (row("a", "b", 3, "d"), "format", "turn 2 must be an object with a string 'value'"),
+        (row("a", None), "format", "turn 1 must be an object with a string 'value'"),
+        ({"messages": [user("a"), assistant(None)]}, "format", "turn 1 must be an object with a string 'content'"),
         ({"messages": [user(["a"])]}, "format", "turn 0 has a part 'a' in its content, expected texts and images"),
         ({"messages": [user([{"type": "x"}])]}, "format", "turn 0 has a part 'x' in its content, expected texts and images"),
         ({"messages": [user([text_part(None)])]}, "format", "turn 0 has a part 'text' in its content, expected texts and images"),
         ({"messages": [user("a"), assistant([PICTURE])]}, "format", "turn 1 has a part 'image' in its content, expected texts"),
-        ({"conversations": [human("a"), {**gpt("b"), "kind": 1}]}, "format", "turn 1 has 'kind'=1, expected a text"),
-        (row("a", "b", "c", "d") | {"conversations": [human("a"), human("a")]}, "roles", "turn 1 is of 'human', expected 'gpt'"),
-        ({"conversations": [human("a"), gpt("b"), gpt("b")]}, "roles", "turn 2 is of 'gpt', expected 'human'"),
-        ({"conversations": [gpt("a"), gpt("b")]}, "roles", "turn 1 is of 'gpt', expected 'human'"),
+        ({"conversations": [human("a"), {**gpt("b"), "kind": 1}]}, "format", "turn 1 has 'kind'=1, expected a string"),
+        (row("a", "b", "c", "d") | {"conversations": [human("a"), human("a")]}, "roles", "turn 1 is from 'human', expected 'gpt'"),
+        ({"conversations": [human("a"), gpt("b"), gpt("b")]}, "roles", "turn 2 is from 'gpt', expected 'human'"),
+        ({"conversations": [gpt("a"), gpt("b")]}, "roles", "turn 1 is from 'gpt', expected 'human'"),
         (
             {"conversations": [human("a"), {"from": "system", "value": "S"}]}, "roles",
-            "turn 1 is of 'system', expected 'gpt'",
+            "turn 1 is from 'system', expected 'gpt'",
         ),
         (
             {"conversations": [{"value": "a"}, gpt("b")]}, "roles",
@@ -184,9 +184,9 @@ def test_other_spellings(given, expected):
         ),
         (row("a", ""), "no_answer", "turn 1 is an empty answer"),
         (row("a", "b", "c", " \n\t"), "no_answer", "turn 3 is an empty answer"),
-        (row("a"), "no_answer", "there is no question with an answer"),
-        ({"conversations": [gpt("a"), human("b")]}, "no_answer", "there is no question with an answer"),
-        ({"conversations": [{"from": "system", "value": "S"}]}, "no_answer", "there is no question with an answer"),
+        (row("a"), "no_answer", "no question has an answer"),
+        ({"conversations": [gpt("a"), human("b")]}, "no_answer", "no question has an answer"),
+        ({"conversations": [{"from": "system", "value": "S"}]}, "no_answer", "no question has an answer"),
         (row("a", "b", image="a.png"), "image_count", "0 <image> in the questions, but 1 images"),
         (row("a", "<image>", image="a.png"), "image_count", "0 <image> in the questions, but 1 images"),
         (row("<image>", "b"), "image_count", "1 <image> in the questions, but 0 images"),
@@ -306,7 +306,7 @@ def test_images_of_parts_come_in_order():
     }
 
 
-REMOTE = " is a URL, and training downloads nothing; download it into the folder of the images and give its path"
+REMOTE = " is a URL, and images are not downloaded; download it into the image folder and give its path"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_an_answer_that_is_not_trained_on(no):
         ([human("a"), {**gpt("b"), "weight": 0.5}], "format", "turn 1 has 'weight'=0.5, expected 0 or 1; other weights are not supported"),
         ([human("a"), {**gpt("b"), "loss": "no"}], "format", "turn 1 has 'loss'='no', expected true or false"),
         ([human("a"), {**gpt("b"), "loss": True, "weight": 0}], "format", "turn 1 contradicts itself: loss=True, weight=0"),
-        ([{**human("a"), "loss": True}, gpt("b")], "format", "turn 0 of 'human' has 'loss'=True, but only answers are trained on"),
+        ([{**human("a"), "loss": True}, gpt("b")], "format", "turn 0 from 'human' has 'loss'=True, but only answers are trained on"),
         ([human("a"), {**gpt("b"), "loss": False}], "no_loss", "every answer has loss=false or weight=0, so there is nothing to train on"),
     ],
 )  # fmt: skip

@@ -48,7 +48,7 @@ HELP_OF_LAYERS = """\
 settings, with the values of configs/base.py; --help=WORD shows only what contains WORD, such as
 --help=config.llm
 
-config.vision: Vision tower: CLIP, SigLIP or DINOv2 by its fields.
+config.vision: Vision tower: CLIP, SigLIP or DINOv2, depending on its fields.
   --config.vision.layers=5  (int; default 12)
       Number of transformer blocks.
 """
@@ -59,8 +59,8 @@ NEXT_STEPS = {
     "--config=configs/base.py",
     "train": "--config is missing; for example: python -m sparsecut_jax.train --config=configs/base.py",
     f"train {BASE} help": "unexpected argument 'help'; settings are written --config.KEY=VALUE (--help lists them)",
-    f"train {BASE} --print_config --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are two folders; give one of them",
-    "train --help=remta": "--help=remta: no flag or setting contains it; did you mean 'remat'?; --help shows them all",
+    f"train {BASE} --print_config --workdir=a --config.workdir=b": "--workdir=a and --config.workdir=b are different folders; give only one",
+    "train --help=remta": "--help=remta: no flag or setting contains this; did you mean 'remat'?; --help shows them all",
     "evaluate": "--workdir is missing; for example: python -m sparsecut_jax.evaluate --workdir=runs/base",
     "generate --workdir=a": "--prompt is missing; for example: python -m sparsecut_jax.generate --workdir=a "
     "'--prompt=what color is the shape?'",
@@ -119,7 +119,7 @@ def test_help_shows_the_values_of_the_config_file(said):
 def test_help_of_a_word_shows_its_flags(said):
     code, out, err = said["data check --help"]
     assert (code, err) == (0, "")
-    assert "  --look=decode  (none, stat or decode)\n      Open the images" in out and "--skip_bad" not in out
+    assert "  --look=decode  (none, stat or decode)\n      Check of images: open each" in out and "--skip_bad" not in out
     settings = re.findall(r"^  --config\.(\S+?)=.*\n      ", out, re.MULTILINE)
     assert len(settings) == len(set(settings)) > 150
     assert {"seed", "llm.rope.factor", "stages.align.lr", "data.mix.NAME.path"} <= set(settings)

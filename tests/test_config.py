@@ -178,7 +178,7 @@ def test_zero_or_more(key):
         ),
         ([("vision.width", 66)], "config.vision.width=66 is not a multiple of config.vision.heads=4"),
         ([("llm.kv_heads", 3)], "config.llm.heads=4 is not a multiple of config.llm.kv_heads=3"),
-        ([("llm.head_dim", 15)], "config.llm.head_dim=15: rotary embedding needs an even width"),
+        ([("llm.head_dim", 15)], "config.llm.head_dim=15: rotary embeddings need an even width"),
         (
             [("fusion.name", "cross_attention"), ("vision.width", 200)],
             "config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width=200",
@@ -227,7 +227,7 @@ def test_zero_or_more(key):
         ),
         (
             [("stages.align.trainable", ("llm/.*", "*"))],
-            "config.stages.align.trainable has '*', which is no regex: nothing to repeat at position 0",
+            "config.stages.align.trainable has '*', which is not a valid regular expression: nothing to repeat at position 0",
         ),
         *(
             ([("profile", text)], f"config.profile='{text}': expected START:STOP in optimizer steps, START before STOP")
@@ -259,7 +259,7 @@ LLAMA3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_fa
         (LONGROPE | {"attention_factor": 0.0}, "attention_factor=0.0: expected a positive number"),
         (
             {"kind": "linear", "factor": 2.0, "attention_factor": 1.5},
-            "attention_factor=1.5: expected 1.0, since kind='linear' has none",
+            "attention_factor=1.5: expected 1.0, since kind='linear' does not use it",
         ),
     ],
 )
@@ -287,7 +287,7 @@ def test_room_beside_the_images(length, images):
 
 
 def test_a_regex_of_init_parts_is_checked_too():
-    assert "config.init_parts has 'llm/(', which is no regex" in sentence(("init_parts", ("llm/(",)))
+    assert "config.init_parts has 'llm/(', which is not a valid regular expression" in sentence(("init_parts", ("llm/(",)))
 
 
 def test_name_of_a_stage_is_text():

@@ -69,7 +69,7 @@ def test_what_is_here_comes_before_what_is_shipped(elsewhere, monkeypatch, capsy
 
 @pytest.mark.parametrize("sibling", [True, False])
 def test_imports_find_the_sibling_and_then_the_shipped(elsewhere, monkeypatch, sibling):
-    """Another package of that name comes first on the path, and is not looked at."""
+    """Another package of that name comes first on the path, and is not considered."""
     decoy = elsewhere / "decoy" / "configs"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("")

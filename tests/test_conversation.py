@@ -395,7 +395,7 @@ def test_images_go_in_front_of_a_prompt_that_names_none(prompt, images, tokens):
 def test_prompt_with_another_number_of_images(prompt, images):
     with pytest.raises(UserError) as caught:
         encode_prompt(prompt, images, Words(), DRAWN, 2)
-    assert str(caught.value) == f"the prompt has {prompt.count('<image>')} <image>, but there are {images} images"
+    assert str(caught.value) == f"the prompt has {prompt.count('<image>')} <image>, but {images} images are given"
 
 
 def test_special_tokens_of_a_template_and_their_look_alikes():

@@ -103,7 +103,7 @@ def test_check_finds_every_fault(folder, tmp_path):
     # The good rows differ in a number; the faults that can be read as rows are written EACH times.
     assert told["counts"] == {**IMAGE_FAULTS, **ROW_FAULTS}
     assert (told["warnings"], told["cut_answers"]) == ({"duplicate": 7 * (EACH - 1)}, 0)
-    assert err == f"error: {wrong} of {GOOD + wrong} rows have something wrong with them\n"
+    assert err == f"error: {wrong} of {GOOD + wrong} rows are bad\n"
     assert told["rows"] == GOOD + wrong
     first = {}
     for bad in told["bad"]:
@@ -157,7 +157,7 @@ def test_warnings_are_errors_on_request(warned, tmp_path, capsys, strict):
     if strict:
         with pytest.raises(Exit) as caught:
             check_rows(warned.readers, "none", str(tmp_path), strict=True)
-        assert (caught.value.code, str(caught.value)) == (2, "2 of 3 rows have something wrong with them")
+        assert (caught.value.code, str(caught.value)) == (2, "2 of 3 rows are bad")
     else:
         check_rows(warned.readers, "none", str(tmp_path))
     out = capsys.readouterr().out
@@ -354,7 +354,7 @@ WRONG = [
     (["check", "--config=configs/base.py"], "--config is given 2 times"),
     (["check", "--config.data.threads=300"], "config.data.threads=300: expected at most 256"),
     (["check", "--config.workdir=README.md"], "config.workdir='README.md' cannot be written to"),
-    (["check", "--config.data.mix.a.path=x"], "config.data.mix.a is no source of 'configs/scenes.py'"),
+    (["check", "--config.data.mix.a.path=x"], "config.data.mix.a is not a source in 'configs/scenes.py'"),
 ]
 
 

@@ -32,7 +32,7 @@ def prompts(tiny):
 
 
 def test_cached_equals_uncached(tiny, prompts):
-    """Each new token equals the likeliest one of a whole forward pass over everything before it."""
+    """Each new token equals the most likely one of a whole forward pass over everything before it."""
     batch, length, encoded = prompts
     ids, _ = generate(tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 5)
     forward = jax.jit(lambda params, batch: tiny.model.apply({"params": params}, batch)[0])

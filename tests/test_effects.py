@@ -1,4 +1,4 @@
-"""Settings that would do nothing: one sentence each, for what the command line gives and for what config files say."""
+"""Settings without effect: one sentence each, for what the command line gives and for what config files say."""
 
 import pytest
 
@@ -51,9 +51,9 @@ CASES = [
     ({"llm.rope.original_length": 64}, {"llm.rope.kind": "linear"},
      "with config.llm.rope.kind='linear'; leave it out, or set that to llama3 or longrope"),
     ({"llm.replicate_kv": True}, {}, "with config.mesh.tensor=1; leave it out"),
-    ({"lora.dropout": 0.1}, {}, "with config.lora.rank=0, which is no adapters; leave it out"),
-    ({"lora.alpha": 16.0}, {}, "with config.lora.rank=0, which is no adapters; leave it out"),
-    ({"lora.targets": ("llm/head",)}, {}, "with config.lora.rank=0, which is no adapters; leave it out"),
+    ({"lora.dropout": 0.1}, {}, "with config.lora.rank=0, which means no adapters; leave it out"),
+    ({"lora.alpha": 16.0}, {}, "with config.lora.rank=0, which means no adapters; leave it out"),
+    ({"lora.targets": ("llm/head",)}, {}, "with config.lora.rank=0, which means no adapters; leave it out"),
     ({"init.image_size": 56}, {"init.llm": "DIR"}, "without config.init.model or config.init.vision; leave it out"),
     ({"init.grow_vocab": True}, {"init.vision": "DIR"}, "without config.init.model or config.init.llm; leave it out"),
     ({"init.fresh": ("llm/head",)}, {},
@@ -64,7 +64,7 @@ CASES = [
     ({"data.images": "DIR"}, {"data.mix": {"a": {"path": "a.json"}}},
      "with config.data.mix, whose sources are described there; leave it out"),
     *(({"data.images": "DIR"}, {"data.source": name},
-       f"with config.data.source={name!r}, which has pictures of its own; leave it out")
+       f"with config.data.source={name!r}, which has its own images; leave it out")
       for name in ("easy_vqa", "scenes", "tfds:vqa")),
     ({"data.follow_links": True}, {"data.source": "scenes"},
      "with config.data.source='scenes', which has pictures of its own; leave it out"),
@@ -72,12 +72,12 @@ CASES = [
     ({"data.scenes.size": 64}, {}, "without the source 'scenes'; leave it out"),
     ({"data.scenes.levels": ("low",)}, {"data.source": "rows.json"}, "without the source 'scenes'; leave it out"),
     ({"tokenizer.vocab_size": 600}, {"tokenizer.path": "DIR"},
-     "with config.tokenizer.path='DIR', which is trained already; leave it out"),
+     "with config.tokenizer.path='DIR', which names a trained tokenizer; leave it out"),
     ({"tokenizer.vocab_size": 600}, {"init.llm": "DIR"},
-     "with a pretrained LLM, which brings its tokenizer; leave it out"),
+     "with a pretrained LLM, which has its own tokenizer; leave it out"),
     ({"stages.align.buckets": (640,)}, {}, "with batching='rows'; leave it out, or set that to 'buckets'"),
     ({"stages.align.epochs": 2.0}, {"stages.align.max_steps": 9}, "with max_steps=9; leave it out, or set that to 0"),
-    ({"eval.every": 9}, {"data.holdout": 0}, "with config.data.holdout=0, which keeps no rows to evaluate on; leave it out"),
+    ({"eval.every": 9}, {"data.holdout": 0}, "with config.data.holdout=0, which holds out no rows to evaluate on; leave it out"),
 ]  # fmt: skip
 
 
@@ -98,7 +98,7 @@ BASED_ON = ("shortcuts.count", "data.source", "tokenizer.vocab_size", "stages.al
 
 @pytest.mark.parametrize(("setting", "switch", "expected"), CASES)
 def test_a_config_file_without_effect(setting, switch, expected):
-    """Refused, unless the command line turned the switch or config files pass the setting on to one another."""
+    """Refused, unless the command line sets what disables them, or config files pass the setting on to one another."""
     ((key, value),) = setting.items()
     file = {name.replace(".", "__"): found for name, found in (switch | setting).items()}
     if key in BASED_ON or "data.mix" in switch:

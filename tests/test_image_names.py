@@ -106,7 +106,7 @@ def test_not_there(folder, name):
 @pytest.mark.parametrize("stat", [True, False])
 @pytest.mark.parametrize("name", ["a\0.png", "\ud800.png"], ids=["nul", "surrogate"])
 def test_names_that_no_file_can_have(folder, name, stat):
-    assert refusal(resolve, folder, name, stat) == f"image {name!r} in {str(folder)!r} has a name that no file can have"
+    assert refusal(resolve, folder, name, stat) == f"image {name!r} in {str(folder)!r} is not a valid file name"
     assert cause(folder, name, stat) == "path"
 
 

@@ -43,8 +43,8 @@ def test_truncated_file(kind, share):
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<!DOCTYPE html><html>404</html>", "no format fits, or its header is damaged; it starts with b'<!DOCTYPE html><'"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no format fits, or its header is damaged; it starts with b'%!PS-Adobe-3.0 E'"),
+        (b"<!DOCTYPE html><html>404</html>", "its format is unknown or its header is damaged; it starts with b'<!DOCTYPE html><'"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "its format is unknown or its header is damaged; it starts with b'%!PS-Adobe-3.0 E'"),
     ],
 )  # fmt: skip
 def test_what_is_no_image(tmp_path, data, reason):

@@ -324,12 +324,12 @@ def test_only_adapters_have_gradients_and_moments(params):
     [
         (
             dict(targets=("llm/layers/attention/(q|k)", "llm/layers/mlp/fc1")),
-            "config.lora.targets has 'llm/layers/mlp/fc1', which matches no linear of the LLM; they are "
+            "config.lora.targets has 'llm/layers/mlp/fc1', which matches no linear layer of the LLM; they are "
             "llm/layers/attention/q, llm/layers/attention/k, llm/layers/attention/v, llm/layers/attention/out, "
             "llm/layers/mlp/gate, llm/layers/mlp/up, llm/layers/mlp/down, llm/head",
         ),
-        (dict(targets=("llm/(",)), "config.lora.targets has 'llm/(', which is no regex: "),
-        (dict(targets=()), "config.lora.targets is empty; config.lora.rank=0 is no adapters"),
+        (dict(targets=("llm/(",)), "config.lora.targets has 'llm/(', which is not a valid regular expression: "),
+        (dict(targets=()), "config.lora.targets is empty; set config.lora.rank=0 to train without adapters"),
         (dict(rank=-1), "config.lora.rank=-1: expected 0 (no adapters) to 16384"),
         (dict(alpha=0.0), "config.lora.alpha=0.0: expected a positive number"),
         (dict(dropout=1.0), "config.lora.dropout=1.0: expected 0 to below 1"),
@@ -548,6 +548,6 @@ def test_exports_that_would_lose_something_are_refused(trained, folder):
     assert "a phi3 model stores llm/layers/" in refusal(adapter.write_adapter, phi3, str(folder))
     nowhere = lambda **flags: to_hf(str(trained[1]), "latest", str(folder / "x"), "adapter", **flags)
     assert refusal(lambda: nowhere(drop_shortcuts=False, merge=True, check=False)) == (
-        "--as=adapter writes no whole model; leave out --merge, --verify and --drop-shortcuts"
+        "--as=adapter does not write a whole model; leave out --merge, --verify and --drop-shortcuts"
     )
     assert not (folder / "x").exists()

@@ -186,7 +186,7 @@ def test_files_of_other_splits_are_left_out(tmp_path):
     )
     folder_of(tmp_path, "extra.parquet")
     assert refusal(folder) == (
-        f"data source {folder!r} holds files of the split train and extra.parquet, of none; move it away"
+        f"data source {folder!r} has files of split train, but extra.parquet belongs to no split; move it away"
     )
 
 
@@ -195,14 +195,14 @@ def test_files_of_other_splits_are_left_out(tmp_path):
     [
         (
             ["data-00000-of-00003.parquet", "data-00002-of-00003.parquet"],
-            "is not whole: of 3 files data..., number 1 is",
+            "is incomplete: of 3 files data..., number 1 is",
         ),
-        (["data-1-of-2.parquet"], "is not whole: of 2 files data..., number 2 is not there"),
+        (["data-1-of-2.parquet"], "is incomplete: of 2 files data..., number 2 is missing"),
         (
             ["a.parquet", "b.parquet.incomplete"],
-            "holds the unfinished file b.parquet.incomplete; fetch it, or delete it",
+            "contains the unfinished download b.parquet.incomplete; finish it or delete it",
         ),
-        (["a.parquet", "b.tar"], "holds a.parquet and b.tar; name one of them, or a folder of one kind"),
+        (["a.parquet", "b.tar"], "contains a.parquet and b.tar; name one of them, or a folder with only one format"),
     ],
 )
 def test_a_folder_that_is_not_whole(tmp_path, names, expected):
@@ -232,7 +232,7 @@ def test_a_saved_dataset_that_is_not_whole(written, tmp_path):
     copy = tmp_path / "saved"
     shutil.copytree(written["saved"], copy)
     os.remove(copy / "data-00001-of-00002.arrow")
-    assert refusal(str(copy)) == f"data source {str(copy)!r} is not whole: data-00001-of-00002.arrow is not there"
+    assert refusal(str(copy)) == f"data source {str(copy)!r} is incomplete: data-00001-of-00002.arrow is missing"
     (copy / "state.json").write_text('{"_data_files": []}')
     assert refusal(str(copy)) == f"data source {str(copy)!r} has no rows; expected at least one"
     (copy / "state.json").write_text("{")
@@ -246,7 +246,7 @@ def test_which_folders_hold_shards(written, tmp_path):
     assert not is_shards(str(tmp_path)) and not is_shards("gs://bucket/x")
     folder_of(tmp_path, "data/x.parquet", "test/x.parquet")
     assert tiny.refusal(is_shards, str(tmp_path)) == (
-        f"data source {str(tmp_path)!r} holds no shards itself; name one of its folders: {tmp_path}/data, {tmp_path}/test"
+        f"data source {str(tmp_path)!r} contains no shards itself; name one of its folders: {tmp_path}/data, {tmp_path}/test"
     )
     (tmp_path / "data" / "features.json").write_text("{}")
     assert not is_shards(str(tmp_path / "data"))  # a TFDS dataset, whatever else lies there

@@ -160,9 +160,9 @@ def test_a_cut_file_is_never_taken_for_a_whole_one(refused):
     ("content", "expected"),
     [
         (b"", "data source 'FILE' is an empty file; expected at least one row"),
-        (b" \n\n ", "data source 'FILE' holds nothing but white space; expected at least one row"),
+        (b" \n\n ", "data source 'FILE' contains only white space; expected at least one row"),
         (b" " * 70_000, "data source 'FILE' is not valid JSON: Expecting value: line 1 column 70001 (char 70000)"),
-        (BOM, "data source 'FILE' holds nothing but white space; expected at least one row"),
+        (BOM, "data source 'FILE' contains only white space; expected at least one row"),
         (b"[]", "data source 'FILE' is an empty list; expected at least one row"),
         (b" " * 5000 + b"[\n]\n", "data source 'FILE' is an empty list; expected at least one row"),
         (b"[1, 2]", "FILE row 0: expected an object, got int"),
@@ -184,7 +184,7 @@ def test_a_cut_file_is_never_taken_for_a_whole_one(refused):
         (b"NaN", "data source 'FILE' holds one JSON float; expected a list of rows"),
         (b'"text"', "data source 'FILE' holds one JSON str; expected a list of rows"),
         (b'["\xe9"]', "data source 'FILE' is not valid JSON: 'utf-8' codec can't decode byte 0xe9 in position 2"),
-        (BOM + BOM + b'[{"a": 1}]', "data source 'FILE' is text, no JSON; it begins with '\\ufeff[{"),
+        (BOM + BOM + b'[{"a": 1}]', "data source 'FILE' is text but not JSON; it begins with '\\ufeff[{"),
         (b"[" * 100_000, "data source 'FILE' is not valid JSON: "),
         (b'[{"a": ' * 100_000, "data source 'FILE' is not valid JSON: "),
         (b"[" + b"9" * 5000 + b"]", "data source 'FILE' is not valid JSON: "),
@@ -238,7 +238,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as caught:
         JsonRows(str(tmp_path / "pipe"))
-    assert str(caught.value) == f"data source {str(tmp_path / 'pipe')!r} cannot be read: it is no regular file"
+    assert str(caught.value) == f"data source {str(tmp_path / 'pipe')!r} cannot be read: it is not a regular file"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -325,12 +325,12 @@ def test_a_file_of_test_rows(load, tmp_path):
 def test_holdout_leaves_a_row_to_train_on(load, tmp_path):
     with pytest.raises(UserError) as caught:
         load([text_row(0), text_row(1)], holdout=2)
-    expected = f"config.data.holdout=2 rows cannot be kept out of the 2 of {str(tmp_path / 'mine.json')!r}"
+    expected = f"config.data.holdout=2 rows cannot be held out of the 2 of {str(tmp_path / 'mine.json')!r}"
     assert str(caught.value) == expected + "; expected at most 1"
     with pytest.raises(UserError) as caught:
         load({"a": [text_row(0)], "b": [text_row(1)]}, holdout=7)
     assert str(caught.value) == (
-        "config.data.holdout=7 rows cannot be kept out of the 2 of config.data.mix; expected at most 1"
+        "config.data.holdout=7 rows cannot be held out of the 2 of config.data.mix; expected at most 1"
     )
 
 
@@ -441,7 +441,7 @@ def test_scenes():
         (
             {"id": "x", "conversations": turns()[::-1][:1] * 2},
             "roles",
-            "FILE row 1 (id 'x'): turn 1 is of 'gpt', expected 'human'",
+            "FILE row 1 (id 'x'): turn 1 is from 'gpt', expected 'human'",
         ),
         (
             image_row("../secret.png"),
@@ -453,11 +453,11 @@ def test_scenes():
             "path",
             "FILE row 1 (id 'x'): image '/etc/hostname' leaves its folder IMAGES",
         ),
-        (image_row("a\0.png"), "path", "FILE row 1 (id 'x'): image 'a\\x00.png' in 'IMAGES' has a name that no file"),
+        (image_row("a\0.png"), "path", "FILE row 1 (id 'x'): image 'a\\x00.png' in 'IMAGES' is not a valid file"),
         (
             image_row("\ud800.png"),
             "path",
-            "FILE row 1 (id 'x'): image '\\ud800.png' in 'IMAGES' has a name that no file",
+            "FILE row 1 (id 'x'): image '\\ud800.png' in 'IMAGES' is not a valid file",
         ),
         (image_row("c.png"), "missing_image", "image IMAGES/c.png does not exist"),
         (image_row("a" * 300), "missing_image", "image IMAGES/aaa"),

@@ -146,10 +146,10 @@ def test_labels_are_named(opened):
         (
             {"question": ["q"], "answer": ["a"]},
             {"answer": "anwser"},
-            "data source FILE: no column answer='anwser'; did you mean 'answer'?; there are question, answer",
+            "data source FILE: no column answer='anwser'; did you mean 'answer'?; the columns are question, answer",
         ),
-        ({"caption": ["q"]}, {"image": "img"}, "data source FILE: no column image='img'; there are caption"),
-        ({"caption": ["q"]}, {"question": "ask"}, "data source FILE: no column question='ask'; there are caption"),
+        ({"caption": ["q"]}, {"image": "img"}, "data source FILE: no column image='img'; the columns are caption"),
+        ({"caption": ["q"]}, {"question": "ask"}, "data source FILE: no column question='ask'; the columns are caption"),
         (
             {"caption": ["q"]},
             {},
@@ -158,10 +158,10 @@ def test_labels_are_named(opened):
         (
             {"x": pa.array([CELL], PAIR), "y": pa.array([CELL], PAIR), "caption": ["c"]},
             {},
-            "data source FILE: several columns hold pictures: x, y; name one as image=...",
+            "data source FILE: several columns hold images: x, y; name one as image=...",
         ),
         ({"conversations": pa.array([], formats.TURNS)}, {}, "data source FILE has no rows; expected at least one"),
-        ({"question": ["q"], "answer": [b"a"]}, {}, "data source FILE: column 'answer' is binary; expected texts"),
+        ({"question": ["q"], "answer": [b"a"]}, {}, "data source FILE: column 'answer' is binary; expected strings"),
     ],
 )
 def test_refused_columns(refused, columns, settings, expected):
@@ -173,9 +173,9 @@ def test_refused_columns(refused, columns, settings, expected):
     [
         ({"question": ["q"], "answer": [[]]}, "no_answer", "column 'answer' is empty"),
         ({"question": [None], "answer": ["a"]}, "format", "column 'question' is empty"),
-        ({"question": ["q"], "answer": [{"x": 1}]}, "format", "column 'answer' is a dict, expected a text or a number"),
-        ({"conversations": ["[{"]}, "text", "column 'conversations' is a text, but no JSON: "),
-        ({"texts": [[{"user": "q", "assistant": None}]]}, "format", "pair 0 of column 'texts' must have the texts"),
+        ({"question": ["q"], "answer": [{"x": 1}]}, "format", "column 'answer' is a dict, expected a string or a number"),
+        ({"conversations": ["[{"]}, "text", "column 'conversations' is a string, but not valid JSON: "),
+        ({"texts": [[{"user": "q", "assistant": None}]]}, "format", "pair 0 of column 'texts' must have the strings"),
     ],
 )
 def test_bad_row(opened, columns, cause, expected):
@@ -193,7 +193,7 @@ def test_image_or_images_whichever_is_not_null(opened):
     assert rows[0] == {"image": b"PNG", "conversations": asked("<image>\nq", "a")}
     assert rows[1] == {"images": [b"PNG"], "conversations": asked("<image>\nq", "a")}
     assert rows[2] == {"images": [], "conversations": asked("q", "a")}
-    with pytest.raises(BadSample, match="both columns 'image' and 'images' are there; expected one of them"):
+    with pytest.raises(BadSample, match="both columns 'image' and 'images' are present; expected only one"):
         rows[3]
 
 
@@ -347,5 +347,5 @@ def test_no_room(tmp_path, monkeypatch):
     monkeypatch.setattr(tables.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9))
     check_many(open_rows(SourceConfig(path=str(tmp_path / "x.parquet"))), 5)  # by row group, slowly
     monkeypatch.setattr(tables, "HUGE", 10)
-    with pytest.raises(UserError, match="is written out once so that single rows can be read, but does not fit into"):
+    with pytest.raises(UserError, match="is unpacked once for random access to its rows, but does not fit into"):
         open_rows(SourceConfig(path=str(tmp_path / "x.parquet")))

@@ -116,7 +116,7 @@ def test_a_cut_tar_is_never_taken_for_a_whole_one(refused):
         if cut > 512:
             assert sentence.startswith("data source FILE cannot be read as a tar: ")
     assert refused(whole[:end]) == (
-        "data source FILE cannot be read as a tar: it has no end mark; it may be cut short or damaged: fetch or write it again"
+        "data source FILE cannot be read as a tar: it has no end marker; it may be truncated or damaged: download or write it again"
     )
 
 
@@ -128,12 +128,12 @@ def test_damage_in_a_header_is_not_taken_for_the_end(refused):
 
 def test_joined_tars(refused):
     one = tar_of([("a.jpg", b"J"), ("a.json", TEXT)])
-    assert refused(one + one).startswith("data source FILE goes on behind its end mark: tars joined with `cat`, or damaged")
+    assert refused(one + one).startswith("data source FILE continues after its end marker: it is damaged, or tars were joined with `cat`")
 
 
 def test_two_members_of_one_name(refused):
     members = [("a.jpg", b"J"), ("b.jpg", b"J"), ("./a.JPG", b"K")]
-    assert refused(members) == "data source FILE: there are two members './a.JPG'; expected one"
+    assert refused(members) == "data source FILE: two members are named './a.JPG'; expected one"
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -143,13 +143,13 @@ def test_a_link(refused, kind):
         info = tarfile.TarInfo("a.jpg")
         info.type, info.linkname = kind, "/etc/passwd"
         archive.addfile(info)
-    what = "no plain file" if kind == tarfile.FIFOTYPE else "a link"
+    what = "not a regular file" if kind == tarfile.FIFOTYPE else "a link"
     assert refused(file.getvalue()).startswith(f"data source FILE: member 'a.jpg' is {what}; pack the files themselves, with")
 
 
 def test_nothing_in_it(refused):
     assert refused([("README", b"x")]) == "data source FILE has no members NAME.jpg, NAME.json, ...; expected at least one row"
-    assert refused(tar_of([])).startswith("data source FILE begins with zeros: an empty tar, or a download that is not whole")
+    assert refused(tar_of([])).startswith("data source FILE begins with zeros: an empty tar, or an incomplete download")
 
 
 def test_fingerprint(opened):

@@ -243,9 +243,9 @@ def test_evaluate_on_a_file(unbroken, pictures, tmp_path):
     )
     assert [code for code, _, _ in found] == [0, 0, 2, 2, 2, 0]
     assert "1 of 1 answers were cut at 1 tokens (config.eval.max_new_tokens, --max" in found[0][1]
-    assert "mine/test: every question asked alone" in found[1][1]
+    assert "mine/test: every question asked on its own" in found[1][1]
     assert "\n  what\\ncolor? " in found[1][1]  # one line of the table
-    assert "error: --images=" in found[2][2] and "the folder of the images of --data, which is missing" in found[2][2]
+    assert "error: --images=" in found[2][2] and "has no effect without --data" in found[2][2]
     assert "none of the 1 rows of mine/test can be read" in found[3][2]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["mine/test/count"] == 1 and results["rows/holdout/count"] == 16  # of the same step
@@ -270,9 +270,9 @@ def offspring(pictures, unbroken, tmp_path_factory):
 def test_a_run_without_test_rows(offspring):
     """Training says so, in its last lines, and `evaluate` is a sentence and exit code 2."""
     (trained, said, _), (code, out, err) = offspring
-    assert trained == 0 and "not tested: there are no test rows: none are held out" in said
+    assert trained == 0 and "not tested: the run has no test rows, neither held out" in said
     assert (code, out) == (2, "")
-    assert "there are no test rows" in err and "--data=rows.json" in err and err.count("\n") == 1
+    assert "the run has no test rows" in err and "--data=rows.json" in err and err.count("\n") == 1
 
 
 def test_evaluate_and_generate_commands(unbroken, pictures):

@@ -70,14 +70,14 @@ def test_only_the_last_layer_stays(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (PACKED["gzip"][:-20], "cannot be read: it is cut short after "),
-        (PACKED["gzip"][:12], "cannot be read: it is cut short after 0 bytes of content (gzip); fetch or write it again"),
+        (PACKED["gzip"][:-20], "cannot be read: it is truncated after "),
+        (PACKED["gzip"][:12], "cannot be read: it is truncated after 0 bytes of content (gzip); download or write it again"),
         (PACKED["gzip"][:-6] + b"\0" + PACKED["gzip"][-5:], "cannot be read: zlib inflate failed: incorrect data check after"),
-        (PACKED["zstd"][:-3], "cannot be read: it is cut short after "),
+        (PACKED["zstd"][:-3], "cannot be read: it is truncated after "),
         (PACKED["zstd"] + b"junk", "cannot be read: "),
-        (PACKED["bz2"][:-3], "cannot be read: it is cut short after "),
-        (PACKED["lz4"][:-9], "cannot be read: it is cut short after "),
-        (PACKED["utf-16"][:-1], "cannot be read: it begins as UTF-16, but is none from byte "),
+        (PACKED["bz2"][:-3], "cannot be read: it is truncated after "),
+        (PACKED["lz4"][:-9], "cannot be read: it is truncated after "),
+        (PACKED["utf-16"][:-1], "cannot be read: it begins as UTF-16, but is not valid from byte "),
         (gz(b""), "is an empty file; expected at least one row"),
         (gz(b"<html>"), "is a web page, not the data"),
         (gz(b"[]"), "is an empty list; expected at least one row"),
@@ -98,7 +98,7 @@ def test_packed_without_end(tmp_path):
     for _ in range(6):
         content = gz(content)
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UserError, match="is packed more than 4 times; unpack it$"):
+    with pytest.raises(UserError, match="is compressed more than 4 times; decompress it$"):
         unpacked(str(tmp_path / "x"))
 
 

@@ -62,10 +62,10 @@ def test_references_of_a_row_and_of_a_turn():
     assert references(row | {"answers": [" couch ", {"answer": "settee", "answer_id": 1}]}, gpt) == ("couch", "settee")
     assert references(row, gpt | {"answers": ["couch"]}) == ("couch",)
     for wrong in ("couch", [], [""], [1], [{"text": "couch"}]):
-        with pytest.raises(BadSample, match="key 'answers' must be a list of texts"):
+        with pytest.raises(BadSample, match="key 'answers' must be a list of strings"):
             references(row | {"answers": wrong}, gpt)
     two = {"conversations": turns("what?", "sofa", "who?", "me"), "independent": True, "answers": ["couch"]}
-    with pytest.raises(BadSample, match="'answers' belongs to one of 2 questions; move it into its answer"):
+    with pytest.raises(BadSample, match="'answers' is ambiguous for 2 questions; move it into an answer turn"):
         references(two, gpt)
 
 

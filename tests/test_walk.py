@@ -226,7 +226,7 @@ def test_bad_rows_have_length_0_and_are_listed(part_of, encode):
     assert reasons[2].startswith("FILE row 2: it is not UTF-8: byte ")
     assert reasons[3] == "FILE row 3 (id 'long'): its first answer ends at position 35, but seq_len=30"
     assert reasons[5] == "FILE row 5: expected an object, got list"
-    assert reasons[6] == "FILE row 6 (id 'roles'): turn 1 is of 'human', expected 'gpt'"
+    assert reasons[6] == "FILE row 6 (id 'roles'): turn 1 is from 'human', expected 'gpt'"
     assert reasons[10] == "FILE row 10 (id 11): its first answer ends at position 37, but seq_len=30"
 
 
@@ -334,7 +334,7 @@ class Deadly(Sequence):
 
 
 def test_a_process_that_dies_ends_in_a_sentence(encode, processes):
-    with pytest.raises(UserError, match=r"^a process that read the rows died \(out of memory\?\)"):
+    with pytest.raises(UserError, match=r"^a process reading the rows died \(out of memory\?\)"):
         walk(Split((Part("deadly", Deadly(), None, 1),)), encode)
 
 

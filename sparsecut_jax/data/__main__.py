@@ -1,4 +1,4 @@
-"""Looks at data before anything is trained on them, and packs them for fast reading.
+"""Checks and previews data before training, and packs them for fast reading.
 
     python -m sparsecut_jax.data check --config=configs/base.py --config.data.source=rows.json --config.data.images=DIR
     python -m sparsecut_jax.data stats --config=configs/base.py
@@ -6,11 +6,11 @@
     python -m sparsecut_jax.data speed --config=configs/base.py
     python -m sparsecut_jax.data build --source=rows.json --images=DIR --out=DATASET
 
-check walks every row and says what is wrong with which (exit code 2 if anything is;
-duplicates and answers that do not fit are warnings, and errors with --strict). stats tells lengths, images per row
-and how full batches are. preview draws the first sequences of a stage as the model gets them. speed reads batches and
-tells images and tokens a second by number of worker processes. build writes a TFDS dataset of ArrayRecord files, which
-config.data.source then names; images keep the bytes they have. What the others write goes to the config's workdir.
+check reads every row and reports which are bad and why (exit code 2 if any are; duplicates and answers that do not fit
+are warnings, or errors with --strict). stats shows lengths, images per row and how full batches are. preview draws the
+first sequences of a stage as the model gets them. speed reads batches and shows images and tokens per second by number
+of worker processes. build writes a TFDS dataset of ArrayRecord files, which config.data.source then names; image files
+are kept byte for byte. The others write to the config's workdir.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build_dataset() -> None:
     cli.need("--out=DATASET")
     source, images = FLAGS.source or cfg.data.source, FLAGS.images or cfg.data.images
     if cfg.data.mix and not FLAGS.source:
-        raise UserError(f"--source is missing: the config mixes {len(cfg.data.mix)} sources, build one at a time")
+        raise UserError(f"--source is missing: the config mixes {len(cfg.data.mix)} sources, name one to build")
     data = dataclasses.replace(cfg.data, source=source, images=images, mix={}, holdout=0)
     stages = {name: dataclasses.replace(stage, sources=()) for name, stage in cfg.stages.items()}
     (part,) = sources.load_source(dataclasses.replace(cfg, data=data, stages=stages)).train.values()
@@ -139,15 +139,20 @@ def run() -> None:
     """The command: defines its flags and ends with its exit code."""
     command = cli.command_word()
     cli.define_config()
-    flags.DEFINE_enum("look", "decode", ("none", "stat", "decode"), "Open the images, look if they are there, or not.")
+    flags.DEFINE_enum(
+        "look",
+        "decode",
+        ("none", "stat", "decode"),
+        "Check of images: open each (decode), only that it exists (stat), or none.",
+    )
     flags.DEFINE_boolean("strict", False, "Duplicates and answers beyond seq_len are errors, not warnings.")
-    flags.DEFINE_string("stage", "", "Stage whose batches are read; left out: the last one.")
+    flags.DEFINE_string("stage", "", "Stage whose batches are read; default: the last one.")
     flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes to try.")
-    flags.DEFINE_float("seconds", 10, "Time for each of them.", lower_bound=0.1, upper_bound=3600)
-    flags.DEFINE_integer("count", 8, "Sequences to draw.", lower_bound=1, upper_bound=200)
-    flags.DEFINE_string("source", "", "File of conversations, or any other source; left out: the config's.")
+    flags.DEFINE_float("seconds", 10, "Seconds to time each number of processes.", lower_bound=0.1, upper_bound=3600)
+    flags.DEFINE_integer("count", 8, "Number of sequences to draw.", lower_bound=1, upper_bound=200)
+    flags.DEFINE_string("source", "", "File of conversations, or any other source; default: the config's.")
     flags.DEFINE_string("images", "", "Folder of the images.")
-    flags.DEFINE_string("out", "", "Folder to write, local or gs://; must not be there yet.")
+    flags.DEFINE_string("out", "", "Folder to write, local or gs://; must not exist yet.")
     flags.DEFINE_boolean("skip_bad", False, "Leave broken rows out instead of stopping at the first.")
     cli.run(lambda: main(command), __doc__, words_of=WORDS_OF)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a JSON file as a whole, in the words of Python's parser. Holds one value of the file at a time."""
+"""Says why a file is not valid JSON, in the words of Python's parser. Holds one value of the file in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import re
 from sparsecut_jax.types import UserError
 
 WINDOW = 1 << 20  # bytes that are parsed at a time
-LONGEST = 1 << 25  # of one value; what is longer is no row
+LONGEST = 1 << 25  # of one value; a longer one is not a row
 INSIDE = bytes(range(0x80, 0xC0))  # bytes that continue a character
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Fault(Exception):
-    """The parser's words, and the byte of the file that they are about."""
+    """The parser's message, and the byte of the file that it refers to."""
 
     def __init__(self, words: str, byte: int):
         self.words, self.byte = words, byte
 
 
 class TooLong(Fault):
-    """A value of more than LONGEST bytes: what is wrong with it, if anything, is not known."""
+    """A value of more than LONGEST bytes, which is not checked."""
 
 
 class _Scanner:
@@ -33,7 +33,7 @@ class _Scanner:
         self._fill(WINDOW)
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             self.i = SPACE.match(self.text, self.i).end()
             if self.i < len(self.text):
@@ -45,7 +45,7 @@ class _Scanner:
             self._fill(WINDOW)
 
     def value(self, longest: int) -> object:
-        """The next value. Raises Fault; TooLong where it does not end within `longest` bytes."""
+        """The next value. Raises Fault; TooLong if it does not end within `longest` bytes."""
         self.peek()
         size = WINDOW
         while True:
@@ -56,10 +56,10 @@ class _Scanner:
                     return value
                 fault, sure = TooLong("a number without an end", self.byte(self.i)), False
             except json.JSONDecodeError as error:
-                # What is wrong close to the end of the window may be the fault of the window.
+                # An error close to the end of the window may be caused by the window.
                 sure = not error.msg.startswith("Unterminated") and error.pos < len(self.text) - 64
                 fault = Fault(error.msg, self.byte(error.pos))
-            except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets
+            except (ValueError, RecursionError) as error:  # a number with too many digits, too many nested brackets
                 raise Fault(str(error), self.byte(self.i)) from None
             if sure or self.whole:
                 raise fault
@@ -71,11 +71,11 @@ class _Scanner:
             self._fill(size)
 
     def byte(self, i: int) -> int:
-        """Place in the file of character `i` of the window."""
+        """Byte in the file of character `i` of the window."""
         return self.at + len(self.text[:i].encode())
 
     def _fill(self, size: int) -> None:
-        """The window begins where we are."""
+        """Moves the window to the current position."""
         self.at, self.i = self.byte(self.i), 0
         raw, self.undecoded = self.data[self.at : self.at + size], None
         self.whole = self.at + size >= len(self.data)
@@ -83,16 +83,16 @@ class _Scanner:
             self.text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             self.text = raw[: error.start].decode("utf-8")
-            if self.whole or error.start < len(raw) - 3:  # not a character that the window has cut
+            if self.whole or error.start < len(raw) - 3:  # not a character cut by the window
                 self.whole, place = False, self.at + error.start
                 words = f"'utf-8' codec can't decode byte 0x{raw[error.start]:02x} in position {place}: {error.reason}"
                 self.undecoded = Fault(words, -1)
 
 
 def fault_of(data: mmap.mmap | bytes, begin: int, name: str, row: int = 0, at: int = -1) -> UserError | None:
-    """What is wrong with a file that is no list of objects from byte `begin` on; None of an empty list.
+    """Why a file is not a list of objects from byte `begin` on; None for an empty list.
 
-    row, at: a row before which everything is right, and its first byte; -1: none is known.
+    row, at: a row up to which everything is valid, and its first byte; -1: unknown.
     """
     try:
         scanner = _Scanner(data, begin if at < 0 else at)

@@ -1,4 +1,4 @@
-"""Rows and their image files become one TFDS dataset in ArrayRecord format, without TensorFlow.
+"""Writes rows and their image files as one TFDS dataset in ArrayRecord format, without TensorFlow.
 
     dataset_info.json  features.json  metadata.json
     rows-train.array_record-00000  rows-train.array_record-00001  ...
@@ -32,7 +32,7 @@ from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.tfds_source import FORMAT
 from sparsecut_jax.types import BadSample, UserError
 
-READERS = 16  # threads that read rows and images ahead of the writing: buckets and network drives answer late
+READERS = 16  # threads that prefetch rows and images: buckets and network drives have high latency
 F = tfds.features
 
 
@@ -41,8 +41,8 @@ class Built:
     """What a build wrote.
 
     Attributes:
-      bytes: of the records, before the shards' compression.
-      skipped: a sentence with the number of the row for each one left out.
+      bytes: size of the records before the shards' compression.
+      skipped: a sentence with the row number for each row left out.
     """
 
     rows: int = 0
@@ -62,20 +62,20 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     skip: bool = False,
 ) -> Built:
-    """Writes `rows` into the new folder `out`, local or gs://, which is there when all of it is, or not at all.
+    """Writes `rows` into the new folder `out`, local or gs://, completely or not at all.
 
-    A local folder gets its name at the end. Into a bucket the shards go one by one as they fill, dataset_info.json
-    last, without which nothing reads the folder.
+    A local folder is renamed at the end. To a bucket, full shards are uploaded one by one and dataset_info.json last,
+    without which the folder is not read.
 
     Args:
       rows: rows[i] with images by name or as encoded files; called from several threads.
       read_bytes: the encoded file of such an image; called from several threads. It raises BadSample for one that
-        cannot be opened, so that none is packed.
+        cannot be opened, so that broken images are never packed.
       progress: called with the rows done and all rows, for every row.
       skip: leave out the rows for which `rows` or `read_bytes` raise BadSample, instead of stopping.
 
     Raises:
-      UserError: `out` is not empty or cannot be written, nothing is left to write.
+      UserError: `out` is not empty or cannot be written, or nothing is left to write.
       BadSample: the first broken row.
     """
     if shard_rows < 1:
@@ -104,7 +104,7 @@ def _new_folder(target: epath.Path, bucket: bool) -> str:
     """A local folder to write to; beside `target` if that is local, so that it can be renamed."""
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{target} is there already and is not empty; name a new folder or delete it")
+            raise UserError(f"{target} already exists and is not empty; name a new folder or delete it")
         if bucket:
             return tempfile.mkdtemp(prefix="sparsecut_jax_build_")
         folder = f"{target}.partial-{uuid.uuid4().hex[:8]}"
@@ -112,7 +112,7 @@ def _new_folder(target: epath.Path, bucket: bool) -> str:
         return folder
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}") from error
-    except ImportError as error:  # etils without the bucket's client
+    except ImportError as error:  # etils lacks the bucket's client
         raise UserError(f"{target} cannot be written: {error}, or mount the bucket (gcsfuse)") from error
 
 
@@ -126,7 +126,7 @@ def _write(
     progress: Callable[[int, int], None],
     skip: bool,
 ) -> Built:
-    """Writes the dataset to `folder`, or to `bucket` by way of it. No more than one shard is ever in `folder` then."""
+    """Writes the dataset to `folder`, or through it to `bucket`; then it never holds more than one shard."""
     metadata = tfds.core.MetadataDict(format=FORMAT)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
@@ -161,7 +161,7 @@ def _write(
         finish_shards()
     if not built.rows:
         first = f"; the first: {built.skipped[0]}" if built.skipped else ""
-        raise UserError(f"there is no row to write: {len(built.skipped)} of {len(rows)} were left out{first}")
+        raise UserError(f"no row to write: {len(built.skipped)} of {len(rows)} were left out{first}")
     metadata["sha256"] = digest.hexdigest()
     writer.close_all()
     finish_shards()
@@ -179,7 +179,7 @@ def _examples(
     progress: Callable[[int, int], None],
     skip: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Records in the order of the rows, read ahead by threads. Counts them, and hashes what they hold."""
+    """Records in the order of the rows, prefetched by threads. Counts them and hashes their content."""
 
     def read(i: int) -> dict[str, Any] | BadSample:
         at = f"row {i}"
@@ -219,10 +219,10 @@ def _example(row: dict[str, Any], read_bytes: Callable[[str | bytes], bytes]) ->
         raise BadSample("format", f"key 'image' must be a path or a list of paths, got {entries!r:.100}")
     images = [read_bytes(entry) for entry in entries]
     names = [entry if isinstance(entry, str) else hashlib.sha256(entry).hexdigest()[:16] for entry in entries]
-    if names != entries:  # of what the row holds itself the record keeps the files, and its row their hashes
+    if names != entries:  # of images inside the row, the record keeps the files and its row the hashes
         key = "image" if "image" in row else "images"
         row = {**row, key: names if isinstance(row[key], list) else names[0]}
-    # JSON escapes what is not ASCII, so that half a surrogate pair in somebody's text survives as well.
+    # JSON escapes non-ASCII characters, so that half a surrogate pair survives as well.
     text = {"id": str(row.get("id", "")), "row": json.dumps(row)}
     encoded = {key: value.encode("utf-8", "replace") for key, value in text.items()}
     return encoded | {"images": images, "image_names": [name.encode("utf-8", "replace") for name in names]}
@@ -238,10 +238,10 @@ def _finish_shard(file: str, records: int, bucket: epath.Path | None) -> None:
 
 
 def _publish(file: str, bucket: epath.Path | None) -> None:
-    """Sees a finished file onto the disk, or moves it into the bucket."""
+    """Flushes a finished file to disk, or moves it to the bucket."""
     if bucket is None:
         with open(file, "rb") as written:
-            os.fsync(written.fileno())  # a rename may reach the disk before what was written earlier
+            os.fsync(written.fileno())  # a rename may reach the disk before earlier writes
         return
     bucket.mkdir(parents=True, exist_ok=True)
     copy = bucket / os.path.basename(file)

@@ -1,7 +1,7 @@
-"""A row in any of the spellings that people and tools write becomes one in LLaVA's, or is refused in one sentence.
+"""Converts rows from the formats that people and tools write to LLaVA's, or refuses them in one sentence.
 
-Known are `conversations` and `messages` of from/value or role/content, contents in parts, and images as paths, data
-URLs, base64 or bytes, beside the turns or inside them. What is null is absent, as pandas and `datasets` write it.
+Supported are `conversations` and `messages` of from/value or role/content, contents in parts, and images as paths, data
+URLs, base64 or bytes, beside the turns or inside them. Null values are treated as absent, as pandas and `datasets` write them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from sparsecut_jax.types import BadSample
 SPEAKERS = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM}
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-HOLDERS = ("bytes", "base64", "image", "image_url", "url", "path")  # keys of an object that an image may stand under
+HOLDERS = ("bytes", "base64", "image", "image_url", "url", "path")  # keys of an object that may hold an image
 OTHER_MEDIA = ("video", "videos", "audio", "audios")  # as keys of a row
 OTHER_MARKS = re.compile("<video>|<audio>")  # as LLaMA-Factory and ms-swift write them
 TRAINED = frozenset(("loss", "train", "weight"))  # keys of a turn, as ms-swift, Axolotl and OpenAI call them
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# How the formats' first bytes look in base64, and enough of it that no file would be called so.
+# The formats' first bytes in base64, long enough that no file name begins like this.
 BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA)[A-Za-z0-9+/\s]{36,}={0,2}\s*")
 
 
 def canonical(row: Any, name: str, max_images: int) -> Row:
-    """A row in LLaVA's spelling: questions and answers in turn, a system message under "system", images as paths or
+    """A row in LLaVA's format: questions and answers in turn, a system message under "system", images as paths or
     encoded files, and `"loss": false` in the answers that are not trained on.
 
     An answer before the first question is left out, and so is a question after the last answer.
 
     Raises:
-      BadSample: it is no conversation this program can train on; the sentence begins with `name`.
+      BadSample: it is not a conversation that can be trained on; the message begins with `name`.
     """
     try:
         return _canonical(row, max_images)
@@ -73,18 +73,18 @@ def _canonical(row: Any, max_images: int) -> Row:
     if turns[0]["from"] == SYSTEM:
         first, system = 1, turns[0]["value"]
     if not isinstance(system, str):
-        raise BadSample("format", f"key 'system' must be a text, got {system!r:.100}")
+        raise BadSample("format", f"key 'system' must be a string, got {system!r:.100}")
     if len(turns) > first and turns[first]["from"] == GPT:
         first += 1
     for i in range(first, len(turns)):
         expected = (HUMAN, GPT)[(i - first) % 2]
         if turns[i]["from"] != expected:
-            raise BadSample("roles", f"turn {i} is of {turns[i]['from']!r}, expected {expected!r}")
+            raise BadSample("roles", f"turn {i} is from {turns[i]['from']!r}, expected {expected!r}")
         if expected == GPT and not turns[i]["value"].strip():
             raise BadSample("no_answer", f"turn {i} is an empty answer")
     turns = turns[first:]
     if len(turns) < 2:
-        raise BadSample("no_answer", "there is no question with an answer")
+        raise BadSample("no_answer", "no question has an answer")
     if not any(turn.get("loss", True) for turn in turns[1::2]):
         raise BadSample("no_loss", "every answer has loss=false or weight=0, so there is nothing to train on")
 
@@ -110,14 +110,14 @@ def _has_nulls(value: Any) -> bool:
     kind = type(value)
     if kind is not dict and kind is not list:
         return value is None or (kind is float and value != value)
-    for inner in value.values() if kind is dict else value:  # noqa: SIM110 (`any` takes thrice as long)
+    for inner in value.values() if kind is dict else value:  # noqa: SIM110 (`any` takes three times as long)
         if type(inner) is not str and _has_nulls(inner):
             return True
     return False
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without keys and items that are null, and objects in which everything is; None if nothing is left."""
+    """The value without null keys and items and without objects in which all is null; None if nothing is left."""
     if isinstance(value, dict):
         found = {key: _without_nulls(inner) for key, inner in value.items()}
         return {key: inner for key, inner in found.items() if inner is not None} or (None if value else value)
@@ -127,10 +127,10 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _one_of(row: Row, key: str, other: str) -> Any:
-    """The value of whichever of two keys is there and no empty list."""
+    """The value of whichever of two keys is present and not an empty list."""
     one, two = row.get(key), row.get(other)
     if one not in (None, []) and two not in (None, []):
-        raise BadSample("format", f"both keys {key!r} and {other!r} are there; expected one of them")
+        raise BadSample("format", f"both keys {key!r} and {other!r} are present; expected only one")
     return two if one in (None, []) else one
 
 
@@ -143,7 +143,7 @@ def _unsupported(what: str) -> BadSample:
 
 
 def _turn(turn: Any, i: int) -> tuple[Row, list[str | bytes]]:
-    """Turn `i` as {"from": HUMAN, GPT or SYSTEM, "value"}, and whatever else stands in it; and the images it carries."""
+    """Turn `i` as {"from": HUMAN, GPT or SYSTEM, "value"}, with its other keys; and its images."""
     if not isinstance(turn, dict):
         raise BadSample("format", f"turn {i} must be an object, got {type(turn).__name__}")
     who, words = ("role", "content") if "role" in turn else ("from", "value")
@@ -155,9 +155,9 @@ def _turn(turn: Any, i: int) -> tuple[Row, list[str | bytes]]:
     if isinstance(text, list):
         text, images = _joined(text, speaker, i)
     if not isinstance(text, str):
-        raise BadSample("format", f"turn {i} must be an object with a text {words!r}")
+        raise BadSample("format", f"turn {i} must be an object with a string {words!r}")
     if not isinstance(turn.get("kind", ""), str):
-        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r:.100}, expected a text")
+        raise BadSample("format", f"turn {i} has 'kind'={turn['kind']!r:.100}, expected a string")
     if speaker == HUMAN and (mark := OTHER_MARKS.search(text)):
         raise _unsupported(f"turn {i} has a {mark[0]}")
     trained = None if TRAINED.isdisjoint(turn) else _trained(turn, i, speaker)
@@ -171,7 +171,7 @@ def _turn(turn: Any, i: int) -> tuple[Row, list[str | bytes]]:
 
 
 def _trained(turn: Row, i: int, speaker: str) -> bool:
-    """Whether a turn is to be trained on, by the keys that say so."""
+    """Whether a turn is trained on, according to its keys."""
     said = {key: turn[key] for key in sorted(TRAINED) if key in turn}
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
@@ -182,12 +182,12 @@ def _trained(turn: Row, i: int, speaker: str) -> bool:
     trained = bool(next(iter(said.values())))
     if trained and speaker != GPT:
         key, value = next(iter(said.items()))
-        raise BadSample("format", f"turn {i} of {speaker!r} has {key!r}={value!r}, but only answers are trained on")
+        raise BadSample("format", f"turn {i} from {speaker!r} has {key!r}={value!r}, but only answers are trained on")
     return trained
 
 
 def _joined(parts: list[Any], speaker: str, i: int) -> tuple[str, list[str | bytes]]:
-    """The text of a content in parts, with a mark for each image of a question; and the images that stand in it."""
+    """The text of a content in parts, with a mark for each image of a question; and its images."""
     texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -215,14 +215,14 @@ def _joined(parts: list[Any], speaker: str, i: int) -> tuple[str, list[str | byt
 
 
 def _image(given: Any) -> str | bytes | None:
-    """An image as a path or an encoded file; None if it is neither, nor an object with one of them.
+    """An image as a path or an encoded file; None if it is neither of them nor an object with one.
 
     Raises:
-      BadSample: it is somewhere else in the network, or its base64 is damaged.
+      BadSample: it is a remote URL, or its base64 is damaged.
     """
     if isinstance(given, dict):
         keys = [key for key in HOLDERS if key in given]
-        if "bytes" in keys:  # `datasets` puts the name that the file had beside them
+        if "bytes" in keys:  # `datasets` stores the original file name beside them
             keys = ["bytes"]
         if len(keys) != 1:
             return None
@@ -241,8 +241,8 @@ def _image(given: Any) -> str | bytes | None:
     if given[:7].lower() == "file://":
         return urllib.parse.unquote(urllib.parse.urlsplit(given).path)
     if REMOTE.match(given):
-        raise BadSample("remote_image", f"image {given!r:.200} is a URL, and training downloads nothing; "
-                        "download it into the folder of the images and give its path")  # fmt: skip
+        raise BadSample("remote_image", f"image {given!r:.200} is a URL, and images are not downloaded; "
+                        "download it into the image folder and give its path")  # fmt: skip
     return _decoded(given, "base64") if BASE64.fullmatch(given) else given
 
 

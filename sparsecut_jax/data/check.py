@@ -1,4 +1,4 @@
-"""`data check`: everything that is wrong with the rows of a config, before the first step."""
+"""`data check`: finds all bad rows of a config before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsecut_jax.types import CAUSES, Exit, shown
 SHOWN = 3  # examples of each cause
 WARNINGS = {
     "cut": "answers that do not fit into seq_len and are dropped",
-    "duplicate": "the same images and words as an earlier row",
+    "duplicate": "the same images and texts as an earlier row",
 }
 
 
@@ -27,7 +27,7 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
     """Walks all rows of all stages, prints what is wrong and writes it to data_check.json.
 
     Args:
-      strict: whether a warning, a row of which the run leaves something out or that it sees twice, is an error too.
+      strict: whether warnings (rows that lose answers, duplicates) are errors too.
 
     Raises:
       Exit: 2, something is wrong.
@@ -37,7 +37,7 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
     for split, encoders in sorted(_by_rows(readers), key=lambda group: -len(group[0])):
         pictures = {id(part.pictures) for part in split.parts}
         progress = Progress(len(split), 0, "rows")
-        # Captions have the pictures that the other rows have.
+        # Captions have the same images as the other rows.
         walked = walk(split, encoders, "none" if pictures <= looked else look, digests=True, progress=progress.update)
         progress.close()
         looked |= pictures
@@ -51,8 +51,8 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
     path = os.path.join(workdir, "data_check.json")
     told = {"rows": rows, "seconds": seconds, "look": look, "counts": counts, "warnings": warnings}
     write_json(path, {**told, "cut_answers": answers, "bad": [dataclasses.asdict(bad) for bad in found]})
-    how = {"none": "images not looked at", "stat": "images looked for, not opened", "decode": "every image opened"}
-    print(f"{rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} a second), {how[look]}")
+    how = {"none": "images not checked", "stat": "images exist, none opened", "decode": "every image opened"}
+    print(f"{rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} per second), {how[look]}")
     if not found:
         print("nothing is wrong")
         return
@@ -64,16 +64,16 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
         examples = [bad for bad in found if bad.cause == cause][:SHOWN]
         print(f"\n{cause}, first {len(examples)} of {n:,}:")
         print("\n".join(f"  {shown(bad.reason)}" for bad in examples))
-    print(f"\nall of them: {path}")
+    print(f"\nfull list: {path}")
     if not counts:
         print("only warnings; --strict turns them into errors")
         return
     wrong = len({bad.key for bad in found if bad.cause in counts})
-    raise Exit(2, f"{wrong:,} of {rows:,} rows have something wrong with them")
+    raise Exit(2, f"{wrong:,} of {rows:,} rows are bad")
 
 
 def _by_rows(readers: dict[str, Reader]) -> list[tuple[Split, Encoders]]:
-    """Stages that read the same rows together, so that these are walked once."""
+    """Groups stages that read the same rows, so that these are walked once."""
     groups: list[tuple[Split, dict[str, RowEncoder]]] = []
     for name, reader in readers.items():
         for split, encoders in groups:

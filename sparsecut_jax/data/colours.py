@@ -1,7 +1,7 @@
-"""Embedded ICC profiles: the numbers of a picture become those that sRGB has for the same colours.
+"""Converts images with embedded ICC profiles to sRGB.
 
-Vision towers were trained on sRGB. Photos of phones are in Display P3, scans and prints in Adobe RGB, CMYK or a grey of
-their own; read as sRGB, their colours are wrong.
+Vision towers were trained on sRGB. Phone photos are in Display P3, scans and prints in Adobe RGB, CMYK or
+various greys; read as sRGB, their colours are wrong.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the pixels it is for
-# Profiles of sRGB differ in the rounding of their tables; what is meant as another space is further away.
+SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of its pixels
+# Profiles of sRGB differ in the rounding of their tables; other spaces differ more.
 SAME = 2  # levels of 255
 LARGEST = 2**23  # bytes of a profile
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in sRGB, as RGB or RGBA; the very same object where the profile changes nothing.
+    """The image in sRGB, as RGB or RGBA; the same object if the profile changes nothing.
 
-    So it is without a profile, with one of sRGB, and with one that is damaged or not for such pixels, which is ignored.
+    That is the case without a profile, with sRGB's, and with one that is damaged or for other pixels, which is ignored.
     """
     mode = {"RGB": "RGB", "P": "RGB", "L": "L", "1": "L", "CMYK": "CMYK"}.get(image.mode.rstrip("AXa"))
     transform = _transform(profile, mode) if profile and mode and len(profile) <= LARGEST else None
@@ -35,7 +35,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From pixels of a profile to sRGB; None where there is nothing to do, or nothing can be done."""
+    """Transform from a profile to sRGB; None if it is not needed or not possible."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if SPACES.get(source.profile.xcolor_space) != mode:

@@ -1,6 +1,6 @@
-"""Which columns of a table, members of a tar or keys of an object are a row's pictures, question and answer.
+"""Finds which columns of a table, members of a tar or keys of an object hold a row's images, question and answer.
 
-What comes out is a row in one of the spellings that `conversation.canonical` knows.
+The result is a row in one of the formats that `canonical` reads.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ class Spelling:
         return row
 
     def _pictures(self, values: Row) -> Any:
-        """One picture or a list of them as bytes or paths; of `image` and `images` the column that is not null here."""
+        """One image or a list of them as bytes or paths; from whichever of the columns `image` and `images` is not null."""
         given = [_entries(values.get(name)) for name in (IMAGES if self.image in IMAGES else (self.image,))]
         found = [pictures for pictures in given if pictures not in (None, [])]
         if len(found) > 1:
-            raise BadSample("format", "both columns 'image' and 'images' are there; expected one of them")
+            raise BadSample("format", "both columns 'image' and 'images' are present; expected only one")
         return found[0] if found else next((pictures for pictures in given if pictures is not None), None)
 
 
 def spelling_of(names: Collection[str], source: SourceConfig, pictures: Sequence[str] = ()) -> Spelling:
-    """What columns hold, by the settings of the source and else by their names.
+    """The roles of columns, from the settings of the source, otherwise from their names.
 
     Args:
       pictures: names of columns that hold pictures, by their type.
 
     Raises:
-      UserError: a setting names no column, or there is no answer.
+      UserError: a setting names a missing column, or there is no answer.
     """
     image = source.image
     if image not in names and image:
@@ -85,7 +85,7 @@ def spelling_of(names: Collection[str], source: SourceConfig, pictures: Sequence
             raise _unknown(names, "image", image)
         image = "images" if "images" in names else ""
         if not image and len(pictures) > 1:
-            raise UserError(f"several columns hold pictures: {', '.join(pictures)}; name one as image=...")
+            raise UserError(f"several columns hold images: {', '.join(pictures)}; name one as image=...")
         image = image or "".join(pictures)
     chosen = source.question != DEFAULT.question or source.answer != DEFAULT.answer
     conversation = "" if chosen else next((name for name in CONVERSATIONS if name in names), "")
@@ -129,7 +129,7 @@ class Spelled(Sequence):
             spelling = _spelling(tuple(row), self.source)
         except UserError as error:
             if self.plain:
-                return row  # what is wrong with it is said as of any other row
+                return row  # its errors are reported like those of any other row
             raise BadSample("format", str(error)) from None
         return spelling.row(row)
 
@@ -147,7 +147,7 @@ def _spelling(names: tuple[str, ...], source: SourceConfig) -> Spelling:
 
 
 def _unknown(names: Iterable[str], setting: str, name: str) -> UserError:
-    return UserError(f"no column {setting}={name!r}{nearest(name, names)}; there are {', '.join(names)}")
+    return UserError(f"no column {setting}={name!r}{nearest(name, names)}; the columns are {', '.join(names)}")
 
 
 def _entries(value: Any) -> Any:
@@ -158,7 +158,7 @@ def _entries(value: Any) -> Any:
 
 
 def _entry(value: Any) -> Any:
-    """A picture of a row: bytes or a path, out of the pair of both that `datasets` writes."""
+    """An image of a row: bytes or a path, from the pair of both that `datasets` writes."""
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         return value.get("path") if value.get("bytes") is None else value["bytes"]
     return value
@@ -172,11 +172,11 @@ def _text(value: Any, name: str, labels: tuple[str, ...] = (), cause: str = "for
         if not 0 <= value < len(labels):
             raise BadSample(cause, f"column {name!r} has no label {value}")
         return labels[value]
-    if value is None or value == [] or value != value:  # NaN is what pandas writes for none
+    if value is None or value == [] or value != value:  # pandas writes NaN for missing values
         raise BadSample(cause, f"column {name!r} is empty")
     if isinstance(value, str | int | float):
         return str(value)
-    raise BadSample("format", f"column {name!r} is a {type(value).__name__}, expected a text or a number")
+    raise BadSample("format", f"column {name!r} is a {type(value).__name__}, expected a string or a number")
 
 
 def _asked(question: str, answer: str, images: int) -> list[Row]:
@@ -187,12 +187,12 @@ def _asked(question: str, answer: str, images: int) -> list[Row]:
 
 
 def _turns(value: Any, name: str) -> Any:
-    """Turns that are one JSON text, or a list for each of their keys, as a list of turns."""
+    """A list of turns, from a JSON string or from one list per key."""
     if isinstance(value, str):
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadSample("text", f"column {name!r} is a text, but no JSON: {error}") from None
+            raise BadSample("text", f"column {name!r} is a string, but not valid JSON: {error}") from None
     columns = list(value.values()) if isinstance(value, dict) else [None]
     if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
         return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
@@ -200,14 +200,14 @@ def _turns(value: Any, name: str) -> Any:
 
 
 def _pairs(value: Any, images: int) -> list[Row]:
-    """Turns of [{"user", "assistant"}, ...]; the first one asks about all pictures where none is marked."""
+    """Turns of [{"user", "assistant"}, ...]; the first one is about all images if none is marked."""
     value = _turns(value, "texts")
     turns = []
     for i, pair in enumerate(value if isinstance(value, list) else ()):
         if not (
             isinstance(pair, dict) and isinstance(pair.get("user"), str) and isinstance(pair.get("assistant"), str)
         ):
-            raise BadSample("format", f"pair {i} of column 'texts' must have the texts 'user' and 'assistant'")
+            raise BadSample("format", f"pair {i} of column 'texts' must have the strings 'user' and 'assistant'")
         turns += [{"from": HUMAN, "value": pair["user"]}, {"from": GPT, "value": pair["assistant"]}]
     if turns and not any(IMAGE in turn["value"] for turn in turns[::2]):
         turns[:2] = _asked(turns[0]["value"], turns[1]["value"], images)

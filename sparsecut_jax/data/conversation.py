@@ -1,9 +1,9 @@
-"""A row becomes tokens, turn by turn, with the loss mask built along the way.
+"""Turns a row into tokens and a loss mask, turn by turn.
 
-A row in LLaVA's spelling is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}; `<image>`
+A row in LLaVA's format is {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}; `<image>`
 in a human value marks where an image goes. With `"independent": true` the turns are separate questions about the
-image: each sees the image and itself only, as if it had been a row of its own. An answer with `"loss": false` is read
-by the model but not trained on. `canonical` makes such a row of the other spellings.
+image: each sees only the image and itself, as if it were a separate row. An answer with `"loss": false` is read
+by the model but not trained on. `canonical` converts rows in other formats.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Example:
     branches: np.ndarray  # int32[n]
     positions: np.ndarray  # int32[n]
     image_start: list[int]
-    cut: int = 0  # answers that a conversation lost at its end, or independent ones that never fit
+    cut: int = 0  # answers cut at the end of a conversation, or independent ones that never fit
 
 
 class TooLong(BadSample):
-    """The images and the first answer of a row do not fit, or no answer does that is trained on."""
+    """The images and the first answer of a row do not fit, or no answer that is trained on fits."""
 
 
 def images_of(row: Row) -> list[str | bytes]:
@@ -51,14 +51,14 @@ def encode_row(
 
     Args:
       image_tokens: positions that one image takes (N).
-      order: to take independent questions in (those that do not fit wait for another epoch); None for the row's.
+      order: in which to take independent questions (those that do not fit wait for another epoch); None: the row's.
 
-    Answers with `"loss": false` are written as the others, with a loss mask of 0; independent questions with such an
-    answer are left out, since nothing sees them.
+    Answers with `"loss": false` are encoded like the others, with a loss mask of 0; independent questions with such
+    an answer are left out, since nothing sees them.
 
     Raises:
-      TooLong: not even the first answer fits, of those that are trained on.
-      BadSample: the template takes the first answer alone, and that one is not trained on.
+      TooLong: not even the first answer that is trained on fits.
+      BadSample: the template uses only the first answer, which is not trained on.
     """
     turns = row["conversations"]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
@@ -94,7 +94,9 @@ def encode_row(
         if not independent:
             cut = len(pairs) - i
             break
-        cut += prefix + needed - len(writer.tokens) > seq_len  # others still may fit, and this one without those before
+        cut += (
+            prefix + needed - len(writer.tokens) > seq_len
+        )  # others may still fit, and this one without those before it
     if not kept:
         raise TooLong("too_long", f"its first answer ends at position {needed}, but seq_len={seq_len}")
     if not trained:
@@ -105,7 +107,7 @@ def encode_row(
 def encode_prompt(
     prompt: str, images: int, tokenizer: Tokenizer, template: Template, image_tokens: int, system: str = ""
 ) -> Example:
-    """Tokens of a question that waits for its answer. `<image>` is put in front where the prompt names none.
+    """Tokens of a question without its answer. `<image>` is put in front if the prompt has none.
 
     Raises:
       UserError: more or fewer `<image>` than images.
@@ -114,7 +116,7 @@ def encode_prompt(
     if marks == 0 and images:
         prompt = f"{IMAGE * images}\n{prompt}"
     elif marks != images:
-        raise UserError(f"the prompt has {marks} {IMAGE}, but there are {images} images")
+        raise UserError(f"the prompt has {marks} {IMAGE}, but {images} images are given")
     writer = _Writer(tokenizer, template, image_tokens, system)
     writer.question(_as_asked(prompt, template))
     writer.text(template.answer)
@@ -123,7 +125,7 @@ def encode_prompt(
 
 
 def _as_asked(question: str, template: Template) -> str:
-    """A question as LLaVA has it: a single image stands on the first line, several stay where they are."""
+    """A question as in LLaVA: a single image is moved to the first line, several stay where they are."""
     marks = question.count(IMAGE)
     if not template.question:
         return IMAGE * marks
@@ -133,18 +135,18 @@ def _as_asked(question: str, template: Template) -> str:
 
 
 class _Writer:
-    """Grows an Example piece by piece.
+    """Builds an Example piece by piece.
 
-    Text is tokenised when a special token or an image ends it, all of it at once: the words of template and people
-    between two of those are one text to the tokenizer, as they are in LLaVA.
+    Text is tokenised when a special token or an image ends it, all of it at once: everything between two of
+    those is one text to the tokenizer, as in LLaVA.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: Template, image_tokens: int, system: str):
         self.tokenizer, self.template, self.image_tokens = tokenizer, template, image_tokens
         self.tokens: list[int] = []
-        self.runs: list[tuple[int, int, int, int]] = []  # of like tokens: count, loss, branch, index - position
+        self.runs: list[tuple[int, int, int, int]] = []  # runs of equal tokens: count, loss, branch, index - position
         self.image_start: list[int] = []
-        self.pending = ""  # text that is not tokenised yet
+        self.pending = ""  # text not tokenised yet
         self.branch = 0
         self.position = 0  # of the next token
         if template.bos and tokenizer.bos >= 0:
@@ -155,7 +157,7 @@ class _Writer:
         self.text(after)
 
     def new_branch(self) -> None:
-        """What follows sees what was written before the first branch, and itself."""
+        """Starts a branch, which sees only what was written before the first branch, and itself."""
         if self.branch == 0:
             self.shared = self.pending, self.position
         self.pending, self.position = self.shared
@@ -171,7 +173,7 @@ class _Writer:
                 self.pending += piece
 
     def question(self, words: str) -> None:
-        """What somebody says, with `<image>` in it."""
+        """Text of a turn, which may contain `<image>`."""
         first, *others = words.split(IMAGE)
         self.pending += first
         for piece in others:
@@ -181,13 +183,13 @@ class _Writer:
             self.pending = piece
 
     def answer(self, words: str, loss: bool) -> None:
-        """What is to be predicted, if `loss`. Its tokens are those of the whole text that follow those of the prompt."""
+        """An answer, predicted if `loss`. Its tokens are those of the whole text after those of the prompt."""
         template = self.template
         text, *end = ("", self.tokenizer.eos) if template.end is None else self.tokenizer.split_special(template.end)
         text = template.space + template.said(words) + text
         prompt, whole = self.tokenizer.encode(self.pending), self.tokenizer.encode(self.pending + text)
         n = len(prompt)
-        # A token that joins the prompt's last word with the answer's first would not be there when the model is asked.
+        # At inference no token can join the prompt's last word with the answer's first.
         answer = whole[n:] if whole[:n] == prompt else self.tokenizer.encode(text)
         self._add(prompt)
         self._add((*answer, *end[:1]), int(loss))

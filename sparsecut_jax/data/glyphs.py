@@ -1,7 +1,7 @@
-"""Text of any script on a Pillow image, with the fonts that are installed here.
+"""Draws text of any script on a Pillow image, with the installed fonts.
 
-A character that no font has is drawn as its code point, such as U+1F9E0, never as an empty box. So are control
-characters and others that would be invisible.
+A character that no font has is drawn as its code point, such as U+1F9E0, never as an empty box. The same
+applies to control characters and others that would be invisible.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def label(text: str) -> Run:
 
 @functools.lru_cache(maxsize=100_000)
 def runs_of(text: str) -> tuple[Run, ...]:
-    """The text in pieces of one font each; a combining mark stays with the character before it if its font has both."""
+    """The text as pieces with one font each; a combining mark stays with the character before it if its font has both."""
     runs: list[Run] = []
     for character in text:
         last = runs[-1] if runs and not runs[-1].small else None
@@ -67,7 +67,7 @@ def runs_of(text: str) -> tuple[Run, ...]:
 
 @functools.lru_cache(maxsize=100_000)
 def font_of(character: str) -> str:
-    """The first installed font in which the character can be seen, DejaVu Sans before all others; "" for none."""
+    """The first installed font in which the character is visible, trying DejaVu Sans first; "" for none."""
     if character == " ":
         return PLAIN
     if unicodedata.category(character)[0] in "CZ":
@@ -80,7 +80,7 @@ def font_of(character: str) -> str:
 
 
 def draw_runs(draw: ImageDraw.ImageDraw, x: int, y: int, runs: tuple[Run, ...]) -> None:
-    """Draws the runs side by side from (x, y), their upper left corner; text stands on one base line."""
+    """Draws the runs side by side from (x, y), their upper left corner; all share a baseline."""
     base = y + _font(PLAIN, SIZE).getmetrics()[0]
     for run in runs:
         draw.text((x + run.small, base), run.text, fill=LABEL if run.small else TEXT, font=run.font, anchor="ls")
@@ -89,7 +89,7 @@ def draw_runs(draw: ImageDraw.ImageDraw, x: int, y: int, runs: tuple[Run, ...]) 
 
 @functools.cache
 def _fonts() -> tuple[str, ...]:
-    """Files of fonts, plain ones first; found anew by each process, while matplotlib's own list is an old one."""
+    """Font files, regular ones first; searched by each process, since matplotlib's list is cached."""
     found = [path for path in font_manager.findSystemFonts() if not BLANKS.search(os.path.basename(path))]
     plain = lambda path: (bool(STYLED.search(os.path.basename(path))), os.path.basename(path), path)
     return (PLAIN, *sorted(found, key=plain))
@@ -97,7 +97,7 @@ def _fonts() -> tuple[str, ...]:
 
 @functools.cache
 def _characters(path: str) -> frozenset[int]:
-    """Code points that the font has glyphs for; none where it cannot be read or has pictures of one size only."""
+    """Code points that the font has glyphs for; none if it cannot be read or has only bitmaps of one size."""
     try:
         face = FT2Font(path)
     except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Where the image of a row lies: a name in the source's folder, on a disk or gs://."""
+"""Locates the image of a row: a name in the source's folder, on a disk or gs://."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ KINDS = {
 
 
 def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_links: bool = False) -> Path:
-    """Path of image `name` in `folder`, which is on a disk or gs://... (there names are all that is looked at).
+    """Path of image `name` in `folder`, which is on a disk or gs://... (where only names are checked).
 
     Args:
-      stat: whether links are looked at and the file must be there; else the disk is not asked.
+      stat: whether to check links and that the file exists; otherwise the disk is not accessed.
       follow_links: whether links inside the folder may lead out of it.
 
     Raises:
@@ -38,7 +38,7 @@ def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_link
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise BadSample("path", f"image {name!r} in {place!r} has a name that no file can have")
+        raise BadSample("path", f"image {name!r} in {place!r} is not a valid file name")
     if "://" in place:
         inner = posixpath.normpath(name)
         if inner == ".." or inner.startswith(("/", "../")) or "://" in name:
@@ -70,7 +70,7 @@ def resolve(folder: str | os.PathLike, name: str, stat: bool = True, follow_link
 
 
 def what_else(path: str | os.PathLike) -> str:
-    """What is at a path that is no file, "a folder" for one; "" for a file, and where nothing is."""
+    """What is at a path if it is not a file, such as "a folder"; "" for a file or nothing."""
     try:
         return KINDS.get(stat_lib.S_IFMT(os.stat(path).st_mode), "")
     except (OSError, ValueError):
@@ -78,7 +78,7 @@ def what_else(path: str | os.PathLike) -> str:
 
 
 def _links(root: str, path: str) -> list[str]:
-    """The links on the way from a folder to a path in it."""
+    """The links between a folder and a path in it."""
     parts = os.path.relpath(path, root).split(os.sep)
     return [at for at in itertools.accumulate(parts, os.path.join, initial=root) if at != root and os.path.islink(at)]
 

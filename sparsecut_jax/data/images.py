@@ -1,4 +1,4 @@
-"""An image becomes the views of the model: one low-res view and a grid of hi-res crops.
+"""Turns an image into the model's views: one low-res view and a grid of hi-res crops.
 
 Both are cut from the same square picture, so they line up: with a grid of 2 x 2 the crops are the quarters (top left,
 top right, bottom left, bottom right) of the picture at twice the size.
@@ -22,14 +22,14 @@ from sparsecut_jax.data.image_names import what_else
 from sparsecut_jax.types import BadSample, UserError
 
 BICUBIC = Image.Resampling.BICUBIC
-MOST_PIXELS = 2**26  # of what lies between an image and its views: four bytes each
+MOST_PIXELS = 2**26  # of intermediate images, four bytes each
 LONGEST_SIDE = 65_535  # pixels, JPEG's own limit: work grows with the side, not only with the number of pixels
-Image.MAX_IMAGE_PIXELS = None  # `read_image` has a limit of its own, which the config sets
-# Of a PNG, bytes of texts or of an ICC profile once they are unpacked: Pillow would refuse a sound picture above one MiB.
+Image.MAX_IMAGE_PIXELS = None  # `read_image` has its own limit, set by the config
+# Uncompressed bytes of a PNG's text or ICC chunks: Pillow would refuse a valid image above 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26
 Image.init()
 # Each of these knows all of its size before decoding. Others run programs (EPS), hide a second image of any size (ICO)
-# or take what is no image at all (TGA).
+# or accept files that are not images (TGA).
 FORMATS = sorted({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"} & set(Image.OPEN))
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
@@ -46,8 +46,8 @@ UPRIGHT = {
 def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int, name: str = "") -> Image.Image:
     """RGB image of a file, of a file's bytes or of any Pillow image; `name` is what errors call it.
 
-    It stands upright (EXIF), of an animation it is the first frame, transparent parts are white, 16 bits a channel
-    become 8, and colours of another ICC profile become sRGB.
+    It is turned upright (EXIF); the first frame of an animation is used, transparent parts become white, 16 bits per
+    channel become 8, and colours of another ICC profile become sRGB.
 
     Raises:
       BadSample: the file is not an image, is damaged, does not exist, or has more than `max_pixels`.
@@ -68,7 +68,7 @@ def read_image(source: str | os.PathLike | bytes | Image.Image, max_pixels: int,
         raise BadSample("missing_image", f"image {name} does not exist") from None
     except (UserError, MemoryError):
         raise
-    except ImportError as error:  # no fault of the image: what reads gs:// is not installed
+    except ImportError as error:  # not the image's fault: the package that reads gs:// is not installed
         raise UserError(f"image {name} cannot be read: {error}") from error
     except Exception as error:  # every decoder fails in its own way
         raise BadSample("broken_image", f"image {name} cannot be read as an image: {error}") from error
@@ -88,7 +88,7 @@ def _open(source: str | os.PathLike | bytes) -> IO[bytes]:
         return io.BytesIO(source)
     if "://" in os.fspath(source):
         return io.BytesIO(epath.Path(source).read_bytes())
-    if kind := what_else(source):  # opening a named pipe would wait for ever
+    if kind := what_else(source):  # opening a named pipe would wait forever
         raise BadSample("missing_image", f"image {os.fspath(source)} is {kind}, not a file")
     return open(source, "rb")
 
@@ -99,7 +99,11 @@ def _identify(file: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(16)
-        reason = f"no format fits, or its header is damaged; it starts with {start!r}" if start else "the file is empty"
+        reason = (
+            f"its format is unknown or its header is damaged; it starts with {start!r}"
+            if start
+            else "the file is empty"
+        )
         raise ValueError(reason) from None
 
 
@@ -118,8 +122,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey values beyond 8 bits, which Pillow would clip: integers are of 16 bits, and their upper 8 are kept, as
-    Pillow does it with colours; floats reach up to 1, 255 or 65535, whichever is the first to hold them all."""
+    """Grey values beyond 8 bits, which Pillow would clip: of 16-bit integers the upper 8 bits are kept, as Pillow does
+    with colours; floats are scaled from 1, 255 or 65535, the smallest of these that no value exceeds."""
     values = np.asarray(image)
     if image.mode == "F":
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
@@ -133,7 +137,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
     orientation = 1
-    with contextlib.suppress(Exception):  # damaged EXIF data are no reason to leave a picture out
+    with contextlib.suppress(Exception):  # damaged EXIF data are no reason to drop an image
         orientation = source.getexif().get(ORIENTATION, 1)
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
@@ -143,7 +147,7 @@ def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def border_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
-    """What `pad` fills up with: `config.vision.mean` as a colour, rounded down as LLaVA does."""
+    """The colour that `pad` fills with: `config.vision.mean`, rounded down as in LLaVA."""
     return tuple(int(value * 255) for value in mean)
 
 
@@ -165,8 +169,8 @@ def views(
 def square(image: Image.Image, width: int, height: int, fit: str, border: tuple[int, ...] = (0, 0, 0)) -> Image.Image:
     """A square picture of the image, as width x height pixels.
 
-    fit: "pad" adds a border of that colour where the image is short (LLaVA-1.5), "squash" ignores the aspect ratio,
-    "crop" takes the middle, to the pixel that CLIP's image processor takes.
+    fit: "pad" adds borders of that colour on the short sides (LLaVA-1.5), "squash" ignores the aspect ratio, "crop" takes
+    the middle, exactly as CLIP's image processor does.
     """
     w, h = image.size
     if fit == "squash" or w == h:
@@ -187,14 +191,14 @@ def square(image: Image.Image, width: int, height: int, fit: str, border: tuple[
 
 
 def _pad(image: Image.Image, axis: int, side: int, size: int, border: tuple[int, ...]) -> Image.Image:
-    """One axis of `pad`: the image in the middle of `side` pixels, and these resized to `size`.
+    """One axis of `pad`: the image is centred in `side` pixels, which are resized to `size`.
 
-    Bit by bit what a canvas of side x side pixels would give, but only what the image has a part in is computed.
+    Bit-identical to a canvas of side x side pixels, but only what depends on the image is computed.
     """
     length = image.size[axis]
     offset, scale = (side - length) // 2, side / size
-    reach = 2 * max(scale, 1) + 1  # source pixels that bicubic looks at on either side, and one
-    first, last = (offset - reach) / scale, (offset + length + reach) / scale  # output pixels that see the image
+    reach = 2 * max(scale, 1) + 1  # source pixels that bicubic reads on either side, plus one
+    first, last = (offset - reach) / scale, (offset + length + reach) / scale  # output pixels that depend on the image
     # Where `step` output pixels are a whole number of source pixels, a part is computed as it is within the whole.
     step = size // math.gcd(side, size)
     first, last = max(0, math.floor(first / step) * step), min(size, math.ceil(last / step) * step)
@@ -217,7 +221,7 @@ def _pad(image: Image.Image, axis: int, side: int, size: int, border: tuple[int,
 def augment(views: np.ndarray, rng: np.random.Generator, flip: bool, shift: int, grid: tuple[int, int]) -> np.ndarray:
     """The same views of a picture that was mirrored (half of the time) and moved by up to `shift` low-res pixels.
 
-    Both resolutions move together; what comes in at the border repeats the border.
+    Both resolutions move together; new pixels at the border repeat the border.
 
     Args:
       views: uint8[V, S, S, 3].

@@ -1,4 +1,4 @@
-"""The rows of a path, whatever they are written as: one file, or a folder of shards."""
+"""Opens the rows of a path in any supported format: one file, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_shards(folder: str) -> bool:
         raise UserError(f"data source {folder!r} cannot be read: {error.strerror or error}") from error
     if inner:
         raise UserError(
-            f"data source {folder!r} holds no shards itself; name one of its folders: {', '.join(sorted(inner))}"
+            f"data source {folder!r} contains no shards itself; name one of its folders: {', '.join(sorted(inner))}"
         )
     return False
 
@@ -70,7 +70,7 @@ def _open(files: list[DataFile], source: SourceConfig) -> Sequence[Row]:
     for file in files:
         if file.kind in ("tar", "json"):
             raise UserError(
-                f"data source {file.path!r} is of the kind {file.kind}; expected {files[0].kind} as its neighbours"
+                f"data source {file.path!r} has the format {file.kind}; expected {files[0].kind}, like the other files"
             )
     from sparsecut_jax.data.tables import TableRows
 
@@ -78,7 +78,7 @@ def _open(files: list[DataFile], source: SourceConfig) -> Sequence[Row]:
 
 
 def _ending(name: str) -> str:
-    """ "tables" or "tars" by a file's name, "" for any other; hidden files are none."""
+    """ "tables" or "tars" by a file's name, "" for any other; hidden files are ignored."""
     if name.startswith((".", "_")):
         return ""
     plain = re.sub(r"\.(gz|zst|bz2|lz4)$", "", name.lower())
@@ -86,7 +86,7 @@ def _ending(name: str) -> str:
 
 
 def _shards(folder: str, split: str) -> list[DataFile]:
-    """The files of a folder in the order of their names, or in the order that `save_to_disk` has written down."""
+    """The files of a folder in the order of their names, or in the order that `save_to_disk` recorded."""
     try:
         names = sorted(os.listdir(folder))
         if "dataset_dict.json" in names:
@@ -102,7 +102,7 @@ def _shards(folder: str, split: str) -> list[DataFile]:
         for name in shards:
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
-                raise UserError(f"data source {folder!r} is not whole: {name} is not there")
+                raise UserError(f"data source {folder!r} is incomplete: {name} is missing")
             files.append(DataFile.of(path, *unpacked(path)))
         return files
     except OSError as error:
@@ -126,14 +126,18 @@ def _of_split(folder: str, split: str) -> str:
 
 
 def _chosen(folder: str, names: list[str], split: str) -> list[str]:
-    """The shards among the names of a folder, of one split where they name splits. Raises UserError."""
+    """The shards among the names of a folder, only those of the split if they name splits. Raises UserError."""
     kinds = {name: _ending(name) for name in names if _ending(name)}
     unfinished = [name for name in names if name.lower().endswith(UNFINISHED)]
     if unfinished:
-        raise UserError(f"data source {folder!r} holds the unfinished file {unfinished[0]}; fetch it, or delete it")
+        raise UserError(
+            f"data source {folder!r} contains the unfinished download {unfinished[0]}; finish it or delete it"
+        )
     if len(set(kinds.values())) > 1:
         tables, tars = (next(name for name in kinds if kinds[name] == kind) for kind in ("tables", "tars"))
-        raise UserError(f"data source {folder!r} holds {tables} and {tars}; name one of them, or a folder of one kind")
+        raise UserError(
+            f"data source {folder!r} contains {tables} and {tars}; name one of them, or a folder with only one format"
+        )
     splits = {name: found[1].lower() if (found := SPLIT.match(name)) else "" for name in kinds}
     known = sorted(set(splits.values()))
     if len(known) > 1 and split not in known:
@@ -144,14 +148,16 @@ def _chosen(folder: str, names: list[str], split: str) -> list[str]:
         )
     if len(known) > 1 and "" in known:
         stray = next(name for name in splits if not splits[name])
-        raise UserError(f"data source {folder!r} holds files of the split {split} and {stray}, of none; move it away")
+        raise UserError(
+            f"data source {folder!r} has files of split {split}, but {stray} belongs to no split; move it away"
+        )
     shards = [name for name in kinds if len(known) == 1 or splits[name] == split]
     _check_numbers(folder, shards)
     return shards
 
 
 def _check_numbers(folder: str, shards: list[str]) -> None:
-    """Raises UserError where of files 1-of-3, 2-of-3, ... one is not there."""
+    """Raises UserError if one of the files 1-of-3, 2-of-3, ... is missing."""
     groups: dict[tuple[str, int], set[int]] = {}
     for name in shards:
         if found := SHARD.fullmatch(name):
@@ -161,5 +167,5 @@ def _check_numbers(folder: str, shards: list[str]) -> None:
         missing = [number for number in range(first, first + count) if number not in numbers]
         if missing:
             raise UserError(
-                f"data source {folder!r} is not whole: of {count} files {prefix}..., number {missing[0]} is not there"
+                f"data source {folder!r} is incomplete: of {count} files {prefix}..., number {missing[0]} is missing"
             )

@@ -1,4 +1,4 @@
-"""Rows of any source with the pictures they name (Part), and several such parts as one sequence (Split)."""
+"""Rows of any source with their images (Part), and several such parts as one sequence (Split)."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class Part:
     """Rows of one source, and access to their pictures.
 
     Attributes:
-      name: of its file, in messages.
-      rows: `rows[i]` is a row in any of the spellings; nothing is held in memory that a file can hold.
+      name: the source's name in messages.
+      rows: `rows[i]` is a row in any supported format, read when needed.
       pictures: `pictures.open(entry)` is the picture of an entry of a row, a name or encoded bytes.
-      numbers: of the rows in the whole source; None: 0, 1, 2, ...
-      weight: how often an epoch has each row.
-      captions: rows -> caption rows, for rows that are no captions themselves.
+      numbers: row numbers in the whole source; None: 0, 1, 2, ...
+      weight: how often each row occurs per epoch.
+      captions: rows -> caption rows, for rows that are not captions themselves.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Part:
         if not self.captions:
             return self
         rows = self.captions(self.rows)
-        numbers = self.numbers if len(rows) == len(self) else None  # else captions are numbered
+        numbers = self.numbers if len(rows) == len(self) else None  # otherwise captions would be numbered
         return dataclasses.replace(self, rows=rows, numbers=numbers, captions=None)
 
 

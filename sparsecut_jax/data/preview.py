@@ -1,4 +1,4 @@
-"""`data preview`: the first sequences of a stage as a picture, views and tokens as the model gets them."""
+"""`data preview`: draws the first sequences of a stage, with views and tokens as the model gets them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW, BRANCH = "#cc3311", "#ee9900"  # marks where another row, or another indepe
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A box on the page: a token, several that only together are text, or an image.
+    """A box on the page: a token, several tokens that form text only together, or an image.
 
     edge: colour of the mark in front of it, "" for none.
     """
@@ -85,7 +85,7 @@ def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.I
 
 
 def _sheet(batch: Batch, i: int, reader: Reader, image_tokens: int) -> Image.Image:
-    """One sequence: its images, each low-res view beside its crops put together, and its tokens below."""
+    """One sequence: its images, each low-res view beside its assembled crops, and its tokens below."""
     groups = [
         _group(views, reader.pictures.grid)
         for views, start in zip(batch.views[i], batch.image_start[i].tolist(), strict=True)
@@ -120,7 +120,7 @@ def _group(views: np.ndarray, grid: tuple[int, ...]) -> Image.Image:
 
 
 def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[Word]:
-    """The tokens of sequence i; an image is one word."""
+    """The tokens of sequence i as words; an image is one word."""
     starts = set(batch.image_start[i][batch.image_start[i] >= 0].tolist())
     branches = np.zeros_like(batch.segments) if batch.branches is None else batch.branches
     words, at, segment, branch = [], 0, 1, 0
@@ -198,7 +198,7 @@ def _visible(text: str) -> str:
 
 
 def _split(text: str, color: str, edge: str) -> list[Word]:
-    """A token as one word, or as several where it is wider than the page."""
+    """A token as one word, or as several if it is wider than the page."""
     word = Word(runs_of(_visible(text)), color, edge)
     if word.width < WIDTH or len(text) < 2:
         return [word]
@@ -207,7 +207,7 @@ def _split(text: str, color: str, edge: str) -> list[Word]:
 
 
 def _lines(boxes: list, gap: int = MARGIN) -> list[list[tuple]]:
-    """Things with a width in lines as wide as the page: (x, thing)."""
+    """Breaks things with a width into lines of the page's width: (x, thing)."""
     lines, x = [], WIDTH
     for box in boxes:
         if x + box.width > WIDTH:

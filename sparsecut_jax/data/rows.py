@@ -1,6 +1,6 @@
 """Rows by number, without holding them in memory: JSON and JSONL files are mapped, and a row is parsed when asked for.
 
-What goes to worker processes is a path and the row's places in the file, themselves a mapped file.
+Worker processes get a path and the byte ranges of the rows, which are also a mapped file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from sparsecut_jax.data.unpacked import DataFile, unpacked
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]
-# Strings, also one that the file ends in, and brackets. "+" behind a quantifier: what has matched is never tried again.
+# Strings, including an unterminated one, and brackets. "+" after a quantifier: no backtracking.
 STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 SOLID = re.compile(rb"[^ \t\r\n]")
-LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # without the white space in front; an empty one is none
+LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # without leading white space; empty lines are skipped
 SPACE = b" \t\r\n"
 
 
 class Subset(Sequence):
-    """The rows `numbers` of other rows."""
+    """A selection of rows by number."""
 
     def __init__(self, rows: Sequence, numbers: np.ndarray):
         self.rows, self.numbers = rows, MappedArray(np.asarray(numbers, np.int64))
@@ -50,20 +50,20 @@ class Subset(Sequence):
 
 
 def place(rows: Sequence, i: int) -> str:
-    """The file of row `i` among several and its number there, "" where the number in all says it."""
+    """The file of row `i` among several and its number there; "" if the overall number suffices."""
     return rows.place(i) if hasattr(rows, "place") else ""
 
 
 class JsonRows(Sequence):
     """Rows of a JSON list of objects, or of a JSONL file with one object a line; local or gs://.
 
-    `rows[i]` is the parsed object. Raises BadSample for a row that is no JSON or no UTF-8.
+    `rows[i]` is the parsed object. Raises BadSample for a row that is not valid JSON or UTF-8.
     """
 
     def __init__(self, path: str, local: str = ""):
-        """Finds where each row stands. Raises UserError for a file that cannot be read or holds no list.
+        """Finds the byte range of each row. Raises UserError for a file that cannot be read or holds no list.
 
-        local: where `unpacked` has its content; "": not asked yet.
+        local: the file that `unpacked` returned; "": not unpacked yet.
         """
         self.path = path
         try:
@@ -99,7 +99,7 @@ class JsonRows(Sequence):
 
 
 def is_folder(path: str) -> bool:
-    """Whether a source is a folder, local or gs://. Raises UserError if nothing is there."""
+    """Whether a source is a folder, local or gs://. Raises UserError if it does not exist."""
     try:
         source = epath.Path(path)
         if path and source.is_dir():
@@ -117,7 +117,7 @@ def is_folder(path: str) -> bool:
 
 
 def _places(data: mmap.mmap | bytes, path: str) -> np.ndarray:
-    """int64[n, 2]: first byte of each row and the one behind it."""
+    """int64[n, 2]: first byte of each row and the one after its last."""
     begin = len(BOM) if data[: len(BOM)] == BOM else 0
     found = SOLID.search(data, begin)
     if found and found[0] == b"[":
@@ -136,8 +136,8 @@ def _to_array(places: Iterable[int]) -> np.ndarray:
 
 
 def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
-    """Places of the objects of the list that begins at `begin`: strings are skipped and brackets counted, nothing is
-    parsed."""
+    """Byte ranges of the objects of the list that begins at `begin`: strings are skipped and brackets counted, nothing
+    is parsed."""
     first = SOLID.search(data, begin + 1)
     if not first or first[0] not in b"{[":
         return _refuse(data, begin, path)
@@ -169,8 +169,8 @@ def _list_places(data: mmap.mmap | bytes, begin: int, path: str) -> np.ndarray:
 
 
 def _refuse(data: mmap.mmap | bytes, begin: int, path: str, row: int = 0, at: int = -1) -> np.ndarray:
-    """Raises UserError with what is wrong with the file as a whole, behind the row at byte `at`; of an empty list no
-    places."""
+    """Raises UserError if the file is not valid after the row at byte `at`; returns no byte ranges for an empty
+    list."""
     error = fault_of(data, begin, path, row, at)
     if error:
         raise error

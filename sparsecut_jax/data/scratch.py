@@ -1,4 +1,4 @@
-"""A folder for what worker processes map: it goes when the process that made it ends, however that happens."""
+"""A folder for files that worker processes map, deleted after its process ends, even if that is killed."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def _folder() -> tuple[tempfile.TemporaryDirectory, int]:
     folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     lock = os.path.join(folder.name, LOCK)
     handle = os.open(f"{lock}.new", os.O_CREAT | os.O_RDWR, 0o600)
-    with contextlib.suppress(OSError):  # a network drive without locks: its folders are never taken for left ones
+    with contextlib.suppress(OSError):  # a network drive without locks: its folders are never considered abandoned
         fcntl.flock(handle, fcntl.LOCK_EX)
-        os.rename(f"{lock}.new", lock)  # locked from the moment that others see it
+        os.rename(f"{lock}.new", lock)  # locked before others can see it
     return folder, handle
 
 
 def scratch() -> str:
-    """The folder of this process, under TMPDIR. What a killed process has left there is removed first."""
+    """The folder of this process, under TMPDIR. Folders left by killed processes are removed first."""
     return _folder()[0].name
 
 
 def _remove_if_left(folder: Path) -> None:
-    """Removes the folder of a process that was killed: nobody holds its lock."""
+    """Removes the folder of a killed process, whose lock nobody holds."""
     handle = os.open(folder / LOCK, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +47,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 class MappedArray:
-    """An array that crosses to other processes as the name of a file."""
+    """An array that is passed to other processes as a file name."""
 
     def __init__(self, values: np.ndarray):
         handle, self.path = tempfile.mkstemp(suffix=".npy", dir=scratch())

@@ -20,7 +20,7 @@ from sparsecut_jax.types import BadSample, UserError
 AUTO = -1  # config.data.holdout: a share of the rows
 AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 20, 10, 500  # one row in 20, but at least 10 and at most 500 rows,
 AUTO_FEW = 5  # and never more than one row in 5, or a single one
-NO_TESTS = "there are no test rows: none are held out of training (config.data.holdout) or named (config.data.test)"
+NO_TESTS = "the run has no test rows, neither held out (config.data.holdout) nor named (config.data.test)"
 TOKENIZER_TEXT = 5_000_000  # maximum number of characters to train a tokenizer on
 
 
@@ -182,22 +182,22 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def _hold_out(train: dict[str, Part], cfg: DataConfig) -> tuple[dict[str, Part], dict[str, Part]]:
-    """Training rows and `cfg.holdout` others, of each source its share; the same for every seed of a run.
+    """Training rows and `cfg.holdout` others, in proportion to each source; the same for every seed of a run.
 
-    AUTO holds out one row in AUTO_SHARE of each source, at least AUTO_LEAST and at most AUTO_MOST, but of few rows no
-    more than one in AUTO_FEW, or a single one; of one row nothing.
+    AUTO holds out one row in AUTO_SHARE of each source, at least AUTO_LEAST and at most AUTO_MOST, but never
+    more than one in AUTO_FEW (or a single one), and nothing of a single row.
     """
     total = sum(len(part) for part in train.values())
     if cfg.holdout >= total:
         of = repr(cfg.source) if not cfg.mix else "config.data.mix"
         raise UserError(
-            f"config.data.holdout={cfg.holdout} rows cannot be kept out of the {total} of {of}; "
+            f"config.data.holdout={cfg.holdout} rows cannot be held out of the {total} of {of}; "
             f"expected at most {total - 1}"
         )
     kept, held, seen, given = {}, {}, 0, 0
     for name, part in train.items():
         seen += len(part)
-        count = min(cfg.holdout * seen // total - given, len(part) - 1)  # of all parts together as many as asked for
+        count = min(cfg.holdout * seen // total - given, len(part) - 1)  # as many as requested, over all parts
         if cfg.holdout == AUTO:
             wanted = min(max(len(part) // AUTO_SHARE, AUTO_LEAST), AUTO_MOST)
             count = min(wanted, max(1, len(part) // AUTO_FEW), len(part) - 1)

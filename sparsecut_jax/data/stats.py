@@ -86,7 +86,7 @@ def _print(name: str, stage: StageConfig, told: dict) -> None:
 
 
 def bin_edges(longest: int) -> np.ndarray:
-    """Edges of at most BINS bins over the whole numbers from 0 to `longest`, halfway between two of them."""
+    """Edges of at most BINS bins over the integers from 0 to `longest`, halfway between two integers."""
     width = -(-(longest + 1) // BINS)
     return np.arange(0, longest + 1 + width, width) - 0.5
 

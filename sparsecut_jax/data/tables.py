@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files, by number and without holding more than a few of them in memory.
 
-Arrow files are mapped. Of a Parquet file a row group is read when one of its rows is asked for; where groups are large,
-and where an Arrow file is compressed, it is written out once as a plain Arrow file in the scratch folder.
+Arrow files are mapped. A row group of a Parquet file is read when one of its rows is requested. Files with large row
+groups, and compressed Arrow files, are first converted into a plain Arrow file in the scratch folder.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from sparsecut_jax.data.unpacked import DataFile, no_room, sampled
 from sparsecut_jax.settings import SourceConfig
 from sparsecut_jax.types import BadSample, UserError, first_line
 
-LARGE, HUGE = 1 << 25, 1 << 28  # bytes of a row group that is not read for one row if it need not be, and never
+LARGE, HUGE = 1 << 25, 1 << 28  # bytes of a row group above which it is not read for one row if avoidable, and never
 OPEN, GROUPS, BATCHES = 64, 4, 4096  # files, row groups and mapped batches that a process keeps
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
-ROOM = 1 << 30  # bytes that stay free on the disk
-ROWS = 64  # that are written out at a time
-_lock = threading.Lock()  # pyarrow's readers are for one thread at a time
+ROOM = 1 << 30  # bytes to leave free on the disk
+ROWS = 64  # that are written at a time
+_lock = threading.Lock()  # pyarrow's readers are not thread-safe
 
 
 class TableRows(Sequence):
-    """The rows of files one after the other. `rows[i]` has pictures as bytes or paths.
+    """The concatenated rows of files. `rows[i]` has images as bytes or paths.
 
-    Columns of bytes other than the pictures' and the conversation's are not read.
+    Columns of bytes other than those of images and the conversation are not read.
     """
 
     def __init__(self, files: list[DataFile], source: SourceConfig):
@@ -101,7 +101,7 @@ class TableRows(Sequence):
         return spelling.row(values)
 
     def place(self, i: int) -> str:
-        """The file of row `i` and its number there, where there are several files."""
+        """The file of row `i` and its number there, if there are several files."""
         if len(self.files) == 1:
             return ""
         which = self._find(i)[0]
@@ -125,7 +125,7 @@ def _checked(file: DataFile, read: Callable[[DataFile], Any]) -> Any:
         reason = first_line(error).rstrip(".")
         raise UserError(
             f"data source {file.path!r} cannot be read as {file.kind.partition(' ')[0].capitalize()}: "
-            f"{reason}; it may be cut short or damaged: fetch or write it again"
+            f"{reason}; it may be truncated or damaged: download or write it again"
         ) from error
 
 
@@ -151,19 +151,19 @@ def _open(file: DataFile) -> Any:
 
 
 def _reader(file: DataFile) -> Any:
-    """pyarrow's, of a mapped Arrow file that is whole."""
+    """pyarrow's reader of a mapped Arrow file, if that is complete."""
     mapped = pa.memory_map(file.local)
     if file.kind == "arrow file":
         return pa.ipc.open_file(mapped)
     mapped.seek(max(0, mapped.size() - 8))
     if not mapped.read().endswith(END):
-        raise OSError("it has no end mark")
+        raise OSError("it has no end marker")
     mapped.seek(0)
     return pa.ipc.open_stream(mapped)
 
 
 def _batches(file: DataFile) -> Iterator[pa.RecordBatch]:
-    """Of an Arrow file, one after the other."""
+    """The batches of an Arrow file, in order."""
     reader = _reader(file)
     if file.kind == "arrow file":
         return (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -182,7 +182,7 @@ def _mapped_batch(file: DataFile, group: int, columns: tuple[str, ...]) -> pa.Re
 
 
 def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch. Raises ArrowInvalid for offsets that lead out of it: reading there would end the process."""
+    """The batch. Raises ArrowInvalid for offsets outside it: reading there would crash the process."""
     batch.validate(full=True)
     return batch
 
@@ -197,14 +197,14 @@ def _must_be_written(file: DataFile) -> bool:
 
 
 def _is_compressed(file: DataFile) -> bool:
-    """Whether reading an Arrow file takes memory of its own, as its buffers do not lie in the file as they are."""
+    """Whether reading an Arrow file takes extra memory because its buffers are not stored as they are used."""
     before = pa.total_allocated_bytes()
     batch = next((batch for batch in _batches(file) if batch.num_rows), None)
     return batch is not None and pa.total_allocated_bytes() - before > _whole(batch).nbytes // 2
 
 
 def _write_out(file: DataFile, columns: tuple[str, ...]) -> DataFile:
-    """The file as a plain Arrow file. Raises UserError where there is no room for it."""
+    """The file as a plain Arrow file. Raises UserError if there is no room for it."""
     handle, target = tempfile.mkstemp(suffix=".arrow", dir=scratch())
     os.close(handle)
     try:
@@ -227,10 +227,10 @@ def _write_out(file: DataFile, columns: tuple[str, ...]) -> DataFile:
 
 
 def _columns(file: DataFile, source: SourceConfig) -> tuple[Spelling, tuple[str, ...]]:
-    """Which columns are what, and those that are read."""
+    """The roles of the columns, and the columns to read."""
     schema, path = _schema(file), file.path
     if len(set(schema.names)) < len(schema.names):
-        raise UserError(f"data source {path!r} has two columns of one name: {', '.join(schema.names)}")
+        raise UserError(f"data source {path!r} has two columns with the same name: {', '.join(schema.names)}")
     pictures = [field.name for field in schema if _is_picture(field.type)]
     try:
         spelling = spelling_of(schema.names, source, pictures)
@@ -241,7 +241,7 @@ def _columns(file: DataFile, source: SourceConfig) -> tuple[Spelling, tuple[str,
     wanted = {spelling.image, *(IMAGES if spelling.image in IMAGES else ()), *CONVERSATIONS}
     for name in {spelling.question, spelling.answer} & set(schema.names):
         if not _is_json(schema.field(name).type):
-            raise UserError(f"data source {path!r}: column {name!r} is {schema.field(name).type}; expected texts")
+            raise UserError(f"data source {path!r}: column {name!r} is {schema.field(name).type}; expected strings")
     return spelling, tuple(field.name for field in schema if field.name in wanted or _is_json(field.type))
 
 
@@ -265,7 +265,7 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def _labels(schema: pa.Schema, name: str) -> tuple[str, ...]:
-    """Names of a column of labels, which `datasets` writes beside the schema."""
+    """Names of a column of labels, which `datasets` stores with the schema."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(features[name]["names"])

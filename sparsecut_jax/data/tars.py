@@ -1,6 +1,6 @@
-"""Rows of WebDataset tars, by number: members of one key are one row, "a/1.jpg" and "a/1.json" those of the key "a/1".
+"""Rows of WebDataset tars, by number: members with the same key form a row, "a/1.jpg" and "a/1.json" those of the key "a/1".
 
-The headers are scanned once; what a row needs is read at its place in the file.
+The headers are scanned once; the members of a row are read by their offsets.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPEN = 64  # tars that a process keeps mapped
 
 
 class TarRows(Sequence):
-    """The rows of tars one after the other, each in the order of its keys' first members.
+    """The concatenated rows of tars, each in the order of its keys' first members.
 
     `rows[i]` holds the keys of the .json member, the other texts by their endings, and pictures as bytes: `image`, or
     `images` in the order of their endings. The key is the `id` of a row that has none. Other members are not read.
@@ -46,7 +46,7 @@ class TarRows(Sequence):
           image: ending of the members that are pictures; "image": any of PICTURES, "": none.
 
         Raises:
-          UserError: a tar that is cut short or damaged, a link, or two members of one name.
+          UserError: a tar that is truncated or damaged, a link, or two members with the same name.
         """
         self.files, self.image = files, image
         self.endings: list[str] = []
@@ -58,8 +58,8 @@ class TarRows(Sequence):
             except (tarfile.TarError, OSError, EOFError, ValueError) as error:
                 reason = (str(error) or type(error).__name__).rstrip(".")
                 raise UserError(
-                    f"data source {file.path!r} cannot be read as a tar: {reason}; it may be cut short or damaged: "
-                    "fetch or write it again"
+                    f"data source {file.path!r} cannot be read as a tar: {reason}; it may be truncated or damaged: "
+                    "download or write it again"
                 ) from error
             prints.update(sampled(file.local).encode())
             for key, parts in found.items():
@@ -105,7 +105,7 @@ class TarRows(Sequence):
         return {"id": key} | row
 
     def place(self, i: int) -> str:
-        """The key and the tar of row `i`, where there are several tars."""
+        """The key and the tar of row `i`, if there are several tars."""
         i = range(len(self))[i]
         number = int(self.rows.values[i, 0])
         return f"key {self._key(i)} of {os.path.basename(self.files[number].path)}" if len(self.files) > 1 else ""
@@ -130,7 +130,7 @@ def _scan(file: DataFile, endings: list[str], prints: Any) -> dict[str, array.ar
             if member.isdir() or not name or name[1].startswith("__MACOSX/"):
                 continue
             if not member.isreg() or member.issparse():
-                kind = "a link" if member.issym() or member.islnk() else "no plain file"
+                kind = "a link" if member.issym() or member.islnk() else "not a regular file"
                 raise UserError(
                     f"data source {file.path!r}: member {member.name!r} is {kind}; pack the files themselves, "
                     "with `tar --dereference --hard-dereference`"
@@ -141,20 +141,20 @@ def _scan(file: DataFile, endings: list[str], prints: Any) -> dict[str, array.ar
                 endings.append(ending)
             number, parts = endings.index(ending), found.setdefault(key, array.array("q"))
             if number in parts[::3]:
-                raise UserError(f"data source {file.path!r}: there are two members {member.name!r}; expected one")
+                raise UserError(f"data source {file.path!r}: two members are named {member.name!r}; expected one")
             parts.extend((number, member.offset_data, member.size))
         end = archive.offset
     with open(file.local, "rb") as plain:
         plain.seek(end)
         mark = plain.read(tarfile.BLOCKSIZE)
         if len(mark) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it has no end mark")
+            raise tarfile.ReadError("it has no end marker")
         if any(mark):
-            raise tarfile.ReadError(f"the header at byte {end:,} is none")
+            raise tarfile.ReadError(f"the header at byte {end:,} is not valid")
         while block := plain.read(1 << 20):
             if block.count(0) < len(block):
                 raise UserError(
-                    f"data source {file.path!r} goes on behind its end mark: tars joined with `cat`, or damaged; "
+                    f"data source {file.path!r} continues after its end marker: it is damaged, or tars were joined with `cat`; "
                     "name a folder with the tars, or join them with `tar --concatenate`"
                 )
     return found

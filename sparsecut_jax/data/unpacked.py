@@ -1,4 +1,4 @@
-"""A packed or recoded file as a plain one: written out once into the scratch folder, so that it can be mapped."""
+"""Decompresses or recodes a file once into the scratch folder, so that it can be memory-mapped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsecut_jax.types import UserError
 
 BLOCK = 1 << 20
 SAMPLES = 32
-LAYERS = 4  # a tar in a gzip, and some more
+LAYERS = 4  # a tar in a gzip, with some margin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class DataFile:
     Attributes:
       path: what the user calls it.
       local: where its content is, as `kind` says.
-      original: what `sampled` tells apart; `local` may be written from it.
-      state: of `local`, when it was opened first.
+      original: the file that `sampled` hashes; `local` may be derived from it.
+      state: that of `local` when it was first opened.
     """
 
     path: str
@@ -46,12 +46,12 @@ class DataFile:
         return cls(path, local, kind, original or local, _state(os.stat(local)))
 
     def check(self, now: os.stat_result | None = None) -> None:
-        """Raises UserError if the file is another one by now. `now`: of the file where it is open."""
+        """Raises UserError if the file has changed. `now`: of the file where it is open."""
         if _state(now or os.stat(self.local)) != self.state:
             raise UserError(f"data source {self.path!r} has changed since this run opened it; start again")
 
     def mapped(self) -> mmap.mmap:
-        """The content. Raises UserError if the file is another one by now."""
+        """The content. Raises UserError if the file has changed."""
         with open(self.local, "rb") as file:
             self.check(os.fstat(file.fileno()))
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -75,10 +75,10 @@ def sampled(local: str) -> str:
 def unpacked(path: str) -> tuple[str, str]:
     """The local file with the content of `path` (local or gs://), and its kind: "json", "tar" or one of kinds.TABLES.
 
-    What is compressed or of another encoding than UTF-8 is a file in the scratch folder, which goes with this process.
+    Files that are compressed or not UTF-8 are written to the scratch folder, which is deleted with this process.
 
     Raises:
-      UserError: it cannot be read or unpacked, or is no kind that is read.
+      UserError: it cannot be read or unpacked, or its format is not supported.
     """
     try:
         local = _local(path)
@@ -92,14 +92,14 @@ def unpacked(path: str) -> tuple[str, str]:
                 os.remove(packed)
     except OSError as error:
         raise UserError(f"data source {path!r} cannot be read: {error.strerror or error}") from error
-    raise UserError(f"data source {path!r} is packed more than {LAYERS} times; unpack it")
+    raise UserError(f"data source {path!r} is compressed more than {LAYERS} times; decompress it")
 
 
 def _local(path: str) -> str:
-    """The file itself, or a copy of one that lies in a bucket."""
+    """The file itself, or a local copy if it is in a bucket."""
     if "://" not in path:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for ever
-            raise UserError(f"data source {path!r} cannot be read: it is no regular file")
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait forever
+            raise UserError(f"data source {path!r} cannot be read: it is not a regular file")
         return path
     with epath.Path(path).open("rb") as file:
         return _written(iter(lambda: file.read(BLOCK), b""), path)
@@ -120,10 +120,10 @@ def _written(blocks: Iterator[bytes], path: str) -> str:
 
 
 def no_room(path: str) -> UserError:
-    """What is said where the scratch folder is too small."""
+    """The error for a scratch folder that is too small."""
     free = shutil.disk_usage(scratch()).free
     return UserError(
-        f"data source {path!r} is written out once so that single rows can be read, but does not fit into "
+        f"data source {path!r} is unpacked once for random access to its rows, but does not fit into "
         f"{tempfile.gettempdir()}, which has {free / 2**30:.1f} GiB left; set TMPDIR to a folder with more room"
     )
 
@@ -134,10 +134,12 @@ def _decompressed(local: str, codec: str) -> Iterator[bytes]:
         while True:
             try:
                 block = stream.read(BLOCK)
-            except OSError as error:  # pyarrow's; a full disk is none of these
+            except OSError as error:  # pyarrow's; a full disk raises another error
                 cut = "Truncated" in str(error)
-                reason = "it is cut short" if cut else str(error)
-                raise OSError(f"{reason} after {done:,} bytes of content ({codec}); fetch or write it again") from error
+                reason = "it is truncated" if cut else str(error)
+                raise OSError(
+                    f"{reason} after {done:,} bytes of content ({codec}); download or write it again"
+                ) from error
             if not block:
                 return
             done += len(block)
@@ -145,7 +147,7 @@ def _decompressed(local: str, codec: str) -> Iterator[bytes]:
 
 
 def _recoded(local: str, encoding: str) -> Iterator[bytes]:
-    """UTF-8. Half a surrogate pair stays what it is: its row is bad, not the file."""
+    """UTF-8. Half a surrogate pair is kept: it makes its row bad, not the file."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     with open(local, "rb") as file:
         done = 0
@@ -154,7 +156,7 @@ def _recoded(local: str, encoding: str) -> Iterator[bytes]:
             try:
                 yield decoder.decode(block, final=not block).encode("utf-8", "surrogatepass")
             except UnicodeDecodeError as error:
-                reason = f"it begins as {encoding.upper()}, but is none from byte {done + error.start:,} on"
+                reason = f"it begins as {encoding.upper()}, but is not valid from byte {done + error.start:,} on"
                 raise OSError(f"{reason} ({error.reason})") from None
             if not block:
                 return

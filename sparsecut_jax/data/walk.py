@@ -30,7 +30,7 @@ from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
 CHUNK = 500
-FEW = 20_000  # up to so many rows, one process is faster than starting others
+FEW = 20_000  # up to this many rows, one process is faster than starting others
 Look = Literal["none", "stat", "decode"]
 
 
@@ -69,17 +69,17 @@ class RowEncoder:
         return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
 
     def length(self, row: dict) -> tuple[int, int, bool, int]:
-        """Positions and images of a row, whether it has branches, and how many answers never fit; independent questions
-        may take the whole sequence where not all fit."""
+        """Positions and images of a row, whether it has branches, and how many answers never fit; if independent
+        questions do not all fit, they may take the whole sequence."""
         example = self(row)
         positions = len(example.tokens)
-        branches = int(example.branches.max())  # 0 where a template has no questions, and so nothing is independent
+        branches = int(example.branches.max())  # 0 if a template has no questions and thus nothing independent
         if row.get("independent") and 0 < branches < sum(turn.get("loss", True) for turn in row["conversations"][1::2]):
             positions = self.seq_len
         return positions, len(example.image_start), branches > 0, example.cut
 
     def surely_fits(self, row: Row) -> bool:
-        """Whether all of a row fits by the number of its characters, which no tokenizer of plain ASCII exceeds, and is
+        """Whether all of a row fits, judged by its number of characters (an upper bound on tokens of plain ASCII), and is
         trained on."""
         turns = row["conversations"]
         said = "".join([turn["value"] for turn in turns]) + row.get("system", "")
@@ -175,9 +175,9 @@ def walk(
                 for chunk, found in zip(chunks, pool.map(_walk_chunk, chunks), strict=True):
                     take(chunk, found)
             except concurrent.futures.process.BrokenProcessPool as error:
-                raise UserError(f"a process that read the rows died (out of memory?): {error}") from error
+                raise UserError(f"a process reading the rows died (out of memory?): {error}") from error
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # otherwise all other chunks would be read first
+                pool.shutdown(cancel_futures=True)  # otherwise all other chunks would be read before stopping
                 raise
     return Walked(Lengths(tokens, images, bool(branched.any())), bad, hashes, cut)
 
@@ -223,7 +223,7 @@ def _walk_chunk(chunk: range, state: tuple | None = None) -> tuple:
 
 
 def as_bad(part: Part, local: int, row: Row, error: BadSample) -> Bad:
-    """row: {} where it could not be read, which its error says by itself."""
+    """row: {} if it could not be read; then the error names it."""
     reason, given = (f"{part.label(local, row)}: {error}", row) if row else (str(error), None)
     with contextlib.suppress(BadSample):
         given = given or part.rows[local]

@@ -16,11 +16,11 @@ class Answered:
     Attributes:
       test: name of the test rows, as results.json has it.
       row: the row's id, or its number where it has none.
-      images: paths of its images; None for an image that is not a file, as in a TFDS dataset.
+      images: paths of its images; None for an image that is not a file (TFDS).
       expected: the answer of the conversation.
-      references: other answers that count, as the row lists them under `answers`.
-      cut: whether the answer reached the longest length allowed and was cut there.
-      step: of the checkpoint.
+      references: other correct answers, from `answers` of the row.
+      cut: whether the answer was cut at the maximum length.
+      step: step of the checkpoint.
     """
 
     test: str
@@ -36,19 +36,19 @@ class Answered:
 
     @property
     def correct(self) -> bool:
-        """Whether the answer is, letter by letter, one of those that count."""
+        """Whether the answer equals a correct answer exactly."""
         return self.answer == self.expected or self.answer in self.references
 
 
 def write_answers(folder: str, answered: list[Answered]) -> str:
-    """Writes answers.jsonl and returns its path. Answers to other tests stay if they are of the same step."""
+    """Writes answers.jsonl and returns its path. Answers to other tests are kept if they are from the same step."""
     path = os.path.join(folder, "answers.jsonl")
     step, tests = {item.step for item in answered}, {item.test for item in answered}
     kept = []
     if os.path.exists(path):
         try:
             kept = [item for item in read_answers(path) if item.step in step and item.test not in tests]
-        except UserError:  # of an earlier version, or damaged: it is replaced
+        except UserError:  # from an earlier version, or damaged: it is replaced
             kept = []
     with open(path + ".tmp", "w") as file:
         file.writelines(json.dumps(vars(item)) + "\n" for item in (*kept, *answered))
@@ -67,7 +67,7 @@ def read_answers(path: str) -> list[Answered]:
                 found.append(dataclasses.replace(item, images=tuple(item.images), references=tuple(item.references)))
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
-                    f"{path} line {number} is not an answer as `evaluate` writes it ({error!r:.100}); run "
+                    f"{path} line {number} is not in the format that `evaluate` writes ({error!r:.100}); run "
                     "`python -m sparsecut_jax.evaluate` again"
                 ) from None
     return found

@@ -1,4 +1,4 @@
-"""Runs side by side: the settings that differ, and the scores of the questions that both were asked."""
+"""Compares runs: the settings that differ, and scores on the questions that both were asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsecut_jax.evaluation.scores import SCORES, Score, difference, score, sc
 from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 
-Key = tuple[str, str, str, str, int]  # a question of any run: test, row, question, expected answer, which of the same
+Key = tuple[str, str, str, str, int]  # a question of any run: test, row, question, expected answer, occurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A run's score less the first run's. paired: over the `score.count` questions that both were asked."""
+    """A run's score minus the first run's. paired: over the `score.count` questions that both were asked."""
 
     score: Score
     paired: bool
@@ -82,7 +82,7 @@ def _load(folder: str, name: str) -> Finished:
         key = (item.test, item.row, item.question, item.expected)
         keyed[*key, seen[key]] = item
         seen[key] += 1
-    # Of another checkpoint than the latest `evaluate` writes to workdir/step_N.
+    # For a checkpoint other than the latest, `evaluate` writes to workdir/step_N.
     homes = [home for home in (folder, os.path.dirname(os.path.abspath(folder)))
              if os.path.exists(os.path.join(home, "config.json"))]  # fmt: skip
     if not homes:
@@ -98,7 +98,7 @@ def _load(folder: str, name: str) -> Finished:
 
 
 def settings_that_differ(runs: Sequence[Finished]) -> dict[str, list[str]]:
-    """{name: its value in every run}; those of stages that no run has, and the workdir, are left out."""
+    """{name: its value in every run}, without the workdir and stages that no run has."""
     stages = {stage for run in runs for stage in run.settings.get("run_stages", ())}
     found = {}
     for key in sorted({key for run in runs for key in run.settings}):
@@ -148,7 +148,7 @@ def _difference(first: dict[Key, float], second: dict[Key, float]) -> Difference
 
 
 def notes(lines: Sequence[Line], runs: Sequence[Finished]) -> list[str]:
-    """A sentence for each run that was asked other questions of a test than the first run."""
+    """A sentence for each run whose questions in a test differ from the first run's."""
     found = []
     for line in lines:
         if line.kind or line.score != "accuracy":

@@ -1,4 +1,4 @@
-"""A comparison as one HTML file: scores, curves, and the answers that differ or are wrong, with their pictures."""
+"""A comparison as one HTML file: scores, curves, and the answers that differ or are wrong, with their images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def page(
     curves: str,
     limit: int,
 ) -> str:
-    """The HTML. curves: the PNG of the loss curves, if it is there; limit: of questions with their answers."""
+    """The HTML. curves: the PNG of the loss curves, if it exists; limit: maximum number of questions shown."""
     keys = interesting(runs)
     chosen = pick(keys, limit)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -98,7 +98,7 @@ def value(item: Answered) -> float:
 
 
 def interesting(runs: Sequence[Finished]) -> dict[Key, float]:
-    """Questions that a run answered wrong, or runs differently: how far apart their values are, from 0 to 1."""
+    """Questions that a run answered wrong, or runs differently: by how much their values differ, from 0 to 1."""
     found = {}
     for key in dict.fromkeys(key for run in runs for key in run.answers):
         items = [run.answers[key] for run in runs if key in run.answers]
@@ -109,7 +109,7 @@ def interesting(runs: Sequence[Finished]) -> dict[Key, float]:
 
 
 def pick(keys: dict[Key, float], limit: int) -> list[Key]:
-    """The `limit` questions that runs differ most about, of equal ones a fixed random choice, in their own order."""
+    """The `limit` questions on which runs differ most, in their own order; ties are broken by a fixed random choice."""
     order = list(keys)
     shuffled = np.random.default_rng(0).permutation(len(order))
     best = sorted(shuffled, key=lambda i: -keys[order[i]])[:limit]
@@ -117,9 +117,9 @@ def pick(keys: dict[Key, float], limit: int) -> list[Key]:
 
 
 def tally(runs: Sequence[Finished]) -> list[tuple[list[str], int]]:
-    """How many questions that all were asked have which marks: (a mark for every run, number), the commonest first.
+    """(a mark for every run, number of questions), over those that all runs were asked, most frequent first.
 
-    Long answers, which are seldom right to the letter, are left out.
+    Long answers are left out, since they rarely match exactly.
     """
     common = [
         key
@@ -151,7 +151,7 @@ def _said(run: int, item: Answered) -> Said:
 
 
 class Pictures:
-    """Small pictures for the page. Those that are not files come from the test rows that a run's config names."""
+    """Thumbnails for the page. Images that are not files come from the test rows that a run's config names."""
 
     def __init__(self, runs: Sequence[Finished]):
         self.runs = runs
@@ -184,7 +184,7 @@ class Pictures:
             return None
 
     def _open(self, run: Finished) -> None:
-        """Adds the tests of a run, if its data are still there."""
+        """Adds the tests of a run, if its data still exist."""
         try:
             tests = sources.open_tests(config_lib.check(run.config))
         except UserError:

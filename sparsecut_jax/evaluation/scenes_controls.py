@@ -1,4 +1,4 @@
-"""Controls for Scenes: verify that pictures show what they should, and nothing that they should not.
+"""Controls for Scenes: verify that pictures contain the information they should, and no other.
 
 python -m sparsecut_jax.evaluation.scenes_controls --control=text_only    the questions alone: chance
 python -m sparsecut_jax.evaluation.scenes_controls --control=shuffled     another picture's questions: chance
@@ -68,9 +68,9 @@ class CNN(nn.Module):
 
 
 def _haar(pictures: jax.Array) -> jax.Array:
-    """uint8[B, P, P, 3] -> float32[B, P/2, P/2, 12]: of 2 x 2 pixels their mean and three differences.
+    """uint8[B, P, P, 3] -> float32[B, P/2, P/2, 12]: mean and three differences of each 2 x 2 pixels.
 
-    Both about 1, for what is fine is small beside what is coarse, and without this is hardly learnt at all.
+    All are scaled to about 1: fine details are much weaker than coarse ones and would hardly be learnt otherwise.
     """
     b, h, w, c = pictures.shape
     x = (pictures.astype(jnp.float32) - 128).reshape(b, h // 2, 2, w // 2, 2, c)
@@ -80,7 +80,7 @@ def _haar(pictures: jax.Array) -> jax.Array:
 
 
 def train(pictures: np.ndarray, answers: np.ndarray, steps: int, batch_size: int, lr: float, seed: int):
-    """Parameters of a CNN that has learnt uint8[n, P, P, 3] -> int[n, questions]."""
+    """Parameters of a CNN trained on uint8[n, P, P, 3] -> int[n, questions]."""
     model = CNN()
     params = jax.jit(model.init)(jax.random.key(seed), pictures[:1])
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, lr, max(1, steps // 20), steps), weight_decay=0.01)
@@ -110,7 +110,7 @@ def train(pictures: np.ndarray, answers: np.ndarray, steps: int, batch_size: int
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# its inputs
+# inputs of the CNN
 
 
 def views(rows: Scenes, control: str, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -16,7 +16,7 @@ from sparsecut_jax.training.plots import plt
 def gallery(path: str | os.PathLike, size: int, low: int, count: int = 4, seed: int = 0) -> None:
     """Draws the first `count` training pictures, one per line, into a PNG file.
 
-    Fine questions stand beside the full picture, which shows their answers, and coarse ones beside its low-res view. The
+    Fine questions are beside the full picture, which shows their answers, and coarse ones beside its low-res view. The
     two pictures of a pair follow one another.
     """
     rows = scenes.rows(ScenesConfig(size=size, train=count, seed=seed), "train", size, low)

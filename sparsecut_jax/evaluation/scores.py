@@ -1,4 +1,4 @@
-"""How good answers are: exact and normalized match, the VQA score and ROUGE-L, each with a 95 % interval."""
+"""Scores of answers: exact and normalized match, the VQA score and ROUGE-L, each with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCORES = {
     "rouge_l": "ROUGE-L",
 }
 PROPORTIONS = ("accuracy", "normalized_accuracy")  # means of zeros and ones
-LONG = 5  # words of an expected answer from which on ROUGE-L says something
+LONG = 5  # words of an expected answer from which on ROUGE-L is meaningful
 RESAMPLES = 2000
 WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+"
@@ -56,7 +56,7 @@ def scores_of(item: Answered) -> dict[str, float]:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), for the reference nearest to the answer."""
+    """F-measure of the longest common subsequence of words (Lin 2004), for the best-matching reference."""
     return _rouge().score_multi(references, answer)["rougeL"].fmeasure
 
 
@@ -87,7 +87,7 @@ def summarize(answered: list[Answered]) -> dict[str, dict[str, Score]]:
 
 
 def score(name: str, values: Sequence[float]) -> Score:
-    """Mean and interval: Wilson's for a proportion, else by bootstrap, the same at every call."""
+    """Mean and interval: Wilson's for a proportion, otherwise a bootstrap with a fixed seed."""
     from scipy import stats  # here: it takes a second
 
     values = np.asarray(values)
@@ -101,9 +101,9 @@ def score(name: str, values: Sequence[float]) -> Score:
 
 
 def difference(first: Sequence[float], second: Sequence[float], paired: bool) -> Score:
-    """Mean of `second` less mean of `first`, with its interval by bootstrap, the same at every call.
+    """Mean of `second` minus mean of `first`, with an interval by bootstrap with a fixed seed.
 
-    paired: values of both at the same place answer the same question, and are drawn together.
+    paired: values at the same index belong to the same question and are resampled together.
     """
     a, b = np.asarray(first), np.asarray(second)
     mean = float(b.mean() - a.mean())
@@ -130,7 +130,7 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic) -> tuple[float, float
 def results(test: str, groups: dict[str, dict[str, Score]]) -> dict[str, float | int | list[float]]:
     """As results.json has it: {test/accuracy: mean, test/accuracy_interval: [low, high], test/count: n, ...}.
 
-    A score that applies to some of the questions alone has a count of its own, test/rouge_l_count.
+    A score that applies only to some questions has its own count, such as test/rouge_l_count.
     """
     found: dict[str, float | int | list[float]] = {}
     for group, scores in groups.items():

@@ -1,4 +1,4 @@
-"""Answers by generation to all questions of a part: every question asked alone, every image encoded once."""
+"""Generates answers to all questions of a part: every question is asked on its own, every image encoded once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sparsecut_jax.inference.run import Run
 from sparsecut_jax.types import BadSample
 
 IMAGES_AT_ONCE = 64
-MOST_TOKENS = 512  # of an answer, where no setting says so: the cache of keys and values grows with it
-FIRST, SHORT = 50, 100  # rows that an example is looked for in; characters of a short question
-REASON = 1024  # bytes of a sentence about a broken row that other processes get
+MOST_TOKENS = 512  # of an answer, if no setting gives it: the KV cache grows with it
+FIRST, SHORT = 50, 100  # rows searched for an example; characters of a short question
+REASON = 1024  # bytes of an error about a broken row that other processes get
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question of a row, which stands at `place` among the rows encoded together."""
+    """A question of a row; `place` is the row's index among those encoded together."""
 
     place: int
     text: str
@@ -46,9 +46,9 @@ def asked_turns(row: dict[str, Any]) -> list[tuple[dict, dict]]:
 
 
 def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
-    """Other answers that count beside that of the turn `gpt`: `answers` of the turn, or of a row with one question.
+    """Correct answers besides that of the turn `gpt`: `answers` of the turn, or of a row with one question.
 
-    Each is a text, or an object with a text "answer" as in the annotations of VQA v2. Raises BadSample.
+    Each is a string, or an object with a string "answer" as in the annotations of VQA v2. Raises BadSample.
     """
     asked = asked_turns(row)
     given = gpt.get("answers")
@@ -56,7 +56,7 @@ def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
         given = row.get("answers")
         if given is not None and len(asked) > 1:
             raise BadSample(
-                "format", f"key 'answers' belongs to one of {len(asked)} questions; move it into its answer"
+                "format", f"key 'answers' is ambiguous for {len(asked)} questions; move it into an answer turn"
             )
     if given is None:
         return ()
@@ -64,17 +64,17 @@ def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
         [item.get("answer") if isinstance(item, dict) else item for item in given] if isinstance(given, list) else []
     )
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise BadSample("format", f"key 'answers' must be a list of texts, got {given!r:.100}")
+        raise BadSample("format", f"key 'answers' must be a list of strings, got {given!r:.100}")
     return tuple(text.strip() for text in texts)
 
 
 def questions(rows: dict[int, dict[str, Any]], run: Run) -> list[Question]:
-    """The prompts of all questions of some rows, each on its own. `rows`: by their places among those encoded together."""
+    """The prompts of all questions of some rows, each on its own. `rows`: by their index among those encoded together."""
     found, template = [], get_template(run.template, run.tokenizer)
     for place, row in rows.items():
         for human, gpt in asked_turns(row):
             text = human["value"].replace(IMAGE, "").strip()
-            shared = row.get("independent")  # images stand before all questions, else where this one has them
+            shared = row.get("independent")  # images come before all questions, otherwise where this one has them
             asked, images = (text, len(images_of(row))) if shared else (human["value"], human["value"].count(IMAGE))
             how = (run.tokenizer, template, run.config.tokens_per_image, row.get("system", ""))
             prompt = encode_prompt(asked, images, *how)
@@ -84,10 +84,10 @@ def questions(rows: dict[int, dict[str, Any]], run: Run) -> list[Question]:
 
 
 def answer_limit(run: Run, part: Part) -> int:
-    """Longest answer in tokens: config.eval.max_new_tokens, or for 0 what the references of the part need.
+    """Maximum answer length in tokens: config.eval.max_new_tokens or, if that is 0, what the references of the part need.
 
-    That is the longest of them, a quarter more for answers worded otherwise, and the token that ends it, rounded up to
-    a multiple of 8 so that few programs are compiled; at most MOST_TOKENS.
+    That is 1.25 times the longest of them, to allow for other wordings, plus the end token, rounded up to a multiple of 8
+    so that few programs are compiled; at most MOST_TOKENS.
     """
     if run.config.eval.max_new_tokens:
         return run.config.eval.max_new_tokens
@@ -104,7 +104,7 @@ def answer_limit(run: Run, part: Part) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Progressed:
-    """What came of some rows: the answers to their questions, and a sentence for each row that could not be read."""
+    """The answers to the questions of some rows, and a sentence for each row that could not be read."""
 
     rows: int
     answered: list[Answered]
@@ -112,10 +112,10 @@ class Progressed:
 
 
 def answer_part(run: Run, part: Part, test: str, limit: int) -> Iterator[Progressed]:
-    """Answers all questions of the rows of a part, greedily and with up to `limit` tokens, some rows at a time.
+    """Answers all questions of a part by greedy decoding with up to `limit` tokens, some rows at a time.
 
-    The last short batch is filled up with empty prompts, whose answers are thrown away. Each process opens the pictures
-    that its devices encode, and all get all answers.
+    The last batch is filled up with empty prompts, whose answers are discarded. Each process opens the images that its
+    devices encode; all processes get all answers.
     """
     cfg, placed = run.config, sharding.batch_sharding(run.mesh)
     stop = stop_ids(run.tokenizer, get_template(run.template, run.tokenizer))
@@ -139,7 +139,7 @@ def answer_part(run: Run, part: Part, test: str, limit: int) -> Iterator[Progres
             except BadSample as error:
                 reason = as_bad(part, number, row, error).reason.encode()[:REASON]
                 reasons[at, : len(reason)] = np.frombuffer(reason, np.uint8)
-        reasons = placing.gather(reasons).max(0)  # those who know it say the same
+        reasons = placing.gather(reasons).max(0)  # all processes that know it agree
         broken = {at: bytes(reasons[at]).rstrip(b"\0").decode(errors="ignore") for at in reasons.any(1).nonzero()[0]}
         encoded = encode_images(run.model, run.params, placing.place(views, placed, held, at_once))
         asked, answered = questions({at: row for at, row in rows.items() if at not in broken}, run), []
@@ -170,14 +170,14 @@ def answer_part(run: Run, part: Part, test: str, limit: int) -> Iterator[Progres
 
 
 def image_path(part: Part, entry: str | bytes) -> str | None:
-    """Where the image of an entry of a row is; None for one that is not a file."""
+    """Path of the image of an entry of a row; None if it is not a file."""
     if isinstance(entry, bytes) or not isinstance(part.pictures, Folder):
         return None
     return os.path.join(part.pictures.path, entry)
 
 
 def example(parts: list[Part]) -> tuple[str, list[str]]:
-    """A question of one of the first rows, and the paths of its images: if there is one, a short one about images in files.
+    """A question of one of the first rows, and the paths of its images; short and about image files, if possible.
 
     "PATH" stands for an image that is not a file, such as one in a TFDS dataset.
     """
@@ -202,5 +202,5 @@ def example(parts: list[Part]) -> tuple[str, list[str]]:
 
 
 def samples(answered: list[Answered], count: int) -> list[Answered]:
-    """`count` answers spread evenly over all of them, to be shown."""
+    """`count` answers, spread evenly over all of them, as examples."""
     return [answered[i] for i in np.linspace(0, len(answered) - 1, min(count, len(answered))).astype(int)]

@@ -1,4 +1,4 @@
-"""When two answers are the same but for their spelling: the normalization of the VQA challenge, and its score.
+"""Compares answers up to their spelling: the normalization of the VQA challenge, and its score.
 
 The rules are those published at https://visualqa.org/evaluation.html: lower case; no periods except in decimals; number
 words as digits; no articles; contractions with their apostrophe; punctuation other than apostrophe and colon becomes a

@@ -1,4 +1,4 @@
-"""A prompt and pictures in, the model's answer out."""
+"""Answers one prompt about images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer, and whether it was cut at the longest length allowed."""
+    """An answer, and whether it was cut at the maximum length."""
 
     text: str
     cut: bool
@@ -51,8 +51,8 @@ def reply(
     pictures: paths, the bytes of image files, PIL images or arrays uint8[H, W, 3].
 
     Raises:
-      UserError: a file that is no image, more images than the model has slots, or a template that does not go with the
-        tokenizer.
+      UserError: a file that is not an image, more images than the model has slots, or a template that the tokenizer does
+        not support.
     """
     check_local(pictures)
     if not isinstance(prompt, str):
@@ -97,7 +97,7 @@ def check_local(pictures: Sequence[Picture]) -> None:
 
 
 def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:
-    """Raises UserError where one of these is not what `answer` takes; `dashes` stand before its name."""
+    """Raises UserError if an argument of `answer` is invalid; `dashes` precede its name in the message."""
     if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= 100_000:
         raise UserError(f"{dashes}max_new_tokens={max_new_tokens}: expected 1 to 100,000")
     if not 0 <= temperature < math.inf:
@@ -108,7 +108,7 @@ def check_asked(max_new_tokens: int, temperature: float, seed: int, template: st
 
 
 def check_template(template: str, dashes: str = "") -> None:
-    """Raises UserError where `template` is neither "" nor the name of a template."""
+    """Raises UserError if `template` is neither "" nor the name of a template."""
     known = [*TEMPLATES, OWN]
     if template and template not in known:
         near = nearest(template, known)
@@ -116,7 +116,7 @@ def check_template(template: str, dashes: str = "") -> None:
 
 
 def opened(picture: Picture, max_pixels: int) -> Image.Image:
-    """RGB image of a picture. Raises UserError for what is none, and for more than `max_pixels`."""
+    """RGB image of a picture. Raises UserError if it is not an image or has more than `max_pixels`."""
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             raise UserError(f"an image is {picture.dtype}{list(picture.shape)}; expected uint8[height, width, 3]")

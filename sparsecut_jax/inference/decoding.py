@@ -1,4 +1,4 @@
-"""Generation: prompts in, ids out. One compiled function: prefill, then a loop that ends when all rows have ended."""
+"""Generation, from prompts to ids, as one compiled function: prefill, then a loop that ends when all rows have ended."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def generate(
     The logits of a row depend only on its own prompt, images and tokens so far, not on other rows or `max_new_tokens`.
 
     With longrope the factors of the rotary frequencies change when a text outgrows `rope.original_length`. The logits of
-    each token are those of one forward pass over the row so far, with the factors of its length then. A row is therefore
-    read again, once, when it reaches `original_length + 1` tokens, so that all its keys get the long factors. transformers
+    each token are those of one forward pass over the row so far, with the factors for its current length. A row is therefore
+    recomputed once, when it reaches `original_length + 1` tokens, so that all its keys get the long factors. transformers
     does the same for Phi-3 (`prepare_inputs_for_generation` drops the cache there); vLLM decides once, by max_model_len.
 
     Args:
       tokens: int32[B, T], prompts padded on the right; length: int32[B], tokens of each.
       image_start: int32[B, M]; encoded: images, one row per prompt. Shortcuts act on the prompt only.
-      stop: int32[] or int32[E], ids that end a row, -1 for none; after one of them a row is filled with the first.
+      stop: int32[] or int32[E], ids that end a row, -1 for none; after the end, a row is filled with the first of them.
       temperature: 0 takes the most likely token; above 0, tokens are sampled with `key`.
 
     Returns:
@@ -79,7 +79,7 @@ def generate(
         if return_logits:
             kept = kept.at[:, i].set(logits)
         done = done | jnp.isin(token, stop)
-        # Prompts have different lengths: new tokens are stored behind the longest one, but their rotary positions
+        # Prompts have different lengths: new tokens are stored after the longest one, but their rotary positions
         # follow on from their own prompt.
         visible = (slots < length[:, None]) | ((slots >= t) & (slots <= t + i))
         logits, cache = model.apply(
@@ -92,7 +92,7 @@ def generate(
         return i + 1, logits, done, out, cache, kept
 
     def read_again(out, lengths, last, visible, logits, cache, rows):
-        """Logits and cache in which those of `rows`, bool[B], are recomputed from the prompts and `out`."""
+        """Logits and cache, with `rows`, bool[B], recomputed from the prompts and `out`."""
         text = jnp.concatenate([tokens, jnp.maximum(out, 0)], 1)
         positions = jnp.where(slots < t, slots, length[:, None] + slots - t)
         inputs = (text, positions, visible, jnp.full(b, last), lengths, image_start, encoded)

@@ -1,4 +1,4 @@
-"""Pretrained parts joined into one model, to be converted, trained or asked."""
+"""Joins pretrained parts into one model, to be converted, trained or used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Joined:
     """What config.init names, before its weights are read.
 
     Attributes:
-      config: with the sizes that the files say, and their dtype.
+      config: with the sizes and the dtype of the files.
       abstract: shapes, dtypes and shardings of the parameters.
     """
 
@@ -39,7 +39,7 @@ class Joined:
     abstract: Any
 
     def read(self) -> tuple[Any, load.Report]:
-        """The parameters, fresh where no source has them, and what came from where. Raises UserError."""
+        """The parameters, freshly initialised if no source has them, and a report of where each came from. Raises UserError."""
         matched = load.match(self.abstract, self.config, self.sources)
         return state.initial_params(self.model, self.config, self.abstract, matched)
 
@@ -54,13 +54,17 @@ def join(cfg: Config) -> Joined:
     """
     sources = weights.open_sources(cfg.init)
     if not sources:
-        raise UserError("nothing to convert: give --model, or --vision and --llm (a part that is not given is fresh)")
+        raise UserError(
+            "nothing to convert: give --model, or --vision and --llm (a part that is not given is freshly initialised)"
+        )
     cfg = resolve(cfg, sources)
     tokenizer = weights.source_tokenizer(cfg, sources)
     if tokenizer is not None:
         cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     elif not cfg.llm.vocab_size:
-        raise UserError("the LLM is fresh, and nothing says its vocabulary; give --tokenizer=DIR or --llm=DIR")
+        raise UserError(
+            "the LLM is freshly initialised and its vocabulary is unknown; give --tokenizer=DIR or --llm=DIR"
+        )
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     model = build_model(cfg)
     if cfg.param_dtype == "auto":
@@ -70,7 +74,7 @@ def join(cfg: Config) -> Joined:
 
 
 def load_whole(path: str) -> Run:
-    """A whole model that `convert to-hf` or LLaVA's authors wrote, a folder or a hub id, ready to be asked.
+    """A whole model that `convert to-hf` or LLaVA's authors wrote, a folder or a hub id, ready for questions.
 
     Raises:
       UserError: it cannot be read, or has no tokenizer.

@@ -1,4 +1,4 @@
-"""A trained run, loaded to be evaluated or asked."""
+"""Loads a trained run for evaluation and generation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sparsecut_jax.training.state import abstract_params, flatten
 from sparsecut_jax.types import UserError
 
 FRESH_FUSION = (
-    "the fusion of {0} was never trained, so the answer says nothing about the image; train it in a run with "
+    "the fusion of {0} was never trained, so its answers say nothing about the image; train it in a run with "
     "--config.init_from={0}, or give `convert from-hf` a trained one with --fusion"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model with its parameters and what turns text and pictures into its input.
+    """A model with its parameters, and what turns text and images into its input.
 
     Attributes:
-      fresh_fusion: whether nothing has given the fusion its values yet, neither training nor a file.
-      template: name of the template of the last stage, which is how the model expects to be asked.
+      fresh_fusion: whether the fusion still has its initial values, neither trained nor read from a file.
+      template: name of the template of the last stage, which the model expects.
     """
 
     workdir: str
@@ -53,7 +53,7 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
     The mesh is the run's if it fits the devices, else all devices side by side (data parallel).
 
     Raises:
-      UserError: there is no such checkpoint, or no tokenizer although `text` is wanted.
+      UserError: there is no such checkpoint, or no tokenizer although `text` is set.
     """
     checkpoints, step, cfg, tokenizer = open_run(workdir, which)
     if text and tokenizer is None:
@@ -71,7 +71,7 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
 
 
 def _fresh_fusion(cfg: Config, stage: str, params: Any) -> bool:
-    """Whether the fusion is as it was initialised, at a checkpoint of `stage`; what another run gave it is taken as trained."""
+    """Whether the fusion is untrained at a checkpoint of `stage`; one taken from another run counts as trained."""
     if cfg.init.model or cfg.init.fusion or cfg.init_from:
         return False
     done = () if stage == CONVERTED else cfg.run_stages[: cfg.run_stages.index(stage) + 1]

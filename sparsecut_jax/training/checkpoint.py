@@ -1,7 +1,7 @@
-"""Checkpoints of a run: everything needed to go on, evaluate or answer, written by Orbax in the background.
+"""Checkpoints of a run: everything needed to resume, evaluate or generate, written by Orbax in the background.
 
-A checkpoint holds the train state, and as JSON the resolved config, the tokenizer and where in the stages the run
-stands; the step alone says where in the data that is. Orbax writes to a temporary folder and renames it, so a
+A checkpoint holds the train state, and as JSON the resolved config, the tokenizer and the position in the
+stages; the step alone determines the position in the data. Orbax writes to a temporary folder and renames it, so a
 half-written one is never seen.
 """
 
@@ -26,13 +26,13 @@ from sparsecut_jax.training.workdir import no_run
 from sparsecut_jax.types import TrainState, UserError, first_line
 
 METRIC = "holdout_loss"
-CONVERTED = "converted"  # the "stage" of parameters that convert from-hf has put together
-META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a checkpoint says beside its arrays
+CONVERTED = "converted"  # the "stage" of parameters that convert from-hf has joined
+META = ("stage", "asked", "config", "tokenizer", "data", "seconds")  # what a checkpoint holds besides its arrays
 META_SINCE = {"supervised_tokens": 0}  # what checkpoints of earlier versions lack, and how it is filled in
 
-# Settings that a resumption may change. Those of the first line compute the same function in another order of
-# additions: losses and parameters of the resumed steps can differ in their last bits from those of an unbroken run.
-# The rest decides only where files are, what is shown or written, and how fast data are read: no bit of a parameter.
+# Settings that may change on resume. Those of the first line compute the same function with another order of
+# additions: losses and parameters of the resumed steps can differ in their last bits from an uninterrupted run.
+# The others only affect file locations, output and reading speed: parameters stay bit-identical.
 FREE_ON_RESUME = (
     "mesh", "attention", "loss_chunk", "llm.remat", "llm.replicate_kv", "vision.remat", "fusion.remat",
     "workdir", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
@@ -89,7 +89,7 @@ class Checkpoints:
         return self.latest if best is None else best
 
     def save(self, state: TrainState, meta: dict[str, Any], holdout_loss: float | None) -> None:
-        """Writes in the background. Raises NotFinite rather than save a parameter that is not finite."""
+        """Writes in the background. Raises NotFinite instead of saving a parameter that is not finite."""
         step = int(state.step)
         if step == self.latest:
             return
@@ -104,7 +104,7 @@ class Checkpoints:
         )
 
     def save_params(self, params: Any, meta: dict[str, Any]) -> None:
-        """Parameters that no training has made, as step 0."""
+        """Saves untrained parameters as step 0."""
         items = ocp.args.Composite(state=ocp.args.StandardSave({"params": params}), meta=ocp.args.JsonSave(meta))
         self.manager.save(0, args=items, force=True)
 
@@ -112,7 +112,9 @@ class Checkpoints:
         try:
             meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             return META_SINCE | meta | {key: meta[key] for key in META}
-        except Exception as error:  # Orbax and TensorStore raise many kinds, and all mean that it cannot be read
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many kinds of errors, all of which mean that it cannot be read
             raise self._damaged(step, error) from error
 
     def restore_state(self, step: int, target: Any) -> TrainState:
@@ -169,24 +171,26 @@ class Checkpoints:
             if found.get(path) != want
         ]
         if wrong:
-            raise UserError(f"checkpoint {self.folder}/{step} is of another model: {'; '.join(wrong[:3])}")
+            raise UserError(f"checkpoint {self.folder}/{step} belongs to a different model: {'; '.join(wrong[:3])}")
 
     def _damaged(self, step: int | str, error: Exception) -> UserError:
         reason = first_line(error)
         return UserError(
-            f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); put back a copy of it, or remove that "
-            "folder, and training starts from what is left"
+            f"checkpoint {self.folder}/{step} cannot be read ({reason[:200]}); restore it from a copy, or remove that "
+            "folder to resume from what is left"
         )
 
 
-def open_run(workdir: str, which: str = "latest", setting: str = "") -> tuple[Checkpoints, int, Config, Tokenizer | None]:
+def open_run(
+    workdir: str, which: str = "latest", setting: str = ""
+) -> tuple[Checkpoints, int, Config, Tokenizer | None]:
     """A finished or running run, to read from: its checkpoints, a step, its config and its tokenizer.
 
     The tokenizer is None only for converted weights that came without one.
 
     Args:
       which: "latest", "best" or a step.
-      setting: that names the workdir, for the sentence; "": a flag.
+      setting: the one that names the workdir, for error messages; "": a flag.
 
     Raises:
       UserError: `workdir` holds no checkpoint, or not that one.
@@ -209,7 +213,7 @@ def open_run(workdir: str, which: str = "latest", setting: str = "") -> tuple[Ch
 
 
 def check_same_data(saved: str, now: str, cfg: Config) -> None:
-    """Raises UserError if the rows are not those the run began with; both are `Source.fingerprint`s."""
+    """Raises UserError if the rows differ from those the run began with; both are `Source.fingerprint`s."""
     if saved != now:
         raise UserError(
             f"{cfg.workdir} holds a run on {saved} of {cfg.data.source!r}, now there are {now}; "
@@ -224,7 +228,7 @@ def check_resumable(meta: dict[str, Any], cfg: Config, workdir: str) -> None:
             f"{workdir} holds converted weights, not a run; give another --config.workdir, and "
             f"--config.init_from={workdir} to start from them"
         )
-    # Settings that came into being after the checkpoint have their defaults.
+    # Settings added after the checkpoint have their defaults.
     new, old, resolved = (_flat(c) for c in (cfg, config_lib.check(meta["asked"]), config_lib.check(meta["config"])))
     free = lambda key: any(key == name or key.startswith(name + ".") for name in FREE_ON_RESUME)
     for key in sorted(set(new) | set(old)):

@@ -123,7 +123,7 @@ class Progress:
 
     def update(self, n: int = 1) -> None:
         first = self.done == self.initial
-        if first:  # it included the compilation and says nothing about the others
+        if first:  # it included the compilation and would distort the others
             self.steady = time.monotonic()
         self.done += n
         if self.bar is not None:
@@ -220,7 +220,7 @@ class Startup:
 
 
 def _process_start() -> float:
-    """Start of the process on the clock of time.time(); now, if the system does not tell."""
+    """Start of the process as time.time(); the current time if the system does not tell."""
     try:
         with open("/proc/self/stat") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])  # since boot

@@ -49,7 +49,7 @@ class StepLog:
         if values["supervised_tokens"] == 0:
             if not placing.gather(np.array(bad_rows)).any():
                 raise UserError(
-                    f"step {step} ({self.span.name}): its batch has no target token; check the answers of the data"
+                    f"step {step} ({self.span.name}): its batch has no target tokens; check the answers in the data"
                 )
             self.progress.write(f"step {step}: all rows of its batch are broken; update skipped")
         if not finite and int(values["streak"]) >= BAD_UPDATES_IN_A_ROW:
@@ -140,6 +140,6 @@ class StepLog:
 
 
 def _number(x: Any) -> float | None:
-    """A Python float that JSON can hold; None for what is not finite."""
+    """A Python float for JSON; None if not finite."""
     x = float(x)
     return x if np.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""Writes a trained model as a folder that other programs read: safetensors, config.json, tokenizer, image processor."""
+"""Exports a trained model as a folder that other programs can read: safetensors, config.json, tokenizer, image processor."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
 
 
 def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
-    """A line for each setting kept against a source's config.json, and one for each file that replaced some.
+    """A line for each setting that overrides a source's config.json, and one for each file that replaced some.
 
     cfg: the config before `resolve`.
     """
@@ -134,10 +134,10 @@ def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
 
 
 def _wins(key: str, cfg: Config) -> bool:
-    """Whether the config's value stands, whatever a file says.
+    """Whether the config's value overrides any file.
 
-    A shortcut plan is one thing: who gives a part of it gets the config's, of which explicit lists that are empty are
-    the file's.
+    A shortcut plan is a unit: if any part of it is given, all of it comes from the config, except that empty explicit
+    lists come from the file.
     """
     if key in PLAN and not PLAN.isdisjoint(cfg.init.keep):
         return not (key in LISTS and cfg.shortcuts.density == "explicit" and not _value(cfg, key))
