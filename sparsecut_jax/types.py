@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class Exit(Exception):
-    """Ends a command with a sentence and an exit code of its own."""
+    """Ends a command with a sentence and an exit code."""
 
     def __init__(self, code: int, sentence: str):
         super().__init__(sentence)
@@ -32,7 +32,7 @@ class Exit(Exception):
 
 
 def shown(text: str) -> str:
-    """Names in files may hold line ends and escape codes: they are shown, not obeyed."""
+    """Escapes control characters: names in files may hold line breaks and terminal codes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

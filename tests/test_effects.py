@@ -67,7 +67,7 @@ CASES = [
        f"with config.data.source={name!r}, which has its own images; leave it out")
       for name in ("easy_vqa", "scenes", "tfds:vqa")),
     ({"data.follow_links": True}, {"data.source": "scenes"},
-     "with config.data.source='scenes', which has pictures of its own; leave it out"),
+     "with config.data.source='scenes', which has its own images; leave it out"),
     ({"data.test_images": "DIR"}, {}, "without config.data.test, the rows to test on; leave it out"),
     ({"data.scenes.size": 64}, {}, "without the source 'scenes'; leave it out"),
     ({"data.scenes.levels": ("low",)}, {"data.source": "rows.json"}, "without the source 'scenes'; leave it out"),

@@ -361,7 +361,7 @@ def test_what_needs_no_data_is_checked_before_they_are_opened(
 @pytest.mark.parametrize(
     ("changes", "start"),
     [
-        ({"llm.vocab_size": 512}, "checkpoint {}/checkpoints/12 is of another model: params/llm/embedding: expected float32["),
+        ({"llm.vocab_size": 512}, "checkpoint {}/checkpoints/12 belongs to a different model: params/llm/embedding: expected float32["),
         ({"init_parts": ("fusion/.*",), "stages.instruct.trainable": ("fsion/.*",)}, "config.stages.instruct.trainable"),
         ({"init_from": "", "stages.align.lr_of": {"lm": 1e-3}}, "config.stages.align.lr_of='lm' matches the start of no"),
         ({"init_from": "", "stages.align.template": "tokenizer"}, "the tokenizer's chat template "),

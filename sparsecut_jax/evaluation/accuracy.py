@@ -38,7 +38,7 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
             raise UserError(f"none of the {len(part)} rows of {test} {reason}")
         results |= report(test, found, limit)
         if broken:
-            print(f"left out   {len(broken):,} of {len(part):,} broken rows of {test}; the first: {broken[0]}")
+            print(f"left out   {len(broken):,} of {len(part):,} rows of {test}, which are broken; the first: {broken[0]}")
             results[f"{test}/broken_rows"] = len(broken)
         answered += found
     print()
@@ -59,7 +59,7 @@ def report(test: str, answered: list[Answered], limit: int) -> dict[str, float |
         for group, found in groups.items()
     ]
     print(
-        f"\n{test}: every question asked alone, answered by generation; accuracy is exact match, 95 % intervals in ()"
+        f"\n{test}: every question asked on its own; accuracy is exact match; 95 % intervals in ()"
     )
     print(table(["kind", "questions", *(scores.SCORES[name] for name in names)], rows))
     cut = sum(item.cut for item in answered)

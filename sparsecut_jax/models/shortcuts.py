@@ -57,7 +57,7 @@ def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
     """Plan for a tower of `vit_depth` blocks and an LLM of `llm_depth` layers.
 
     Args:
-      select_layer: HF index of the main feature; -2 is the output of the last block but one.
+      select_layer: HF index of the main feature; -2 is the output of the second-to-last block.
 
     Raises:
       UserError: a level or layer that does not exist, a pair twice, lists of unequal length, more levels than
