@@ -183,5 +183,5 @@ def test_answers_of_an_earlier_version_are_named(tmp_path):
     good = finished(tmp_path / "a", right(1, 2))
     old = finished(tmp_path / "b", right(1, 2))
     (tmp_path / "b" / "answers.jsonl").write_text('{"row": "1", "kind": "", "question": "q", "expected": "a", "answer": "b"}\n')
-    with pytest.raises(UserError, match="line 1 is not an answer"):
+    with pytest.raises(UserError, match="line 1 is not in the format"):
         comparison.load([good, old])

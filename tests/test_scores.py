@@ -126,5 +126,5 @@ def test_answers_of_other_tests_and_of_the_same_step_stay(tmp_path):
     write_answers(str(tmp_path), [answered("a", "later", step=2)])
     assert kept() == [("set/test", "later", 2)]
     (tmp_path / "answers.jsonl").write_text('{"row": "1", "answer": "x"}\n')
-    with pytest.raises(UserError, match=r"answers\.jsonl line 1 is not an answer"):
+    with pytest.raises(UserError, match=r"answers\.jsonl line 1 is not in the format"):
         read_answers(path)

@@ -88,7 +88,7 @@ def print_data(
     source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, Plan], bad_samples: BadSamples
 ) -> None:
     counts = [sum(map(len, parts.values())) for parts in (source.train, source.holdout, source.tests)]
-    print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} to test")
+    print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} test rows")
     for s in spans:
         plan = plans[s.name]
         rates = "".join(f", of {pattern} {rate:g}" for pattern, rate in s.stage.lr_of.items())
