@@ -81,7 +81,7 @@ WRONG = [
     (dict(images=[3]), "an image is a int; expected a path, bytes, a PIL image or an array uint8[height, width, 3]"),
     (dict(max_new_tokens=0), "max_new_tokens=0: expected 1 to 100,000"),
     (dict(max_new_tokens=2.0), "max_new_tokens=2.0: expected 1 to 100,000"),
-    (dict(prompt=None), "the prompt is a NoneType; expected a text"),
+    (dict(prompt=None), "the prompt is a NoneType; expected a string"),
     (dict(temperature=-1.0), "temperature=-1.0: expected 0 or more"),
     (dict(seed=-1), "seed=-1: expected 0 to below 2^32"),
     (dict(template="vicuna"), "template='vicuna' is not known; did you mean 'vicuna_v1'?"),

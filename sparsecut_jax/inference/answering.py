@@ -56,7 +56,7 @@ def reply(
     """
     check_local(pictures)
     if not isinstance(prompt, str):
-        raise UserError(f"the prompt is a {type(prompt).__name__}; expected a text")
+        raise UserError(f"the prompt is a {type(prompt).__name__}; expected a string")
     cfg = run.config
     slots = cfg.data.max_images
     if len(pictures) > slots:
