@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded(trained, tmp_path):
         (
             "runs/nowhere",
             "latest",
-            "runs/nowhere is not a folder; expected the workdir of a run, or a folder that convert",
+            "runs/nowhere is not a folder; expected the workdir of a run, or a folder written by convert",
         ),
         (tmp_path, "latest", f"{tmp_path} has no .safetensors file"),
         (exported, "best", f"{exported} is an exported model and has no checkpoint 'best'; leave `checkpoint` out"),
