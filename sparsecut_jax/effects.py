@@ -9,6 +9,7 @@ configs/base.py sets the number of shortcuts even for a file of yours that has n
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -116,7 +117,8 @@ def _mixed(cfg: Config, _: Any) -> str:
 
 def _own_pictures(_: Config, data: Any) -> str:
     name = data.source
-    own = not data.mix and not data.test and (name in DRAWN or name.startswith("tfds:"))  # rows to test on need both
+    built = name.startswith("tfds:") or os.path.isfile(os.path.join(name, "dataset_info.json"))
+    own = not data.mix and not data.test and (name in DRAWN or built)  # rows to test on need both
     return f"with config.data.source={name!r}, which has its own images" * own
 
 

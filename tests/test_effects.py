@@ -132,6 +132,16 @@ def test_what_has_an_effect(settings):
     assert given(settings) is not None
 
 
+def test_a_dataset_in_a_folder_has_pictures_of_its_own(tmp_path):
+    folder = str(tmp_path)
+    settings = {"data.images": "DIR", "data.source": folder}
+    assert given(settings).data.images == "DIR"  # a folder of Parquet files may hold paths
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert refusal(given, settings) == (
+        f"config.data.images='DIR' has no effect with config.data.source={folder!r}, which has its own images; leave it out"
+    )
+
+
 def test_a_stage_that_is_not_run():
     settings = {"stages.align.lr": 1e-3, "run_stages": ("instruct",)}
     expected = "config.stages.align.lr has no effect: config.run_stages=('instruct',) leaves that stage out"

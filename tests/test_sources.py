@@ -560,8 +560,13 @@ def test_source_that_is_not_there(tmp_path):
 
 
 def test_a_folder_without_a_dataset(tmp_path):
-    with pytest.raises(UserError, match="is not the folder of a prepared TFDS dataset"):
+    (tmp_path / "rows-1.json").write_text("[]")
+    with pytest.raises(UserError) as caught:
         load_source(Config(data=DataConfig(source=str(tmp_path))))
+    assert str(caught.value) == (
+        f"{tmp_path} is not the folder of a prepared TFDS dataset: it has no dataset_info.json and no shards (.parquet, "
+        ".arrow or .tar); of JSON files name one"
+    )
 
 
 def test_a_bad_file_of_a_mixture_is_named(load):

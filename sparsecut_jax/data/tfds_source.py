@@ -237,7 +237,8 @@ def _builder(source: SourceConfig) -> tfds.core.DatasetBuilder:
         raise UserError(f"{source.path} cannot be read: {first_line(error)}, or mount the bucket (gcsfuse)") from error
     except Exception as error:  # a name or files that TFDS cannot parse
         raise UserError(f"{source.path} cannot be read as a TFDS dataset: {first_line(error)}") from error
-    hint = f"; did you mean {versions[-1]!r}?" if versions else ""
+    other = " and no shards (.parquet, .arrow or .tar); of JSON files name one"
+    hint = f"; did you mean {versions[-1]!r}?" if versions else other
     raise UserError(f"{source.path} is not the folder of a prepared TFDS dataset: it has no dataset_info.json{hint}")
 
 
