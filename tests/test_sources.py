@@ -314,7 +314,7 @@ def test_a_file_of_test_rows(load, tmp_path):
     with pytest.raises(UserError) as caught:
         load([text_row(0)], test="scenes", test_images="pictures")
     assert str(caught.value) == (
-        "config.data.test_images='pictures' (--images of evaluate) has no effect with 'scenes', which has pictures of its own; "
+        "config.data.test_images='pictures' (--images of evaluate) has no effect with 'scenes', which has its own images; "
         "leave it out"
     )
     no_folder = load([text_row(0)], images="", test=str(tmp_path / "hard.json"))

@@ -126,7 +126,7 @@ def open_test(cfg: Config) -> dict[str, Part]:
     elif data.test_images:
         raise UserError(
             f"config.data.test_images={data.test_images!r} (--images of evaluate) has no effect with {data.test!r}, which "
-            "has pictures of its own; leave it out"
+            "has its own images; leave it out"
         )
     return {f"{_title(part)}/test": part}
 
