@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sparsecut_jax.evaluation.accuracy import _cell
 from sparsecut_jax.evaluation.answered import Answered, read_answers, write_answers
 from sparsecut_jax.evaluation.scores import difference, results, rouge_l, score, scores_of, summarize
 from sparsecut_jax.evaluation.vqa_rules import normalize, vqa_score
@@ -128,3 +129,9 @@ def test_answers_of_other_tests_and_of_the_same_step_stay(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"row": "1", "answer": "x"}\n')
     with pytest.raises(UserError, match=r"answers\.jsonl line 1 is not in the format"):
         read_answers(path)
+
+
+def test_a_sample_is_one_short_line():
+    assert _cell("what\ncolor?") == "what\\ncolor?"
+    assert _cell("x" * 60) == "x" * 60
+    assert _cell("x" * 61) == "x" * 56 + " ..."

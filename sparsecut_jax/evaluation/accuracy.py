@@ -11,6 +11,7 @@ from sparsecut_jax.training.report import Progress, table
 from sparsecut_jax.types import UserError, shown
 
 SAMPLES = 12
+WIDEST = 60  # characters of a cell in the table of samples
 
 
 def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, float | int | list[float]]:
@@ -43,7 +44,7 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
         answered += found
     print()
     some = vqa.samples(answered, SAMPLES)
-    rows = [[*map(shown, (a.question, a.expected, a.answer)), _verdict(a)] for a in some]
+    rows = [[*map(_cell, (a.question, a.expected, a.answer)), _verdict(a)] for a in some]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
     if hosts.first():
         write_answers(folder, answered)
@@ -69,6 +70,12 @@ def report(test: str, answered: list[Answered], limit: int) -> dict[str, float |
             "--max_new_tokens of evaluate)"
         )
     return {**scores.results(test, groups), f"{test}/cut": cut}
+
+
+def _cell(text: str) -> str:
+    """A text on one line, its end cut off where it is long; answers.jsonl has all of it."""
+    line = shown(text)
+    return line if len(line) <= WIDEST else f"{line[: WIDEST - 4]} ..."
 
 
 def _verdict(item: Answered) -> str:
