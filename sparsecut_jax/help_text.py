@@ -104,8 +104,9 @@ FLAG_KINDS = {
 
 
 def of_flag(flag: flags.Flag, words: Sequence[str]) -> Entry:
-    """A flag of absl; `words`: those behind the command that read it, () for all."""
-    meaning = re.sub("^<[^>]*>: ", "", flag.help)  # absl prepends an enumeration's values
+    """A flag of absl; `words`: the subcommands that read it, () for all."""
+    # absl puts an enumeration's values in front, and after a multi flag that it may be repeated
+    meaning = re.sub(r"^<[^>]*>: |;\s*repeat this option to specify a list of values$", "", flag.help)
     meaning = f"{', '.join(words)}: {meaning}" if words else meaning
     if flag.boolean:
         return Entry(f"--{flag.name}", None, "switch", meaning)

@@ -11,6 +11,7 @@ from absl import flags
 
 import runs
 from sparsecut_jax import cli, config
+from sparsecut_jax.help_text import Entry, of_flag
 from sparsecut_jax.types import UserError
 
 
@@ -114,6 +115,12 @@ def test_the_commands_are_listed(said):
 
 def test_help_shows_the_values_of_the_config_file(said):
     assert said[f"train {BASE} --help=vision.layers"] == (0, HELP_OF_LAYERS, "")
+
+
+def test_a_flag_that_may_be_repeated_says_so_once():
+    flag = flags.FlagValues()
+    flags.DEFINE_multi_string("image", [], "Image to ask about.", flag_values=flag)
+    assert of_flag(flag["image"], ()) == Entry("--image", None, "str, may be repeated", "Image to ask about.")
 
 
 def test_help_of_a_word_shows_its_flags(said):
