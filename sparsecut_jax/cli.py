@@ -102,7 +102,8 @@ def run(
         if not debug:  # parsing the flags has set absl's own level
             absl.logging.set_verbosity(absl.logging.FATAL)
         _keep_compiled()
-        if "coordinator" in flags.FLAGS:
+        only_prints = "print_config" in flags.FLAGS and flags.FLAGS.print_config
+        if "coordinator" in flags.FLAGS and not only_prints:
             hosts.start(resumes, debug)
         platforms.require(PLATFORM.value)
         with hosts.together():

@@ -93,7 +93,7 @@ def said():
     """What the commands say: {line: (exit code, stdout, stderr)}; all start in one process."""
     lines = [
         *NEXT_STEPS, "__main__", f"train {BASE} --help=vision.layers", "data check --help", f"train {BASE} --print_config "
-        "--workdir=runs/a --config.llm.layers=3", f"convert from-hf --print_config {BASE} --llm=tests/parity/qwen3",
+        "--workdir=runs/a --config.llm.layers=3 --coordinator=localhost:1 --processes=2 --process=0", f"convert from-hf --print_config {BASE} --llm=tests/parity/qwen3",
     ]  # fmt: skip
     return dict(zip(lines, runs.each(*(line.split() for line in lines)), strict=True))
 
