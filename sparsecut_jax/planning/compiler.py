@@ -47,8 +47,8 @@ def check_installed() -> None:
     """Raises UserError if there is no TPU compiler."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}" (it runs on a CPU machine, '
-            "no TPU is needed)"
+            f'the TPU compiler is not installed: pip install "jax[tpu]=={jax.__version__}" (the extra "tpu"; '
+            "it runs on a CPU machine, no TPU is needed)"
         )
 
 

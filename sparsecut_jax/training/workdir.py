@@ -170,7 +170,7 @@ def write_json(path: str, values: dict) -> None:
 
 def print_written(workdir: str, seconds: float, question: str, images: list[str]) -> None:
     """Lists what a run has left, and the command that asks it a question about images."""
-    install = "" if importlib.util.find_spec("tensorboard") else " (after pip install tensorboard)"
+    install = "" if importlib.util.find_spec("tensorboard") else ' (after pip install tensorboard, the extra "loggers")'
     what = {
         "results.json": "these figures",
         "answers.jsonl": "every test question with its references and the model's answer",

@@ -118,7 +118,7 @@ def _load(path: str) -> tuple[Any, ToArray]:
         import onnx  # optional: few towers come as ONNX
         from onnx import numpy_helper
     except ImportError as error:
-        raise UserError(f"{path} needs the package onnx: pip install onnx") from error
+        raise UserError(f'{path} needs the package onnx: pip install onnx (the extra "onnx")') from error
 
     def to_array(tensor: Any) -> np.ndarray:
         try:
