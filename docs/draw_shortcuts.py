@@ -10,7 +10,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from sparsecut_jax.config import ShortcutConfig  # noqa: E402
 from sparsecut_jax.models.shortcuts import plan_shortcuts  # noqa: E402
-from sparsecut_jax.training.plots import draw_plan, plt  # noqa: E402
+from sparsecut_jax.runs.wiring_plot import draw_plan
+from sparsecut_jax.runtime.figures import plt  # noqa: E402
 
 PLANS = {
     "none: LLaVA-1.5": ShortcutConfig(density="none"),

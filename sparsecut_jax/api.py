@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from sparsecut_jax.inference.answering import Picture, answer, check_asked
-from sparsecut_jax.inference.joined import load_whole
-from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax.runs.joined import load_whole
+from sparsecut_jax.runs.run import Run, load_run
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 

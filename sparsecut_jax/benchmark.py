@@ -14,13 +14,13 @@ import os
 
 from absl import flags
 
-from sparsecut_jax import cli
 from sparsecut_jax.benchmarking import peaks, where
 from sparsecut_jax.benchmarking.parts import PARTS, Bench, Timed
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.planning.answer import default_stage
+from sparsecut_jax.runtime.folders import make_folder, write_json
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.report import table
-from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS

@@ -23,17 +23,18 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from sparsecut_jax import cli
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.inference.joined import as_written, join
-from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.commandline import cli
+from sparsecut_jax.exporting import adapter, export, verify
+from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints
+from sparsecut_jax.runs.joined import as_written, join
+from sparsecut_jax.runs.run import load_run
+from sparsecut_jax.runs.workdir import write_run_files
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import report
-from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
-from sparsecut_jax.training.workdir import write_run_files
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import adapter, export, load, verify
+from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
 from sparsecut_jax.weights.resolve import differences
 

@@ -17,12 +17,14 @@ import os
 import jax
 from absl import flags
 
-from sparsecut_jax import cli, hosts
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import sources
 from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.inference.answering import check_template
-from sparsecut_jax.inference.run import FRESH_FUSION, load_run
-from sparsecut_jax.training.workdir import make_folder, update_results
+from sparsecut_jax.runs.run import FRESH_FUSION, load_run
+from sparsecut_jax.runs.workdir import update_results
+from sparsecut_jax.runtime import hosts
+from sparsecut_jax.runtime.folders import make_folder
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS

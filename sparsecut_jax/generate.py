@@ -13,10 +13,10 @@ import sys
 
 from absl import flags
 
-from sparsecut_jax import cli
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.inference.answering import Reply, check_asked, check_local, reply
-from sparsecut_jax.inference.run import FRESH_FUSION, Run, load_run
-from sparsecut_jax.training.report import busy
+from sparsecut_jax.runs.run import FRESH_FUSION, Run, load_run
+from sparsecut_jax.runtime.progress import busy
 
 FLAGS = flags.FLAGS
 

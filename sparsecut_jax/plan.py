@@ -16,11 +16,11 @@ import sys
 
 from absl import flags
 
-from sparsecut_jax import cli
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.planning import answer, compiler, hardware, tables
+from sparsecut_jax.runtime.folders import make_folder, write_json
+from sparsecut_jax.runtime.progress import busy
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import report
-from sparsecut_jax.training.workdir import make_folder, write_json
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS
@@ -50,7 +50,7 @@ def plan(cfg: Config) -> None:
 
     # ------------------------------------------------------------------ the answers
     with open(os.dup(2), "w") as stderr:  # a copy, so that the compiler's own output can be hidden
-        during = lambda what: report.busy(what, stderr)
+        during = lambda what: busy(what, stderr)
         found = [
             {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, during)}
             for question in questions

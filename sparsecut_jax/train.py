@@ -22,23 +22,30 @@ import time
 
 import jax
 
-from sparsecut_jax import backends, checks, cli, hosts, placing, sharding
+from sparsecut_jax import checks
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import pipeline, sources
-from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.evaluation.accuracy import report_accuracy
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.shortcuts import plan_shortcuts
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops, hardware
+from sparsecut_jax.runs.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
+from sparsecut_jax.runs.origin import Origin
+from sparsecut_jax.runs.parameters import abstract_params, initial_params, stage_dtypes
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runs.setup import make_reader, make_tokenizer
+from sparsecut_jax.runs.workdir import locked, print_written, update_results, write_run_files
+from sparsecut_jax.runtime import backends, hosts, placing, sharding
+from sparsecut_jax.runtime.progress import Startup
 from sparsecut_jax.settings import Config
+from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.training import inputs, loop, report, state
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.bad_samples import BadSamples
-from sparsecut_jax.training.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
 from sparsecut_jax.training.step import make_train_step
-from sparsecut_jax.training.workdir import locked, print_written, update_results, write_run_files
 from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
@@ -53,7 +60,7 @@ def train(cfg: Config) -> dict[str, float]:
 
 def run_stages(cfg: Config) -> dict[str, float]:
     """`train` in a workdir that is already locked."""
-    began, startup = time.monotonic(), report.Startup()
+    began, startup = time.monotonic(), Startup()
     startup.done("imports")
 
     # ------------------------------------------------------------------ devices
@@ -67,7 +74,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     meta = checkpoints.meta(resumed) if resumed is not None else None
     if meta is not None:
         check_resumable(meta, asked, cfg.workdir)
-    origin = state.Origin(cfg) if meta is None and cfg.init_from else None
+    origin = Origin(cfg) if meta is None and cfg.init_from else None
     steps = {name: cfg.stages[name].max_steps for name in cfg.run_stages}
     if all(steps.values()):
         loop.plan_stages(cfg, steps)  # a profile behind the last step; where epochs count, the rows decide that below
@@ -89,25 +96,25 @@ def run_stages(cfg: Config) -> dict[str, float]:
     source = sources.load_source(cfg)
     if meta is not None:
         check_same_data(meta["data"], source.fingerprint, cfg)
-    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else inputs.make_tokenizer(cfg, source, parts)
+    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
     cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
     pictures = pipeline.Images(cfg)
-    readers = {name: inputs.make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
+    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
 
     # ------------------------------------------------------------------ shapes, against all that must fit them
     startup.done("data")
     here = backends.resolve(cfg, sharding.platform(mesh))
     dtype = backends.compute_dtype(here)
     shaped = build_model(here, dtype, ("shortcut_ratio",))
-    abstract_of = lambda name: state.abstract_params(shaped, cfg, mesh, state.stage_dtypes(here, name))
+    abstract_of = lambda name: abstract_params(shaped, cfg, mesh, stage_dtypes(here, name))
     abstract = abstract_of(meta["stage"] if meta else cfg.run_stages[0])
-    shapes = {path: leaf.shape for path, leaf in state.flatten(abstract).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     for name in cfg.run_stages:
         opt.checked_rates(shapes, cfg.stages[name], name)
     matched = load.match(abstract, cfg, parts)
     if origin:
-        origin.target(cfg, state.flatten(abstract))  # refuses other shapes
+        origin.target(cfg, flatten(abstract))  # refuses other shapes
         origin.run.close()
 
     # ------------------------------------------------------------------ rows
@@ -132,11 +139,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
     with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
         if resumed is None:
-            params, told = state.initial_params(model, cfg, abstract, matched)
+            params, told = initial_params(model, cfg, abstract, matched)
             if parts:
                 print("\n".join([*differences(asked, parts), str(told)]))
             if origin:
-                params, told = state.Origin(cfg).load(cfg, params)  # opened anew: it may have trained on since
+                params, told = Origin(cfg).load(cfg, params)  # opened anew: it may have trained on since
                 print(told)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")

@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-from sparsecut_jax import sharding
+from sparsecut_jax.runtime import sharding
 from tiny import Tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -47,13 +47,29 @@ def one_device(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
-HEAVY = ("test_train", "test_tour", "test_hosts", "test_sharding", "test_convert", "test_lora", "test_state", "test_api")
+HEAVY = (
+    "test_train",
+    "test_tour",
+    "test_hosts",
+    "test_sharding",
+    "test_convert",
+    "test_lora",
+    "test_state",
+    "test_api",
+)
 # Files that compile whole models or start whole commands: not part of `-m quick`.
 SLOW = (
     *HEAVY,
     *("test_attention", "test_benchmark", "test_checkpoint", "test_cli", "test_compare", "test_data_command"),
     *("test_decoding", "test_easy_vqa", "test_generate", "test_golden", "test_install", "test_launch", "test_load"),
-    *("test_parity", "test_pipeline", "test_plan", "test_planning_answer", "test_planning_flops", "test_planning_memory"),
+    *(
+        "test_parity",
+        "test_pipeline",
+        "test_plan",
+        "test_planning_answer",
+        "test_planning_flops",
+        "test_planning_memory",
+    ),
     *("test_planning_scaling", "test_planning_shortcuts", "test_scenes_controls", "test_sparsecut", "test_step"),
 )
 

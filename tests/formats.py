@@ -19,7 +19,6 @@ NAMES = [
 ]  # fmt: skip
 
 
-
 def table(rows: list[dict], pictures: dict[str, bytes]) -> pa.Table:
     """As `datasets` writes rows of {"id", "image", "conversations"}: pictures inside, null where a key is absent."""
     cells = [

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsecut_jax import config, sharding
+from sparsecut_jax import config
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
-from sparsecut_jax.training import state
+from sparsecut_jax.runs.parameters import abstract_params, initial_params
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.resolve import resolve
@@ -48,8 +49,8 @@ def load_case(name: str) -> Case:
     cfg = resolve(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
-    abstract = state.abstract_params(model, cfg, mesh)
-    params, report = state.initial_params(model, cfg, abstract, load.match(abstract, cfg, found))
+    abstract = abstract_params(model, cfg, mesh)
+    params, report = initial_params(model, cfg, abstract, load.match(abstract, cfg, found))
     io = numbers_of(name)
     return Case(model, params, make_batch(io), io, spec, report)
 

@@ -26,7 +26,11 @@ def gamma(value: float) -> bytes:
 
 def srgb_curve() -> bytes:
     """sRGB's curve by its formula."""
-    return b"para\0\0\0\0" + struct.pack(">HH", 3, 0) + b"".join(map(_fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    return (
+        b"para\0\0\0\0"
+        + struct.pack(">HH", 3, 0)
+        + b"".join(map(_fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    )
 
 
 def srgb_table(size: int = 1024) -> bytes:

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsecut_jax import config, sharding
+from sparsecut_jax import config
+from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.runs.parameters import abstract_params
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.resolve import resolve
@@ -53,16 +55,16 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
     cfg = resolve(cfg, found)
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model = build_model(cfg, intermediates=INTERMEDIATES)
-    abstract = state.abstract_params(model, cfg, mesh)
+    abstract = abstract_params(model, cfg, mesh)
     fillings, report = load.match(abstract, cfg, found)
     # Parts without a source get drawn values: compiling their initialisers would take most of the time.
-    fresh = state.flatten(random_params(abstract))
+    fresh = flatten(random_params(abstract))
     params = {
         path: jax.device_put(fresh[path].astype(leaf.dtype), leaf.sharding)
-        for path, leaf in state.flatten(abstract).items()
+        for path, leaf in flatten(abstract).items()
         if path not in fillings
     }
-    return Loaded(cfg, model, state.unflatten(params | load.read(fillings, cfg)), report)
+    return Loaded(cfg, model, unflatten(params | load.read(fillings, cfg)), report)
 
 
 def text_batch(ids: np.ndarray, cfg: Config) -> Batch:

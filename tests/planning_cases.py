@@ -34,8 +34,8 @@ if __name__ == "__main__":  # before JAX looks for devices
 import jax
 
 from planning_configs import load
-from sparsecut_jax import backends, sharding
 from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
 
 BYTES = Path(__file__).with_name("planning_bytes.json")

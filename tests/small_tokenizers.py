@@ -5,8 +5,8 @@ import json
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from sparsecut_jax.data import tokenizer as tokenizers
-from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.text import tokenizer as tokenizers
+from sparsecut_jax.text.tokenizer import Tokenizer
 
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

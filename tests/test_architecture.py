@@ -6,11 +6,7 @@ import math
 import pytest
 
 from sparsecut_jax.settings import RopeConfig
-from sparsecut_jax.weights.architecture import (
-    llm_settings,
-    refuse_remote_code,
-    vision_settings,
-)
+from sparsecut_jax.weights.architecture import llm_settings, refuse_remote_code, vision_settings
 from tiny import refusal
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

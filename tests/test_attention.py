@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import reference
-from sparsecut_jax import sharding
 from sparsecut_jax.models import attention as attention_lib
 from sparsecut_jax.models.attention import Packed, attention, segment_runs
+from sparsecut_jax.runtime import sharding
 
 
 def normal(*shape, seed=0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsecut_jax import backends
+from sparsecut_jax.runtime import backends
 from tiny import refusal, tiny_config
 
 

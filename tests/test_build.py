@@ -130,7 +130,9 @@ def test_broken_rows_are_left_out_on_request(tmp_path):
     assert [row.get("id") for row in opened(tmp_path / "out")] == ["one", "text only"]
 
 
-@pytest.mark.parametrize(("rows", "first"), [([], ""), (ROWS[1:2], "; the first: row 0 (id 2): image b.jpg does not exist")])
+@pytest.mark.parametrize(
+    ("rows", "first"), [([], ""), (ROWS[1:2], "; the first: row 0 (id 2): image b.jpg does not exist")]
+)
 def test_nothing_to_write(tmp_path, rows, first):
     with pytest.raises(UserError) as caught:
         build(rows, missing, str(tmp_path / "out"), skip=True)

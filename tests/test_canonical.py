@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from sparsecut_jax.data.canonical import canonical
-from sparsecut_jax.data.conversation import images_of
+from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import CAUSES, BadSample
 from test_conversation import QUESTIONS, gpt, human, row
 
@@ -302,7 +302,14 @@ def test_images_of_parts_come_in_order():
     ]
     assert canonical({"messages": turns}, "r", 3) == {
         "images": ["1.png", "2.png", "3.png"],
-        "conversations": [human("<image> or <image>"), gpt("b"), human("why?"), gpt("c"), human("and <image>"), gpt("d")],
+        "conversations": [
+            human("<image> or <image>"),
+            gpt("b"),
+            human("why?"),
+            gpt("c"),
+            human("and <image>"),
+            gpt("d"),
+        ],
     }
 
 
@@ -389,7 +396,9 @@ def test_videos_and_sounds_are_named(given, what):
 # what is trained on
 
 
-@pytest.mark.parametrize("no", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0, "weight": 0}])
+@pytest.mark.parametrize(
+    "no", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0, "weight": 0}]
+)
 def test_an_answer_that_is_not_trained_on(no):
     yes = dict.fromkeys(no, 1)
     given = {"messages": [user("a"), {**assistant("b"), **no}, {**user("c"), **no}, {**assistant("d"), **yes}]}

@@ -10,8 +10,9 @@ import pytest
 from absl import flags
 
 import runs
-from sparsecut_jax import cli, config
-from sparsecut_jax.help_text import Entry, of_flag
+from sparsecut_jax import config
+from sparsecut_jax.commandline import cli
+from sparsecut_jax.commandline.help_text import Entry, of_flag
 from sparsecut_jax.types import UserError
 
 
@@ -126,7 +127,9 @@ def test_a_flag_that_may_be_repeated_says_so_once():
 def test_help_of_a_word_shows_its_flags(said):
     code, out, err = said["data check --help"]
     assert (code, err) == (0, "")
-    assert "  --look=decode  (none, stat or decode)\n      Check of images: open each" in out and "--skip_bad" not in out
+    assert (
+        "  --look=decode  (none, stat or decode)\n      Check of images: open each" in out and "--skip_bad" not in out
+    )
     settings = re.findall(r"^  --config\.(\S+?)=.*\n      ", out, re.MULTILINE)
     assert len(settings) == len(set(settings)) > 150
     assert {"seed", "llm.rope.factor", "stages.align.lr", "data.mix.NAME.path"} <= set(settings)

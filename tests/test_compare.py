@@ -73,7 +73,11 @@ def test_the_same_questions_are_paired(tmp_path):
 
 def test_other_questions_are_said_to_be_others(tmp_path):
     some, rest = right(10, 20), [dataclasses.replace(item, row=f"b{item.row}") for item in right(5, 20)]
-    folders = [finished(tmp_path / "a", some), finished(tmp_path / "b", rest), finished(tmp_path / "c", some[:15] + rest)]
+    folders = [
+        finished(tmp_path / "a", some),
+        finished(tmp_path / "b", rest),
+        finished(tmp_path / "c", some[:15] + rest),
+    ]
     folders.append(finished(tmp_path / "d", [dataclasses.replace(item, test="other/test") for item in some]))
     loaded = comparison.load(folders)
     lines = comparison.compare(loaded)
@@ -96,7 +100,9 @@ def test_kinds_and_repeated_questions(tmp_path):
     """The same question of a row twice is two questions; of kinds there is the accuracy."""
     items = [answered(0, "red", kind="color"), answered(0, "blue", kind="color"), answered(1, "red", kind="shape")]
     loaded = comparison.load([finished(tmp_path / "a", items), finished(tmp_path / "b", items)])
-    found = {(line.kind, line.score): (line.values[0].mean, line.values[0].count) for line in comparison.compare(loaded)}
+    found = {
+        (line.kind, line.score): (line.values[0].mean, line.values[0].count) for line in comparison.compare(loaded)
+    }
     assert found == {
         ("", "accuracy"): (pytest.approx(2 / 3), 3), ("", "normalized_accuracy"): (pytest.approx(2 / 3), 3),
         ("color", "accuracy"): (0.5, 2), ("shape", "accuracy"): (1.0, 1),
@@ -112,7 +118,9 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
     assert load(good).startswith("expected two or more runs to compare, got 1")
     assert load(good, good + "/") == f"{good}/ is named twice"
     assert load(good, str(tmp_path / "no")) == f"{tmp_path}/no is not a folder; expected the workdir of a run"
-    assert f"`python -m sparsecut_jax.evaluate --workdir={tmp_path}/empty` writes them" in load(good, f"{tmp_path}/empty")
+    assert f"`python -m sparsecut_jax.evaluate --workdir={tmp_path}/empty` writes them" in load(
+        good, f"{tmp_path}/empty"
+    )
     assert load(good, bare) == f"{bare} has no config.json; expected the workdir of a run"
     step = tmp_path / "good" / "step_3"  # of another checkpoint
     step.mkdir()
@@ -182,6 +190,8 @@ def test_the_command(tmp_path):
 def test_answers_of_an_earlier_version_are_named(tmp_path):
     good = finished(tmp_path / "a", right(1, 2))
     old = finished(tmp_path / "b", right(1, 2))
-    (tmp_path / "b" / "answers.jsonl").write_text('{"row": "1", "kind": "", "question": "q", "expected": "a", "answer": "b"}\n')
+    (tmp_path / "b" / "answers.jsonl").write_text(
+        '{"row": "1", "kind": "", "question": "q", "expected": "a", "answer": "b"}\n'
+    )
     with pytest.raises(UserError, match="line 1 is not in the format"):
         comparison.load([good, old])

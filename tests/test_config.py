@@ -287,7 +287,9 @@ def test_room_beside_the_images(length, images):
 
 
 def test_a_regex_of_init_parts_is_checked_too():
-    assert "config.init_parts has 'llm/(', which is not a valid regular expression" in sentence(("init_parts", ("llm/(",)))
+    assert "config.init_parts has 'llm/(', which is not a valid regular expression" in sentence(
+        ("init_parts", ("llm/(",))
+    )
 
 
 def test_name_of_a_stage_is_text():

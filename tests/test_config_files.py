@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import runs
-from sparsecut_jax import cli, config_files
+from sparsecut_jax.commandline import cli, config_files
 from sparsecut_jax.types import UserError
 
 OWN = """

@@ -8,12 +8,12 @@ import pytest
 from flax import linen as nn
 
 from configs import llava, siglip_qwen, sparsecut
-from sparsecut_jax import backends
 from sparsecut_jax.config import check, check_override
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.parameters import boxed_shapes
+from sparsecut_jax.runtime import backends
 from sparsecut_jax.settings import LoraConfig, StageConfig
 from sparsecut_jax.training.report import count
-from sparsecut_jax.training.state import boxed_shapes
 from tiny import refusal
 
 SIZES, STAGES = ("7b", "13b"), ("pretrain", "finetune", "lora")

@@ -7,8 +7,8 @@ import pytest
 
 from small_tokenizers import byte_level, llama
 from sparsecut_jax.data.canonical import canonical
-from sparsecut_jax.data.conversation import TooLong, encode_prompt, encode_row
-from sparsecut_jax.data.templates import TEMPLATES, Template
+from sparsecut_jax.text.conversation import TooLong, encode_prompt, encode_row
+from sparsecut_jax.text.templates import TEMPLATES, Template
 from sparsecut_jax.types import BadSample, UserError
 
 DRAWN = Template(start="USER : ", next="USER : ", space="")

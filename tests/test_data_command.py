@@ -25,12 +25,12 @@ from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import bin_edges, stats
 from sparsecut_jax.data.walk import walk
+from sparsecut_jax.runtime.figures import plt
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.train import train
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.inputs import make_stage_plan, print_data
 from sparsecut_jax.training.loop import StageSpan
-from sparsecut_jax.training.plots import plt
 from sparsecut_jax.types import Exit, UserError
 
 STAGE = StageConfig(template="qa", seq_len=32, batch_size=8, epochs=1.0)
@@ -117,7 +117,9 @@ def test_check_finds_every_fault(folder, tmp_path):
 
 def test_a_setting_that_is_refused_is_not_called_kept(folder, tmp_path, capsys):
     config = config_of(folder, tmp_path / "run", **{"init.llm": "tests/parity/qwen3", "llm.layers": 9})
-    with pytest.raises(UserError, match="config.llm.layers=9 contradicts the weights of tests/parity/qwen3/config.json"):
+    with pytest.raises(
+        UserError, match="config.llm.layers=9 contradicts the weights of tests/parity/qwen3/config.json"
+    ):
         open_data(config_lib.asked(config, ["llm.layers"]))
     assert capsys.readouterr().out == ""
 

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity_cases import FOLDER, join, numbers, text_batch
-from sparsecut_jax import sharding
-from sparsecut_jax.data import tokenizer as tokenizers
-from sparsecut_jax.data.conversation import encode_prompt
-from sparsecut_jax.data.templates import TEMPLATES
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.exporting import export, verify
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import sharding
+from sparsecut_jax.text import tokenizer as tokenizers
+from sparsecut_jax.text.conversation import encode_prompt
+from sparsecut_jax.text.templates import TEMPLATES
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import export, verify
 from tiny import tiny_config
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}

@@ -8,9 +8,9 @@ import pytest
 
 from sparsecut_jax.generate import notes
 from sparsecut_jax.inference.answering import Reply
-from sparsecut_jax.inference.run import _fresh_fusion
+from sparsecut_jax.runs.run import _fresh_fusion
+from sparsecut_jax.runs.workdir import print_written
 from sparsecut_jax.settings import Config, InitConfig
-from sparsecut_jax.training.workdir import print_written
 
 PARAMS = {"fusion": {"main": {"kernel": 0}}, "llm": {"head": 0}}
 
@@ -54,7 +54,7 @@ def test_the_last_lines_ask_as_a_shell_takes_it(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == (
         f"\nwritten to {tmp_path} in 3 s:\n"
         "  answers.jsonl     every test question with its references and the model's answer\n"
-        f"  tensorboard       the same for TensorBoard: tensorboard --logdir={tmp_path} (after pip install tensorboard, the extra \"loggers\")\n"
+        f'  tensorboard       the same for TensorBoard: tensorboard --logdir={tmp_path} (after pip install tensorboard, the extra "loggers")\n'
         f"\nask it:  python -m sparsecut_jax.generate --workdir={tmp_path} --image='my pictures/a.png' "
         """--prompt='what'"'"'s red?'\n"""
     )

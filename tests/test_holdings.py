@@ -5,13 +5,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsecut_jax import sharding
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.parameters import abstract_params
+from sparsecut_jax.runtime import sharding
+from sparsecut_jax.runtime.tables import size_text
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.holdings import Holding, bytes_of_one, group_of, holdings, split_axes
-from sparsecut_jax.training.report import heading, holdings_table, size_text
+from sparsecut_jax.training.report import heading, holdings_table
 from tiny import tiny_config
 
 MESH = AbstractMesh((2, 1, 4, 2), sharding.MESH_AXES)
@@ -59,7 +61,7 @@ def test_split_names_shares_of_one_percent_and_more():
 def tiny_states(sizes, trainable):
     cfg = tiny_config(stages=dict(align=dict(trainable=trainable), instruct=dict(trainable=("llm/.*",))))
     mesh, model = AbstractMesh(sizes, sharding.MESH_AXES), build_model(cfg)
-    params = state.abstract_params(model, cfg, mesh)
+    params = abstract_params(model, cfg, mesh)
     return params, {
         name: state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name]), mesh)
         for name in cfg.run_stages

@@ -22,10 +22,10 @@ from absl.testing import flagsaver
 
 import runs
 from sparsecut_jax import config as config_lib
-from sparsecut_jax import hosts, sharding
-from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.runs import workdir as workdir_lib
+from sparsecut_jax.runs.run import load_run
+from sparsecut_jax.runtime import hosts, sharding
 from sparsecut_jax.train import train
-from sparsecut_jax.training import workdir as workdir_lib
 from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 

@@ -100,7 +100,7 @@ def test_every_command_is_a_script():
         file for file in [*folder.glob("*.py"), *folder.glob("*/__main__.py")] if "cli.run(" in file.read_text()
     ]
     expected = {}
-    for file in (file for file in commands if file.parent != folder or file.stem not in ("cli", "__main__")):
+    for file in (file for file in commands if file.parent != folder or file.stem != "__main__"):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         name = file.parent.name if file.stem == "__main__" else file.stem
         expected[f"sparsecut-{name}"] = f"{module}:run"
@@ -121,7 +121,8 @@ def test_nothing_imports_a_command():
                 names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
                 is_program = "cli.run(" in file.read_text()
                 found |= {
-                    (file.name, name) for name in names & (commands if is_program else commands | {"sparsecut_jax.cli"})
+                    (file.name, name)
+                    for name in names & (commands if is_program else commands | {"sparsecut_jax.commandline.cli"})
                 }
     assert found == set()
 

@@ -5,8 +5,8 @@ import pytest
 
 from small_tokenizers import byte_level, llama
 from sparsecut_jax.data.canonical import canonical
-from sparsecut_jax.data.conversation import encode_prompt, encode_row
-from sparsecut_jax.data.templates import TEMPLATES
+from sparsecut_jax.text.conversation import encode_prompt, encode_row
+from sparsecut_jax.text.templates import TEMPLATES
 from test_conversation import END_TOKENS, SMALL, row
 
 

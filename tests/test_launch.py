@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import runs
-from sparsecut_jax import platforms
+from sparsecut_jax.runtime import platforms
 from sparsecut_jax.types import UserError
 
 SCRIPTS = ("tpu_vm", "gke", "slurm", "local")
@@ -158,8 +158,14 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
             "--config=configs/base.py (--help lists the flags)\n",
         ),
         (["gke"], "no arguments; for example: launch/gke.sh --name=NAME --type=v5litepod-16 --claim=PVC -- --config"),
-        (["slurm"], "no arguments; for example: launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 -- --config"),
-        (["local"], "no arguments; for example: launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:s"),
+        (
+            ["slurm"],
+            "no arguments; for example: launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 -- --config",
+        ),
+        (
+            ["local"],
+            "no arguments; for example: launch/local.sh --processes=2 --devices=2 -- --config=configs/base.py:s",
+        ),
         (["tpu_vm", "--zone=z"], "--name is missing; for example --name=run-1"),
         (["tpu_vm", "--name=A"], "--name=A: expected up to 40 lower-case letters"),
         (["tpu_vm", "--name=a"], "--zone is missing; for example --zone=us-west4-a"),
@@ -176,7 +182,10 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
         (tpu("--slices=0"), "--slices=0: expected an integer, 1 or more"),
         (tpu("--mount=share"), "--mount=share: expected HOST:/SHARE"),
         (tpu(type="v5p-16"), "1 x v5p-16 has 2 hosts, which must share runs/; set --mount=HOST:/SHARE"),
-        (tpu("--requeue=3"), "--requeue resumes from what the preempted slice saved, which needs a share; set --mount=HOST:/SHARE"),
+        (
+            tpu("--requeue=3"),
+            "--requeue resumes from what the preempted slice saved, which needs a share; set --mount=HOST:/SHARE",
+        ),
         (
             tpu("--slices=2", "--mount=h:/s", type="v5p-512"),
             "2 x v5p-512 has 128 hosts; for more than 64 in several slices use launch/gke.sh",
@@ -198,7 +207,10 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
             [*tpu()[:-1], "--config=tests/runs.py"],
             "tests/runs.py would not be copied: only files that git tracks are, without tests and docs; git add it",
         ),
-        ([*tpu()[:-1], "--seed=1"], "--config is missing from the training's arguments; for example -- --config=configs/base.py"),
+        (
+            [*tpu()[:-1], "--seed=1"],
+            "--config is missing from the training's arguments; for example -- --config=configs/base.py",
+        ),
         (
             [*tpu(), "--config.workdir=/tmp/out"],
             "--config.workdir=/tmp/out: only runs/ outlives the hosts; choose a folder in it",
@@ -229,7 +241,10 @@ def test_a_dry_run_prints_what_a_run_calls(launch, start, tmp_path, args):
             [*SLURM[:1], "--time=0:05:00", *SLURM[1:]],
             "--grace=300: expected fewer seconds than --time=0:05:00; otherwise every job would only save",
         ),
-        (["slurm", "--in-job", "py", CONFIG], "--in-job is internal: only SLURM uses it, in a GPU job that this script"),
+        (
+            ["slurm", "--in-job", "py", CONFIG],
+            "--in-job is internal: only SLURM uses it, in a GPU job that this script",
+        ),
         (["local", "--port=65536", "--", CONFIG], "--port=65536: expected an integer, 65535 or less"),
         (["local", "--processes=0", "--", CONFIG], "--processes=0: expected an integer, 1 or more"),
         (["local", "--python=nopython", "--", CONFIG], "--python=nopython does not exist"),
@@ -389,9 +404,7 @@ def test_results_go_beside_what_is_there(launch, tmp_path):
     finally:
         folder.rmdir()
     assert (done.code, done.called) == (2, [])
-    assert done.err.startswith(
-        f"error: runs/{name}, where the results would go, already exists; choose another"
-    )
+    assert done.err.startswith(f"error: runs/{name}, where the results would go, already exists; choose another")
 
 
 def test_of_a_name_that_is_taken_nothing_is_touched(launch):

@@ -15,9 +15,9 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from parity_cases import FOLDER, join
-from sparsecut_jax import sharding
 from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.training import state
+from sparsecut_jax.runs.parameters import abstract_params, init_params, initial_params
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load, pretrained
 
@@ -80,7 +80,7 @@ def test_a_device_reads_no_more_of_a_file_than_its_slice(tmp_path):
 
     parts = found["llm"].tensors
     parts["llm"] = {name: counting(tensor) for name, tensor in parts["llm"].items()}
-    fillings, _ = load.match(state.abstract_params(build_model(loaded.cfg), loaded.cfg, mesh), loaded.cfg, found)
+    fillings, _ = load.match(abstract_params(build_model(loaded.cfg), loaded.cfg, mesh), loaded.cfg, found)
     load.read(fillings, loaded.cfg)
     assert seen["model.layers.1.self_attn.q_proj.weight"] == [(32, 4)] * 8
     assert seen["model.layers.1.mlp.down_proj.weight"] == [(4, 48)] * 8
@@ -239,10 +239,10 @@ def test_fresh_parts_are_those_of_a_run_without_sources(llama):
     """The same seed gives the fusion its values, whether the LLM is loaded or not."""
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model, cfg = build_model(llama.cfg), llama.cfg
-    abstract = state.abstract_params(model, cfg, mesh)
+    abstract = abstract_params(model, cfg, mesh)
     matched = load.match(abstract, cfg, pretrained.open_sources(cfg.init))
-    params, _ = state.initial_params(model, cfg, abstract, matched)
-    alone = state.init_params(model, cfg, abstract)
+    params, _ = initial_params(model, cfg, abstract, matched)
+    alone = init_params(model, cfg, abstract)
     for path, leaf in flat(params).items():
         same = np.array_equal(leaf, flat(llama.params if path.startswith("llm/") else alone)[path])
         assert same, path
@@ -256,7 +256,7 @@ def test_vocabulary_grows_only_where_asked(tmp_path):
         cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=128))
         model = build_model(cfg)
         mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-        abstract = state.abstract_params(model, cfg, mesh)
+        abstract = abstract_params(model, cfg, mesh)
         if not grow:
             with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[96, 32\], expected \[128, 32\] for llm/embedding; to add rows set config.init.grow_vocab=True"):  # fmt: skip
                 load.match(abstract, cfg, found)
@@ -273,7 +273,7 @@ def test_another_picture_size_only_where_asked():
     found = pretrained.open_sources(join(vision=FOLDER / "clip").cfg.init)
     cfg = join(vision=FOLDER / "clip").cfg
     cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, image_size=42))
-    abstract = state.abstract_params(build_model(cfg), cfg, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    abstract = abstract_params(build_model(cfg), cfg, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
     with pytest.raises(UserError, match=r"has shape \[17, 32\], expected \[37, 32\] .*; for another image size set config.init.image_size"):  # fmt: skip
         load.match(abstract, cfg, found)
 

@@ -18,20 +18,23 @@ from safetensors.numpy import load_file
 import runs
 from parity_cases import FOLDER, join
 from sparsecut_jax import config as config_lib
-from sparsecut_jax import sharding
 from sparsecut_jax.convert import to_hf
-from sparsecut_jax.inference.run import Run, load_run
+from sparsecut_jax.exporting import adapter, export
 from sparsecut_jax.models import lora as lora_lib
 from sparsecut_jax.models.attention import Packed
+from sparsecut_jax.models.parameters import split
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints
+from sparsecut_jax.runs.origin import Origin
+from sparsecut_jax.runs.parameters import abstract_params, example_batch
+from sparsecut_jax.runs.run import Run, load_run
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import InitConfig, LoraConfig, StageConfig
 from sparsecut_jax.train import train
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training import report, state
-from sparsecut_jax.training.checkpoint import CONVERTED, Checkpoints
+from sparsecut_jax.training import report
 from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Exit
-from sparsecut_jax.weights import adapter, export
 from tiny import IMAGE, make_batch, params_of, refusal, tiny_config
 
 EVERY = ("llm/.*",)  # all linears, the head among them
@@ -183,7 +186,7 @@ def test_fresh_adapters_change_nothing():
 
 def test_adapters_are_split_like_their_linears():
     cfg = config_of()
-    leaves = flat(state.abstract_params(build_model(cfg), cfg, eight_devices()))
+    leaves = flat(abstract_params(build_model(cfg), cfg, eight_devices()))
     assert {path: tuple(leaves[path].sharding.spec) for path in MATRICES} == {
         **{f"llm/layers/attention/{n}_lora_a": (None, "fsdp", "tensor") for n in "qkv"},
         **{f"llm/layers/attention/{n}_lora_b": (None, "fsdp", "tensor", None) for n in "qkv"},
@@ -282,10 +285,10 @@ def gradients(params):
         cfg = config_of(dict(remat=remat, scan_layers=scan_layers), dropout=0.25, targets=SOME)
         model, leaves, batch = build_model(cfg), some, BATCH
         if mesh is not None:
-            layout = flat(state.abstract_params(model, cfg, mesh))
+            layout = flat(abstract_params(model, cfg, mesh))
             leaves = {path: jax.device_put(leaf, layout[path].sharding) for path, leaf in some.items()}
             batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        moving, frozen = opt.split(tree(leaves), TRAINABLE)
+        moving, frozen = split(tree(leaves), TRAINABLE)
         compute = jax.jit(make_gradients(model, accumulate=1, loss_chunk=16))
         return jax.tree.map(np.asarray, compute(moving, frozen, batch, jax.random.key(5)))
 
@@ -308,11 +311,11 @@ def test_a_mesh_draws_the_same(gradients):
 
 def test_only_adapters_have_gradients_and_moments(params):
     compute = jax.jit(make_gradients(model_of(), accumulate=1, loss_chunk=16))
-    grads = compute(*opt.split(params, TRAINABLE), BATCH, jax.random.key(0))[2]
+    grads = compute(*split(params, TRAINABLE), BATCH, jax.random.key(0))[2]
     assert set(grads) == set(MATRICES)
     assert all(np.abs(grad).max() > 0 for grad in grads.values())
     stage = StageConfig(trainable=TRAINABLE)
-    moments = optax.tree.get(opt.adamw(stage).init(opt.split(params, TRAINABLE)[0]), "mu")
+    moments = optax.tree.get(opt.adamw(stage).init(split(params, TRAINABLE)[0]), "mu")
     assert set(moments) == set(MATRICES)
 
 
@@ -447,7 +450,7 @@ def trained(folder, one_device):
     cfg = config_lib.check(runs.small(folder, folder / "base"))
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=320))
     model = build_model(cfg)
-    values = params_of(model, state.example_batch(model, cfg.data.max_images))
+    values = params_of(model, example_batch(model, cfg.data.max_images))
     saved = json.loads(config_lib.to_json(cfg))
     meta = dict(stage=CONVERTED, asked=saved, config=saved, tokenizer=None, data="", seconds=0.0)
     with contextlib.closing(Checkpoints(cfg.workdir)) as checkpoints:
@@ -503,8 +506,8 @@ def test_adapters_are_not_lost_on_the_way_to_another_run(trained, folder):
         changes = lora_settings(folder, init_from=str(folder / "run"), **settings)
         cfg = config_lib.check(runs.small(folder, folder / "none", set=changes))
         mesh = sharding.make_mesh({})
-        abstract = state.abstract_params(build_model(cfg), cfg, mesh)
-        assert refusal(state.Origin(cfg).load, cfg, abstract) == text
+        abstract = abstract_params(build_model(cfg), cfg, mesh)
+        assert refusal(Origin(cfg).load, cfg, abstract) == text
 
 
 def test_an_adapter_of_a_run_goes_out_with_the_fusion(trained, folder):
@@ -539,7 +542,10 @@ def test_exports_that_would_lose_something_are_refused(trained, folder):
         f"{folder}/run has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
     )
     assert refusal(adapter.merged, base) == f"--merge: {folder}/base has no LoRA adapters; leave out --merge"
-    assert refusal(adapter.write_adapter, base, str(folder)) == f"--as=adapter: {folder}/base has no LoRA adapters; use --as=llm"
+    assert (
+        refusal(adapter.write_adapter, base, str(folder))
+        == f"--as=adapter: {folder}/base has no LoRA adapters; use --as=llm"
+    )
     wider = dataclasses.replace(run.config.stages["instruct"], trainable=("llm/.*",))
     both = dataclasses.replace(run, config=dataclasses.replace(run.config, stages={"instruct": wider}))
     assert "trained llm/" in refusal(adapter.write_adapter, both, str(folder))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsecut_jax import sharding
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.training import losses
 from sparsecut_jax.training.losses import chunked_cross_entropy, cross_entropy
 from tiny import make_batch

@@ -204,7 +204,7 @@ def test_a_grid_that_is_no_square_is_refused():
 def test_without_the_package_onnx_the_message_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     (tmp_path / "vit.onnx").write_bytes(b"")
-    with pytest.raises(UserError, match="vit.onnx needs the package onnx: pip install onnx .the extra \"onnx\""):
+    with pytest.raises(UserError, match='vit.onnx needs the package onnx: pip install onnx .the extra "onnx"'):
         open_onnx(str(tmp_path / "vit.onnx"))
     with pytest.raises(UserError, match="nowhere.onnx does not exist"):
         onnx_config(str(tmp_path / "nowhere.onnx"))

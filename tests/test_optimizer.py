@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from sparsecut_jax.models.parameters import is_matrix, join, split
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import UserError
@@ -33,25 +34,25 @@ LLM = {"llm/embedding": 5, "llm/layers/attention/q": 6}
     ],
 )
 def test_split(patterns, trainable, frozen):
-    moving, rest = opt.split(PARAMS, patterns)
+    moving, rest = split(PARAMS, patterns)
     assert moving == trainable
     assert rest == (
         {k: v for k, v in (VISION | FUSION | LLM).items() if k not in trainable} if frozen is None else frozen
     )
-    assert opt.join(rest, moving) == PARAMS
+    assert join(rest, moving) == PARAMS
 
 
 @pytest.mark.parametrize("pattern", ["fusion", "fusion/fuse", "lm/.*", "llm/layers/.*/bias"])
 def test_a_pattern_matches_the_whole_path_of_something(pattern):
     sentence = f"trainable={pattern!r} matches no parameter; paths look like vision/pre_norm/scale, "
     with pytest.raises(UserError, match=re.escape(sentence)):
-        opt.split(PARAMS, ("llm/.*", pattern))
+        split(PARAMS, ("llm/.*", pattern))
 
 
 def test_decayed_paths(tiny):
     """Matrices, and nothing else. Every path of the model is named."""
-    flat, _ = opt.split(tiny.params, (".*",))
-    assert {path for path in flat if opt.is_matrix(path)} == {
+    flat, _ = split(tiny.params, (".*",))
+    assert {path for path in flat if is_matrix(path)} == {
         "vision/patch_embedding/kernel",
         "vision/position_embedding",
         "vision/blocks/attention/q_kernel",
@@ -72,7 +73,7 @@ def test_decayed_paths(tiny):
         "llm/layers/mlp/up/kernel",
         "llm/layers/mlp/down/kernel",
     }
-    assert {path for path in flat if not opt.is_matrix(path)} == {
+    assert {path for path in flat if not is_matrix(path)} == {
         "vision/class_embedding",
         "vision/pre_norm/scale",
         "vision/pre_norm/bias",
@@ -92,7 +93,7 @@ def test_decayed_paths(tiny):
         "llm/layers/norm1/scale",
         "llm/layers/norm2/scale",
     }
-    assert not opt.is_matrix("fusion/fuse/norm1/scale") and not opt.is_matrix("fusion/fuse/attention/q_bias")
+    assert not is_matrix("fusion/fuse/norm1/scale") and not is_matrix("fusion/fuse/attention/q_bias")
 
 
 def rates(steps, **settings):

@@ -16,14 +16,14 @@ from absl import flags
 from PIL import Image
 
 from sparsecut_jax.data import pipeline, walk
-from sparsecut_jax.data import tokenizer as tokenizers
-from sparsecut_jax.data.conversation import Example, encode_row
 from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.pipeline import Images, Reader, collate, fixed_batches, train_batches
 from sparsecut_jax.data.plan import Plan, make_plan
-from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
+from sparsecut_jax.text import tokenizer as tokenizers
+from sparsecut_jax.text.conversation import Example, encode_row
+from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.types import Batch
 
@@ -242,7 +242,9 @@ def test_what_is_not_trained_on_is_in_no_loss(words, tmp_path, batching, indepen
     for row in without:
         row["conversations"][1]["loss"] = False
     found, expected = ([b for b, _ in iterate(split_of(r, tmp_path), words, stage=stage)] for r in (without, rows))
-    said = [sorted(piece for batch in some for row in answers(batch, words) for piece in row) for some in (found, expected)]
+    said = [
+        sorted(piece for batch in some for row in answers(batch, words) for piece in row) for some in (found, expected)
+    ]
     yes = [f"yes {i}" for i in range(ROWS)]
     assert said == [yes, [f"row {i}" for i in range(ROWS)] + yes]
     if not independent:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparsecut_jax import sharding
-from sparsecut_jax.placing import fetch, gather, place, rows_here
+from sparsecut_jax.runtime import sharding
+from sparsecut_jax.runtime.placing import fetch, gather, place, rows_here
 
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
 

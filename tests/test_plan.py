@@ -209,7 +209,9 @@ def test_slots():
 
 
 def test_nothing_to_train_on():
-    assert refusal(lambda: plan_of(lengths_of([0, 0]))) == "there is no usable row to train on; run data check to see why"
+    assert (
+        refusal(lambda: plan_of(lengths_of([0, 0]))) == "there is no usable row to train on; run data check to see why"
+    )
 
 
 @pytest.mark.parametrize("stage", [{"epochs": 1e12}, {"max_steps": 2**31}])

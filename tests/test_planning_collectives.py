@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsecut_jax.planning.collectives import Collective, collectives
-from sparsecut_jax.sharding import make_mesh
+from sparsecut_jax.runtime.sharding import make_mesh
 
 # A loop of 32 turns, by twos to 64, that collects a matrix (in two instructions of one channel) and sums a gradient, and one sum behind it.
 HLO = """HloModule jit_step, is_scheduled=true

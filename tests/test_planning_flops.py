@@ -9,7 +9,7 @@ from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.compile import abstract_batch, lower_step
 from sparsecut_jax.planning.memory import Parameters
-from sparsecut_jax.sharding import make_mesh
+from sparsecut_jax.runtime.sharding import make_mesh
 
 NAME = "instruct"
 

@@ -7,9 +7,9 @@ import pytest
 
 from planning_cases import BYTES, CASES
 from planning_configs import load
-from sparsecut_jax import backends
 from sparsecut_jax.planning import memory, residuals
 from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.runtime import backends
 
 ALL = [(platform, name) for platform, cases in CASES.items() for name in cases]
 RECORDED = json.loads(BYTES.read_text()) if BYTES.exists() else {}

@@ -7,7 +7,7 @@ from planning_configs import load
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.planning import flops, memory
 from sparsecut_jax.planning.compile import abstract_batch, lower_step
-from sparsecut_jax.sharding import make_mesh
+from sparsecut_jax.runtime.sharding import make_mesh
 
 ARGUMENTS = "size=7b,stage=finetune"
 LEVELS, LAYERS = (0, 3, 7, 10, 13, 16, 20, 21), (31, 27, 22, 18, 13, 9, 4, 2)

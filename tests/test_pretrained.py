@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from golden_cases import sources_of
 from parity_cases import FOLDER
 from sparsecut_jax import config
-from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.settings import Config, FusionConfig, InitConfig
+from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 from sparsecut_jax.weights.architecture import whole_settings
@@ -368,7 +368,9 @@ def test_the_tokens_that_the_llm_sees(class_token, strategy):
     assert whole_settings(settings, "F", class_token)["fusion"] == {"name": "mlp", "shared": True}
 
 
-NO_WHOLE = "model_type {!r} is not a whole model in LLaVA's layout; set its parts as config.init.vision, .llm and .fusion"
+NO_WHOLE = (
+    "model_type {!r} is not a whole model in LLaVA's layout; set its parts as config.init.vision, .llm and .fusion"
+)
 
 
 @pytest.mark.parametrize(

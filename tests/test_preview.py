@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from sparsecut_jax.data import glyphs, preview
-from sparsecut_jax.data.tokenizer import train, wrap
+from sparsecut_jax.text.tokenizer import train, wrap
 
 FONTS = os.path.join(matplotlib.get_data_path(), "fonts/ttf")
 STIX = os.path.join(FONTS, "STIXGeneral.ttf")

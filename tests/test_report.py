@@ -8,8 +8,10 @@ import re
 import pytest
 
 from sparsecut_jax.models.shortcuts import Plan
-from sparsecut_jax.training import report
-from sparsecut_jax.training.report import MetricsWriter, Progress, plan_table, read_metrics, shortcut_names, table
+from sparsecut_jax.runtime import progress
+from sparsecut_jax.runtime.progress import Progress, busy
+from sparsecut_jax.runtime.tables import table
+from sparsecut_jax.training.report import MetricsWriter, plan_table, read_metrics, shortcut_names
 
 PLAN = Plan(pairs=((4, 0), (2, 3), (0, 6), (1, 6)), main_level=3, vit_depth=5, llm_depth=7)
 
@@ -72,10 +74,10 @@ def test_what_takes_long_is_told_before_and_after(capsys):
 
 
 def test_on_a_terminal_the_seconds_are_counted_on_one_line(monkeypatch):
-    monkeypatch.setattr(report, "TICK", 0.01)
+    monkeypatch.setattr(progress, "TICK", 0.01)
     ours, theirs = pty.openpty()
     said = b""
-    with open(theirs, "w") as terminal, report.busy("compiling", terminal) as remarks:
+    with open(theirs, "w") as terminal, busy("compiling", terminal) as remarks:
         while not said.endswith(b" s"):
             said += os.read(ours, 1000)
         remarks.append("done")

@@ -10,10 +10,11 @@ from PIL import Image
 
 from configs import scenes as scenes_config
 from sparsecut_jax import config
-from sparsecut_jax.data import scenes, tokenizer
+from sparsecut_jax.data import scenes
 from sparsecut_jax.data.canonical import canonical
 from sparsecut_jax.data.scenes import TEMPLATES
 from sparsecut_jax.settings import ScenesConfig
+from sparsecut_jax.text import tokenizer
 from sparsecut_jax.types import UserError
 
 CELLS = {

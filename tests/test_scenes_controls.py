@@ -12,8 +12,8 @@ from runs import ROOT
 from sparsecut_jax.data import images, scenes
 from sparsecut_jax.evaluation import scenes_controls
 from sparsecut_jax.evaluation.scenes_gallery import gallery
+from sparsecut_jax.runtime.figures import plt
 from sparsecut_jax.settings import ScenesConfig
-from sparsecut_jax.training.plots import plt
 from sparsecut_jax.types import UserError
 
 

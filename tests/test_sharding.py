@@ -15,10 +15,12 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from configs import siglip_qwen, sparsecut
-from sparsecut_jax import backends, sharding
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.models.parameters import split
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
@@ -66,7 +68,7 @@ def problem():
 
 def state_of(params):
     zero = np.zeros((), np.int32)
-    return TrainState(zero, params, recorder().init(opt.split(params, (".*",))[0]), zero, zero)
+    return TrainState(zero, params, recorder().init(split(params, (".*",))[0]), zero, zero)
 
 
 def boxed(model, batch):
@@ -91,7 +93,7 @@ def meshed(request, problem):
         shardings = sharding.param_shardings(boxed(model, batch), mesh)
         params = jax.device_put(params, shardings)
         whole = sharding.replicated(mesh)
-        layout = TrainState(whole, shardings, opt.split(shardings, (".*",))[0], whole, whole)
+        layout = TrainState(whole, shardings, split(shardings, (".*",))[0], whole, whole)
         state = jax.device_put(state_of(params), layout)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         lowered = jax.jit(step, out_shardings=(layout, None)).lower(state, batch)
@@ -152,7 +154,7 @@ def parameter_shapes(params, sizes):
     """Shapes of parameters, of one layer of a stack, and of shards of both along the axes of the mesh."""
     ways = {math.prod(taken) for taken in itertools.product(*((1, size) for size in sizes))}
     shapes = set()
-    for path, leaf in opt.split(params, (".*",))[0].items():
+    for path, leaf in split(params, (".*",))[0].items():
         stacked = "blocks/" in path or "layers/" in path
         for shape in {leaf.shape} | ({leaf.shape[1:], (1, *leaf.shape[1:])} if stacked else set()):
             for cut in itertools.product(ways, repeat=len(shape)):
@@ -234,7 +236,7 @@ def two_layers():
     gradients = make_gradients(model, accumulate=1, loss_chunk=CHUNK)
 
     def loss_and_gradients(params, batch):
-        moving, frozen = opt.split(params, (".*",))
+        moving, frozen = split(params, (".*",))
         total, count, grads, _ = gradients(moving, frozen, batch, jax.random.key(0))
         return total / count, grads
 
@@ -249,7 +251,7 @@ def test_every_mesh_gives_what_one_device_gives(two_layers, sizes):
     with jax.set_mesh(mesh):
         shardings = sharding.param_shardings(boxes, mesh)
         placed = jax.device_put((params, batch), (shardings, sharding.batch_sharding(mesh)))
-        outs = sharding.replicated(mesh), opt.split(shardings, (".*",))[0]
+        outs = sharding.replicated(mesh), split(shardings, (".*",))[0]
         compiled = jax.jit(function, out_shardings=outs).lower(*placed).compile()
         loss, grads = compiled(*placed)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
@@ -300,7 +302,7 @@ def test_param_shardings(problem):
     model, _, batch, _ = problem
     mesh = mesh_of((1, 2, 2, 2))
     tree = sharding.param_shardings(boxed(model, batch), mesh)
-    specs = {path: leaf.spec for path, leaf in opt.split(tree, (".*",))[0].items()}
+    specs = {path: leaf.spec for path, leaf in split(tree, (".*",))[0].items()}
     assert all(leaf.mesh == mesh for leaf in jax.tree.leaves(tree))
     expected = {
         "vision/class_embedding": P(None),
@@ -396,7 +398,7 @@ def states(config, sizes):
     cfg = backends.resolve(config_lib.check(config), "tpu")
     name = cfg.run_stages[0]
     mesh = AbstractMesh(sizes, sharding.MESH_AXES)
-    params = state.abstract_params(build_model(cfg), cfg, mesh, state.stage_dtypes(cfg, name))
+    params = abstract_params(build_model(cfg), cfg, mesh, stage_dtypes(cfg, name))
     found = state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name]), mesh)
     keys = lambda path: "/".join(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
     return {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}

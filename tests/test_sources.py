@@ -318,7 +318,9 @@ def test_a_file_of_test_rows(load, tmp_path):
         "leave it out"
     )
     no_folder = load([text_row(0)], images="", test=str(tmp_path / "hard.json"))
-    with pytest.raises(BadSample, match=r"config\.data\.test_images \(--images of evaluate\), the folder of the images, is empty"):
+    with pytest.raises(
+        BadSample, match=r"config\.data\.test_images \(--images of evaluate\), the folder of the images, is empty"
+    ):
         no_folder.tests["hard/test"].row(0)
 
 

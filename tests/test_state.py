@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 import runs
-from sparsecut_jax import backends, sharding
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.checkpoint import Checkpoints
+from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
+from sparsecut_jax.runs.run import load_run
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.train import train
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
-from sparsecut_jax.training.checkpoint import Checkpoints
 from tiny import tiny_config
 
 STAGES = {"align": StageConfig(trainable=("fusion/.*",)), "instruct": StageConfig(trainable=("fusion/.*", "llm/.*"))}
@@ -26,8 +28,8 @@ def dtypes(name, stages=("align", "instruct"), **top):
     cfg = backends.resolve(cfg.__class__(**{**vars(cfg), "stages": STAGES}), "cpu")
     model = build_model(cfg, backends.compute_dtype(cfg))
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    abstract = state.abstract_params(model, cfg, mesh, state.stage_dtypes(cfg, name))
-    return {path: leaf.dtype.name for path, leaf in state.flatten(abstract).items()}
+    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name))
+    return {path: leaf.dtype.name for path, leaf in flatten(abstract).items()}
 
 
 def test_frozen_matrices_are_kept_in_the_dtype_of_the_computation():
@@ -80,9 +82,9 @@ def test_a_run_in_bfloat16(tmp_path, one_device):
     assert shapes["params/fusion/fuse/projector/fc1/kernel"] == "float32[80, 16]"
     moments = [path for path in shapes if path.startswith("opt_state") and path.split("/")[-1] != "count"]
     assert moments and all("fusion/" in path for path in moments)
-    flat = state.flatten(load_run(str(tmp_path / "whole")).params)
+    flat = flatten(load_run(str(tmp_path / "whole")).params)
     assert flat["llm/head"].dtype == jnp.bfloat16 and flat["fusion/fuse/projector/fc1/kernel"].dtype == jnp.float32
-    frozen = state.flatten(load_run(str(tmp_path / "parts")).params)["llm/layers/mlp/up/kernel"]
+    frozen = flatten(load_run(str(tmp_path / "parts")).params)["llm/layers/mlp/up/kernel"]
     np.testing.assert_array_equal(np.asarray(flat["llm/layers/mlp/up/kernel"]), np.asarray(frozen))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from sparsecut_jax.models.parameters import split
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
@@ -52,7 +53,7 @@ def train_step(model):
 
 def new_state(params, step=10):
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-    moving, _ = opt.split(params, TRAINABLE)
+    moving, _ = split(params, TRAINABLE)
     # a buffer each: a donated one cannot be there twice
     return TrainState(
         jnp.array(step, jnp.int32),
@@ -72,7 +73,7 @@ def equal(a, b):
 
 
 def flat(params):
-    return opt.split(params, (".*",))[0]
+    return split(params, (".*",))[0]
 
 
 def is_trainable(path):
@@ -85,7 +86,7 @@ def is_trainable(path):
 @pytest.fixture(scope="module")
 def gradients(model, params):
     """Function of `accumulate` -> what the gradient function gives for rows with 2, 1, 2, 5 supervised tokens."""
-    moving, frozen = opt.split(params, TRAINABLE)
+    moving, frozen = split(params, TRAINABLE)
     run = lambda n: jax.jit(make_gradients(model, n, loss_chunk=16))(moving, frozen, float_batch(), jax.random.key(0))
     made = {n: as_numpy(run(n)) for n in (1, 4)}
     return made.__getitem__
@@ -241,4 +242,4 @@ def test_compiled_once_for_every_kind_of_batch(train_step, params):
 def test_the_state_is_donated(train_step, params):
     state = new_state(params)
     train_step(state, float_batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(opt.split(state.params, TRAINABLE)[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(split(state.params, TRAINABLE)[0]))

@@ -149,7 +149,11 @@ def test_labels_are_named(opened):
             "data source FILE: no column answer='anwser'; did you mean 'answer'?; the columns are question, answer",
         ),
         ({"caption": ["q"]}, {"image": "img"}, "data source FILE: no column image='img'; the columns are caption"),
-        ({"caption": ["q"]}, {"question": "ask"}, "data source FILE: no column question='ask'; the columns are caption"),
+        (
+            {"caption": ["q"]},
+            {"question": "ask"},
+            "data source FILE: no column question='ask'; the columns are caption",
+        ),
         (
             {"caption": ["q"]},
             {},
@@ -173,7 +177,11 @@ def test_refused_columns(refused, columns, settings, expected):
     [
         ({"question": ["q"], "answer": [[]]}, "no_answer", "column 'answer' is empty"),
         ({"question": [None], "answer": ["a"]}, "format", "column 'question' is empty"),
-        ({"question": ["q"], "answer": [{"x": 1}]}, "format", "column 'answer' is a dict, expected a string or a number"),
+        (
+            {"question": ["q"], "answer": [{"x": 1}]},
+            "format",
+            "column 'answer' is a dict, expected a string or a number",
+        ),
         ({"conversations": ["[{"]}, "text", "column 'conversations' is a string, but not valid JSON: "),
         ({"texts": [[{"user": "q", "assistant": None}]]}, "format", "pair 0 of column 'texts' must have the strings"),
     ],

@@ -128,7 +128,9 @@ def test_damage_in_a_header_is_not_taken_for_the_end(refused):
 
 def test_joined_tars(refused):
     one = tar_of([("a.jpg", b"J"), ("a.json", TEXT)])
-    assert refused(one + one).startswith("data source FILE continues after its end marker: it is damaged, or tars were joined with `cat`")
+    assert refused(one + one).startswith(
+        "data source FILE continues after its end marker: it is damaged, or tars were joined with `cat`"
+    )
 
 
 def test_two_members_of_one_name(refused):
@@ -144,11 +146,16 @@ def test_a_link(refused, kind):
         info.type, info.linkname = kind, "/etc/passwd"
         archive.addfile(info)
     what = "not a regular file" if kind == tarfile.FIFOTYPE else "a link"
-    assert refused(file.getvalue()).startswith(f"data source FILE: member 'a.jpg' is {what}; pack the files themselves, with")
+    assert refused(file.getvalue()).startswith(
+        f"data source FILE: member 'a.jpg' is {what}; pack the files themselves, with"
+    )
 
 
 def test_nothing_in_it(refused):
-    assert refused([("README", b"x")]) == "data source FILE has no members NAME.jpg, NAME.json, ...; expected at least one row"
+    assert (
+        refused([("README", b"x")])
+        == "data source FILE has no members NAME.jpg, NAME.json, ...; expected at least one row"
+    )
     assert refused(tar_of([])).startswith("data source FILE begins with zeros: an empty tar, or an incomplete download")
 
 

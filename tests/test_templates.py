@@ -7,9 +7,9 @@ import jinja2
 import pytest
 
 from small_tokenizers import byte_level, llama
-from sparsecut_jax.data.conversation import encode_prompt, encode_row
-from sparsecut_jax.data.templates import OWN, TEMPLATES, Template, get_template, stop_ids
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.text.conversation import encode_prompt, encode_row
+from sparsecut_jax.text.templates import OWN, TEMPLATES, Template, get_template, stop_ids
 from sparsecut_jax.types import UserError
 
 VICUNA = (

@@ -205,8 +205,7 @@ def test_what_holds_no_weights(tmp_path):
     assert sentence(tmp_path / "gone.safetensors") == "gone.safetensors does not exist"
     (tmp_path / "empty").mkdir()
     assert (
-        sentence(tmp_path / "empty")
-        == "empty has no .safetensors file; pickled weights (.bin) must be converted first"
+        sentence(tmp_path / "empty") == "empty has no .safetensors file; pickled weights (.bin) must be converted first"
     )
     (tmp_path / "link.safetensors").symlink_to("nowhere")
     assert sentence(tmp_path / "link.safetensors") == "link.safetensors does not exist"

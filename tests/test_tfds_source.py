@@ -195,7 +195,10 @@ def test_examples_that_make_no_row(load, settings, i, cause, sentence):
             "and nothing is downloaded here; set data_dir to its folder, or run `tfds build mnist ",
         ),
         (dict(path="tfds:a b"), "tfds:a b cannot be read as a TFDS dataset: "),
-        (dict(path="/not/there"), "/not/there is not the folder of a prepared TFDS dataset: it has no dataset_info.json"),
+        (
+            dict(path="/not/there"),
+            "/not/there is not the folder of a prepared TFDS dataset: it has no dataset_info.json",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(load, settings, sentence):

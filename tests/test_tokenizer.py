@@ -8,7 +8,7 @@ import sentencepiece
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from sparsecut_jax.data.tokenizer import from_json, load, train, wrap
+from sparsecut_jax.text.tokenizer import from_json, load, train, wrap
 from sparsecut_jax.types import UserError
 
 TEXTS = ["what color is the circle?", "is there a red shape?", "yes", "no", "what color is the shape?"] * 3

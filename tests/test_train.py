@@ -19,7 +19,7 @@ from sparsecut_jax import train as train_lib
 from sparsecut_jax.convert import to_hf
 from sparsecut_jax.data.sources import open_tests
 from sparsecut_jax.evaluation.accuracy import report_accuracy
-from sparsecut_jax.inference.run import load_run
+from sparsecut_jax.runs.run import load_run
 from sparsecut_jax.train import locked, train
 from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import Exit, UserError
@@ -317,7 +317,7 @@ def test_init_from_takes_the_named_parts_and_says_what_is_fresh(pictures, unbrok
 def no_rows(monkeypatch):
     """Rows that nobody may walk, and weights that nobody may load."""
     monkeypatch.setattr(train_lib.inputs, "make_stage_plan", lambda *_: pytest.fail("rows are walked"))
-    monkeypatch.setattr(train_lib.state, "initial_params", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(train_lib, "initial_params", lambda *_: pytest.fail("weights are loaded"))
 
 
 @pytest.fixture

@@ -118,5 +118,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unpacked_lib, "_decompressed", full)
     (tmp_path / "x").write_bytes(PACKED["gzip"])
-    with pytest.raises(UserError, match="does not fit into .*, which has .* GiB left; set TMPDIR to a folder with more"):
+    with pytest.raises(
+        UserError, match="does not fit into .*, which has .* GiB left; set TMPDIR to a folder with more"
+    ):
         unpacked(str(tmp_path / "x"))

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from small_tokenizers import byte_level
-from sparsecut_jax.data.conversation import encode_row
 from sparsecut_jax.data.parts import Folder, Part
-from sparsecut_jax.data.templates import TEMPLATES
 from sparsecut_jax.evaluation.vqa import answer_limit, asked_turns, example, questions, references, samples
+from sparsecut_jax.text.conversation import encode_row
+from sparsecut_jax.text.templates import TEMPLATES
 from sparsecut_jax.types import BadSample
 
 

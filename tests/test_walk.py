@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from small_tokenizers import byte_level, llama
-from sparsecut_jax.data import tokenizer as tokenizers
 from sparsecut_jax.data import walk as walk_lib
-from sparsecut_jax.data.conversation import TooLong, encode_row
 from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.rows import JsonRows
-from sparsecut_jax.data.templates import get_template
 from sparsecut_jax.data.walk import Bad, RowEncoder, walk, walk_once
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.text import tokenizer as tokenizers
+from sparsecut_jax.text.conversation import TooLong, encode_row
+from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.types import UserError
 
 N = 4  # positions of an image

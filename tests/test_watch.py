@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from sparsecut_jax import watch
-from sparsecut_jax.hosts import Process
+from sparsecut_jax.runtime import watch
+from sparsecut_jax.runtime.hosts import Process
 
 NAMES = [f"process {i} of 3 (host h{i}, pid {i})" for i in range(3)]
 KNOWN = {"names": NAMES, "coordinator": "127.0.0.1:1"}

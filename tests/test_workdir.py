@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sparsecut_jax.training.checkpoint import open_run
-from sparsecut_jax.training.workdir import locked, no_run
+from sparsecut_jax.runs.checkpoint import open_run
+from sparsecut_jax.runs.workdir import locked, no_run
 from sparsecut_jax.types import UserError
 
 LAYOUTS = {

@@ -19,23 +19,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsecut_jax import backends, sharding
 from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
 from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.parameters import flatten, split
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.answer import prepared
 from sparsecut_jax.planning.compile import step_of
 from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
+from sparsecut_jax.runs.parameters import abstract_params, init_params, stage_dtypes
+from sparsecut_jax.runs.setup import make_reader, make_tokenizer
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
-from sparsecut_jax.training.inputs import make_reader, make_tokenizer
 from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch
@@ -130,8 +132,8 @@ class Bench:
         # As many images as fit into the sequence, at most the number of slots, at least one.
         self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
         self.model = build_model(cfg, self.dtype, ("shortcut_ratio",))
-        self.abstract = state.abstract_params(self.model, cfg, self.mesh, state.stage_dtypes(cfg, name))
-        self.shapes = {path: leaf.shape for path, leaf in state.flatten(self.abstract).items()}
+        self.abstract = abstract_params(self.model, cfg, self.mesh, stage_dtypes(cfg, name))
+        self.shapes = {path: leaf.shape for path, leaf in flatten(self.abstract).items()}
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
             self.predicted = float(batch.loss_mask.mean())  # share of target positions
@@ -142,7 +144,7 @@ class Bench:
         return self._drawn_params()
 
     def _drawn_params(self) -> Any:
-        return state.init_params(self.model, self.cfg, self.abstract)
+        return init_params(self.model, self.cfg, self.abstract)
 
     def time(self, part: str, peak: Peak) -> Timed:
         """Times one of PARTS."""
@@ -169,7 +171,7 @@ class Bench:
 
     def _gradient(self) -> Timed:
         run = jax.jit(make_gradients(self.model, self.stage.accumulate, self.cfg.loss_chunk))
-        moving, frozen = opt.split(self.params, self.stage.trainable)
+        moving, frozen = split(self.params, self.stage.trainable)
         return self._called("gradient", "forward and backward", run, moving, frozen, self.batch, jax.random.key(0))
 
     def _step(self) -> Timed:
@@ -210,7 +212,7 @@ class Bench:
         work = sum(p.flops * (1 + more(p)) * needed(p) for p in found)
         moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
         if part == "step":
-            moving, _ = opt.split(self.abstract, stage.trainable)
+            moving, _ = split(self.abstract, stage.trainable)
             moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
         tokens = stage.batch_size * stage.seq_len / timed.median
         rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from sparsecut_jax.training.report import table
+from sparsecut_jax.runtime.tables import table
 
 PASSES = ("forward", "again", "backward")  # again: recomputation by remat
 LABELS = {"again": "recompute", "all": "total", "products": "of it matmuls"}  # in tables

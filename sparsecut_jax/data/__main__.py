@@ -21,17 +21,18 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from sparsecut_jax import checks, cli, help_text
+from sparsecut_jax import checks
+from sparsecut_jax.commandline import cli, help_text
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
+from sparsecut_jax.runs.setup import make_reader, make_tokenizer
+from sparsecut_jax.runtime.folders import make_folder
+from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import report
-from sparsecut_jax.training.inputs import make_reader, make_tokenizer
-from sparsecut_jax.training.workdir import make_folder
 from sparsecut_jax.types import UserError, shown
 from sparsecut_jax.weights import pretrained as weights
 from sparsecut_jax.weights.resolve import differences, resolve
@@ -92,7 +93,7 @@ def build_dataset() -> None:
     data = dataclasses.replace(cfg.data, source=source, images=images, mix={}, holdout=0)
     stages = {name: dataclasses.replace(stage, sources=()) for name, stage in cfg.stages.items()}
     (part,) = sources.load_source(dataclasses.replace(cfg, data=data, stages=stages)).train.values()
-    progress = report.Progress(len(part), 0, "rows")
+    progress = Progress(len(part), 0, "rows")
     built = build.build(
         Rows(part), part.encoded, FLAGS.out, skip=FLAGS.skip_bad, progress=lambda done, total: progress.update()
     )

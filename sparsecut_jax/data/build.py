@@ -28,8 +28,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.tfds_source import FORMAT
+from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import BadSample, UserError
 
 READERS = 16  # threads that prefetch rows and images: buckets and network drives have high latency

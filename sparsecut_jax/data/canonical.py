@@ -12,7 +12,7 @@ import re
 import urllib.parse
 from typing import Any
 
-from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE, SYSTEM, Row, images_of
+from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE, SYSTEM, Row, images_of
 from sparsecut_jax.types import BadSample
 
 SPEAKERS = {"human": HUMAN, "user": HUMAN, "gpt": GPT, "assistant": GPT, "system": SYSTEM}

@@ -12,8 +12,9 @@ import numpy as np
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.walk import Bad, Encoders, Look, RowEncoder, walk
-from sparsecut_jax.training.report import Progress, table
-from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.runtime.folders import write_json
+from sparsecut_jax.runtime.progress import Progress
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.types import CAUSES, Exit, shown
 
 SHOWN = 3  # examples of each cause

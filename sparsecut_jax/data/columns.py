@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.data.rows import Row, place
 from sparsecut_jax.settings import SourceConfig
+from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.types import BadSample, UserError
 
 IMAGES = ("image", "images")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
+from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE
 
 COLORS = ("black", "gray", "red", "blue", "green", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")

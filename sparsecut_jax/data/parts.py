@@ -17,10 +17,10 @@ from PIL import Image
 
 from sparsecut_jax.data import images
 from sparsecut_jax.data.canonical import canonical
-from sparsecut_jax.data.conversation import images_of
 from sparsecut_jax.data.image_names import resolve
 from sparsecut_jax.data.rows import Row, Subset, place
 from sparsecut_jax.data.scratch import MappedArray
+from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import BadSample
 
 PLAIN_NAME = re.compile(r"[\w-]+(?:[/.][\w-]+)*", re.ASCII)

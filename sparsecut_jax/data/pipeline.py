@@ -18,13 +18,13 @@ import jax
 import numpy as np
 
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import Example, images_of
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.settings import Config
+from sparsecut_jax.text.conversation import Example, images_of
 from sparsecut_jax.types import EMPTY_SLOT, BadSample, Batch, UserError
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process

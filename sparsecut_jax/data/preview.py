@@ -13,9 +13,9 @@ from sparsecut_jax.data.glyphs import Run, draw_runs, label, runs_of
 from sparsecut_jax.data.images import canvas
 from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.plan import Plan
-from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.settings import Config
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import Batch, shown
 
 WIDTH, SIDE, MARGIN, LINE = 1200, 160, 10, 20

@@ -23,9 +23,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from sparsecut_jax.data.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.data.scenes_drawing import Facts, draw
 from sparsecut_jax.settings import ScenesConfig
+from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE
 from sparsecut_jax.types import UserError
 
 Row = dict[str, Any]

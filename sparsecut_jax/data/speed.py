@@ -11,9 +11,9 @@ import numpy as np
 from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.pipeline import Reader, next_batch, train_batches
 from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.runtime.folders import write_json
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.report import table
-from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import EMPTY_SLOT
 
 FOREVER = 10_000  # batches

@@ -12,10 +12,11 @@ from matplotlib.ticker import MaxNLocator
 from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.plan import Lengths
 from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.runtime.figures import plt
+from sparsecut_jax.runtime.folders import write_json
+from sparsecut_jax.runtime.progress import Progress
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.training.plots import plt
-from sparsecut_jax.training.report import Progress, table
-from sparsecut_jax.training.workdir import write_json
 
 BATCHINGS = get_args(get_type_hints(StageConfig)["batching"])
 BINS = 60  # of a histogram, at most

@@ -20,13 +20,13 @@ from typing import Literal
 
 import numpy as np
 
-from sparsecut_jax.data.conversation import encode_row, images_of
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.plan import Lengths, Plan, make_plan
 from sparsecut_jax.data.rows import Row
-from sparsecut_jax.data.templates import get_template
-from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.settings import Config, StageConfig
+from sparsecut_jax.text.conversation import encode_row, images_of
+from sparsecut_jax.text.templates import get_template
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import BadSample, UserError
 
 CHUNK = 500

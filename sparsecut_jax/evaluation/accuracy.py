@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sparsecut_jax import hosts
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.evaluation import scores, vqa
 from sparsecut_jax.evaluation.answered import Answered, write_answers
-from sparsecut_jax.inference.run import Run
-from sparsecut_jax.training.report import Progress, table
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import hosts
+from sparsecut_jax.runtime.progress import Progress
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.types import UserError, shown
 
 SAMPLES = 12
@@ -39,7 +40,9 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
             raise UserError(f"none of the {len(part)} rows of {test} {reason}")
         results |= report(test, found, limit)
         if broken:
-            print(f"left out   {len(broken):,} of {len(part):,} rows of {test}, which are broken; the first: {broken[0]}")
+            print(
+                f"left out   {len(broken):,} of {len(part):,} rows of {test}, which are broken; the first: {broken[0]}"
+            )
             results[f"{test}/broken_rows"] = len(broken)
         answered += found
     print()
@@ -59,9 +62,7 @@ def report(test: str, answered: list[Answered], limit: int) -> dict[str, float |
         [group or "all", f"{found['accuracy'].count:,}", *(str(found.get(name, "")) for name in names)]
         for group, found in groups.items()
     ]
-    print(
-        f"\n{test}: every question asked on its own; accuracy is exact match; 95 % intervals in ()"
-    )
+    print(f"\n{test}: every question asked on its own; accuracy is exact match; 95 % intervals in ()")
     print(table(["kind", "questions", *(scores.SCORES[name] for name in names)], rows))
     cut = sum(item.cut for item in answered)
     if cut:

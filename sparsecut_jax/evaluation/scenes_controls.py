@@ -26,14 +26,15 @@ import numpy as np
 import optax
 from absl import flags
 
-from sparsecut_jax import cli
+from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import scenes
 from sparsecut_jax.data.images import square
 from sparsecut_jax.data.scenes import LEVELS, SCALES, TEMPLATES, Scenes
 from sparsecut_jax.evaluation import scenes_gallery
+from sparsecut_jax.runtime.folders import write_json
+from sparsecut_jax.runtime.progress import Progress
+from sparsecut_jax.runtime.tables import table
 from sparsecut_jax.settings import ScenesConfig
-from sparsecut_jax.training.report import Progress, table
-from sparsecut_jax.training.workdir import write_json
 from sparsecut_jax.types import UserError
 
 CONTROLS = ("text_only", "shuffled", "cnn_low", "cnn_full", "speed")

@@ -9,8 +9,8 @@ import numpy as np
 from sparsecut_jax.data import scenes
 from sparsecut_jax.data.images import square
 from sparsecut_jax.data.scenes import TEMPLATES
+from sparsecut_jax.runtime.figures import plt
 from sparsecut_jax.settings import ScenesConfig
-from sparsecut_jax.training.plots import plt
 
 
 def gallery(path: str | os.PathLike, size: int, low: int, count: int = 4, seed: int = 0) -> None:

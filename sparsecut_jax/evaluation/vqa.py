@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax import placing, sharding
-from sparsecut_jax.data.conversation import IMAGE, Example, encode_prompt, images_of
 from sparsecut_jax.data.parts import Folder, Part
-from sparsecut_jax.data.templates import get_template, stop_ids
 from sparsecut_jax.data.walk import as_bad
 from sparsecut_jax.evaluation.answered import Answered
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import placing, sharding
+from sparsecut_jax.text.conversation import IMAGE, Example, encode_prompt, images_of
+from sparsecut_jax.text.templates import get_template, stop_ids
 from sparsecut_jax.types import BadSample
 
 IMAGES_AT_ONCE = 64

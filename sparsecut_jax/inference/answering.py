@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sparsecut_jax import sharding
 from sparsecut_jax.checks import nearest
 from sparsecut_jax.data import images
-from sparsecut_jax.data.conversation import encode_prompt
-from sparsecut_jax.data.templates import OWN, TEMPLATES, get_template, stop_ids
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import sharding
+from sparsecut_jax.text.conversation import encode_prompt
+from sparsecut_jax.text.templates import OWN, TEMPLATES, get_template, stop_ids
 from sparsecut_jax.types import UserError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray

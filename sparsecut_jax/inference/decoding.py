@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsecut_jax.data.conversation import Example
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.sparsecut import Encoded, SparseCut
+from sparsecut_jax.text.conversation import Example
 from sparsecut_jax.types import EMPTY_SLOT
 
 

@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sparsecut_jax.sharding import spec
+from sparsecut_jax.runtime.sharding import spec
 
 TILE = 256  # queries per tile: enough for an efficient matmul, and the scores stay in a core's cache
 TOGETHER = 2**18  # scores per matmul up to which several short heads are processed together

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparsecut_jax.models.attention import attention
+from sparsecut_jax.runtime.sharding import constrain, constrain_weight
 from sparsecut_jax.settings import RopeConfig
-from sparsecut_jax.sharding import constrain, constrain_weight
 
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros

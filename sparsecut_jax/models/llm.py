@@ -31,8 +31,8 @@ from sparsecut_jax.models.layers import (
 from sparsecut_jax.models.lora import add_adapter, matrices, narrow
 from sparsecut_jax.models.remat import LAYER_INPUT, rematted
 from sparsecut_jax.models.shortcuts import Plan, inject
+from sparsecut_jax.runtime.sharding import constrain, constrain_weight, ways
 from sparsecut_jax.settings import LLMConfig, LoraConfig
-from sparsecut_jax.sharding import constrain, constrain_weight, ways
 
 INTERMEDIATES = ("hidden", "shortcut_ratio")
 

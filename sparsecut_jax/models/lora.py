@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparsecut_jax.models.layers import weight, zeros
+from sparsecut_jax.runtime.sharding import constrain
 from sparsecut_jax.settings import LoraConfig
-from sparsecut_jax.sharding import constrain
 
 Matrices = tuple[jax.Array, jax.Array]
 

@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sparsecut_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, MultiHeadAttention, normal, ones, weight
 from sparsecut_jax.models.remat import LAYER_INPUT, rematted
+from sparsecut_jax.runtime.sharding import constrain
 from sparsecut_jax.settings import VisionConfig
-from sparsecut_jax.sharding import constrain
 
 
 class Block(nn.Module):

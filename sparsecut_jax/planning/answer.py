@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sparsecut_jax import backends, checks, sharding
+from sparsecut_jax import checks
 from sparsecut_jax.planning import compiler, flops, memory, steps
 from sparsecut_jax.planning.collectives import Collective
 from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.roofline import Roofline, roofline
 from sparsecut_jax.planning.search import Option, search, smallest, step_products, with_settings
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
-from sparsecut_jax import sharding
 from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import residuals
 from sparsecut_jax.planning.flops import slots_of
+from sparsecut_jax.runs.parameters import boxed_shapes, stage_dtypes
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import state
-from sparsecut_jax.training.state import boxed_shapes, flatten
 
 Sizes = Mapping[str, int]  # {mesh axis: size}
 
@@ -101,7 +101,7 @@ class Parameters:
         model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
         self.boxed = boxed_shapes(model, cfg.data.max_images)
         self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
-        self.dtype_of = state.stage_dtypes(cfg, name)
+        self.dtype_of = stage_dtypes(cfg, name)
         self.trained = lambda path: any(re.fullmatch(pattern, path) for pattern in patterns)
         self._specs: dict[tuple[int, ...], dict[str, Any]] = {}
 

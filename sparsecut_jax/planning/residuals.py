@@ -19,12 +19,12 @@ from flax import linen as nn
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.fusion import Fusion, views_of
 from sparsecut_jax.models.llm import Context, Layer
+from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.models.vit import Block
 from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, LoraConfig, VisionConfig
-from sparsecut_jax.training.state import flatten, unflatten
 
 # cuDNN's function queries the GPU, so splash stands in for it: it keeps arrays of the same shapes.
 TRACED = {"cudnn": "splash"}

@@ -9,10 +9,10 @@ import math
 
 import jax.numpy as jnp
 
-from sparsecut_jax import sharding
 from sparsecut_jax.planning.flops import Product
 from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Parameters, Sizes
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 
 UPDATE = 7  # float32 numbers that Adam reads (p, m, v, g) and writes (p, m, v) for each trained parameter

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from sparsecut_jax.planning.tables import gib  # noqa: E402
-from sparsecut_jax.training.report import table  # noqa: E402
+from sparsecut_jax.runtime.tables import table  # noqa: E402
 
 COLORS = {"products": "#35618f", "memory": "#e8a35c", "links": "#b3262a"}
 LABELS = {"products": "matmuls", "memory": "memory", "links": "interconnect"}

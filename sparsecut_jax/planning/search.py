@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from sparsecut_jax import sharding
 from sparsecut_jax.planning import flops, memory
 from sparsecut_jax.planning.hardware import Topology, larger
 from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
 from sparsecut_jax.planning.roofline import roofline
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 

@@ -8,37 +8,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsecut_jax import hosts, placing, sharding
 from sparsecut_jax.data import pipeline, sources
-from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.plan import Plan
-from sparsecut_jax.data.walk import FEW, RowEncoder, stage_plan, walk_once
+from sparsecut_jax.data.walk import FEW, stage_plan, walk_once
 from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.runs.setup import make_reader
+from sparsecut_jax.runtime import hosts, placing, sharding
+from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training import loop, report
+from sparsecut_jax.training import loop
 from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.losses import summed_loss
-from sparsecut_jax.types import UserError
-from sparsecut_jax.weights import pretrained as weights
-
-
-def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
-    """The tokenizer of the LLM or of config.tokenizer; for an LLM trained from scratch, one trained on the rows."""
-    tokenizer = weights.source_tokenizer(cfg, parts)
-    if tokenizer is None and "llm" in parts:
-        raise UserError(
-            f"{parts['llm'].path} has no tokenizer; set config.tokenizer.path to a folder with the LLM's tokenizer"
-        )
-    return tokenizer or tokenizer_lib.train(source.texts(), cfg.tokenizer.vocab_size)
-
-
-def make_reader(
-    source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, holdout: bool = False
-) -> pipeline.Reader:
-    """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
-    stage = cfg.stages[name]
-    encoder = RowEncoder.of(stage, cfg.tokens_per_image, tokenizer)
-    return pipeline.Reader(source.stage(stage, holdout), encoder, pictures, cfg.data.flip, cfg.data.shift)
 
 
 def make_stage_plan(
@@ -46,7 +26,7 @@ def make_stage_plan(
 ) -> Plan:
     """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
     split = reader.split
-    progress = report.Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
+    progress = Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
     kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
     update = progress.update if progress else lambda n: None
     with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from sparsecut_jax import hosts
 from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.runs.checkpoint import Checkpoints, NotFinite
+from sparsecut_jax.runtime import hosts
+from sparsecut_jax.runtime.progress import Progress, Startup
 from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.training.checkpoint import Checkpoints, NotFinite
-from sparsecut_jax.training.report import MetricsWriter, Progress, Startup
+from sparsecut_jax.training.report import MetricsWriter
 from sparsecut_jax.training.step_log import StepLog
 from sparsecut_jax.types import Batch, Exit, TrainState, UserError
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsecut_jax.models.sparsecut import SparseCut
-from sparsecut_jax.sharding import constrain, constrain_weight, data_parallel, ways
+from sparsecut_jax.runtime.sharding import constrain, constrain_weight, data_parallel, ways
 from sparsecut_jax.types import Batch
 
 BLOCK = 4096  # vocabulary entries whose part of the head's gradient is computed at once

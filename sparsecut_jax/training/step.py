@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsecut_jax.models.parameters import Params, is_matrix, join, split
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
@@ -23,15 +24,15 @@ def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callab
     the gradients are half as large. With `accumulate` > 1 the rows are processed in that many micro-batches; since losses
     and gradients are sums, the result is that of the whole batch.
     """
-    taken = lambda flat: {k: v.astype(model.dtype) if opt.is_matrix(k) else v for k, v in flat.items()}
+    taken = lambda flat: {k: v.astype(model.dtype) if is_matrix(k) else v for k, v in flat.items()}
     whole = lambda grads: jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
-    def loss_fn(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
-        params = opt.join(frozen, trainable)
+    def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
+        params = join(frozen, trainable)
         total, count, seen = summed_loss(model, params, batch, loss_chunk, rngs={"dropout": key})
         return total + seen["aux_loss"] * count, (count, seen.get("shortcut_ratio", jnp.zeros((0, 1))))
 
-    def gradients(trainable: opt.Params, frozen: opt.Params, batch: Batch, key: jax.Array):
+    def gradients(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         def one(batch: Batch, key: jax.Array):
             values, grads = jax.value_and_grad(loss_fn, has_aux=True)(taken(trainable), frozen, batch, key)
             total, (count, ratio) = values
@@ -75,7 +76,7 @@ def make_train_step(
     gradients = make_gradients(model, stage.accumulate, loss_chunk)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        moving, frozen = opt.split(state.params, stage.trainable)
+        moving, frozen = split(state.params, stage.trainable)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, count, grads, ratio = gradients(moving, frozen, batch, key)
         with jax.named_scope("update"):
@@ -91,7 +92,7 @@ def make_train_step(
             bad = 1 - good.astype(jnp.int32)
             state = TrainState(
                 step=state.step + 1,
-                params=opt.join(frozen, jax.tree.map(keep, moved, moving)),
+                params=join(frozen, jax.tree.map(keep, moved, moving)),
                 opt_state=jax.tree.map(keep, opt_state, state.opt_state),
                 skipped=state.skipped + bad,
                 streak=(state.streak + 1) * bad,

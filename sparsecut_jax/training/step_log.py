@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsecut_jax import placing
+from sparsecut_jax.runtime import placing
 from sparsecut_jax.training.report import shortcut_names
 from sparsecut_jax.types import Batch, Exit, UserError
 

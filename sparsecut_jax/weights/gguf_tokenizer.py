@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from sparsecut_jax.data.tokenizer import Tokenizer, wrap
+from sparsecut_jax.text.tokenizer import Tokenizer, wrap
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.gguf import Header, read_header
 

@@ -7,9 +7,9 @@ import os
 import re
 from typing import Any
 
-from sparsecut_jax.data import tokenizer as tokenizer_lib
-from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.settings import Config, InitConfig
+from sparsecut_jax.text import tokenizer as tokenizer_lib
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import gguf, onnx
 from sparsecut_jax.weights.architecture import refuse_remote_code

@@ -19,10 +19,10 @@ from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.data import tokenizer as tokenizer_lib
-from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.runs.workdir import no_run
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.workdir import no_run
+from sparsecut_jax.text import tokenizer as tokenizer_lib
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import TrainState, UserError, first_line
 
 METRIC = "holdout_loss"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 
-from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError, first_line
 
 OWN = "tokenizer"  # the name that selects the tokenizer's own template
@@ -218,4 +218,6 @@ def _around(tokenizer: Tokenizer, *roles: str, pad: str = "") -> list[str]:
 
 def _refused(reason: str) -> UserError:
     others = ", ".join(TEMPLATES)
-    return UserError(f"the tokenizer's chat template {reason}; set the template (config.stages.*.template) to one of {others}")
+    return UserError(
+        f"the tokenizer's chat template {reason}; set the template (config.stages.*.template) to one of {others}"
+    )

@@ -14,30 +14,15 @@ from collections.abc import Iterator
 from typing import IO
 
 from sparsecut_jax import config as config_lib
-from sparsecut_jax import hosts
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.data.templates import begins_with_bos
-from sparsecut_jax.data.tokenizer import Tokenizer
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.runs.wiring_plot import save_plan
+from sparsecut_jax.runtime import hosts
+from sparsecut_jax.runtime.folders import make_folder, print_files, write_json
 from sparsecut_jax.settings import Config
+from sparsecut_jax.text.templates import begins_with_bos
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
-
-
-def make_folder(name: str, folder: str) -> str:
-    """Creates `folder`, the value of the flag or setting `name`, and returns it. Call it before slow work starts.
-
-    Raises:
-      UserError: the folder cannot be written to, or is in a bucket.
-    """
-    if "://" in folder:
-        raise UserError(f"{name}={folder!r}: expected a folder on a file system, not in a bucket")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{name}={folder!r} cannot be written to: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{name}={folder!r} cannot be written to: Permission denied")
-    return folder
 
 
 @contextlib.contextmanager
@@ -149,23 +134,12 @@ def update_results(folder: str, step: int, results: dict) -> None:
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
     """Writes config.json (resolved), the tokenizer, and shortcuts.png."""
-    from sparsecut_jax.training import (
-        plots,  # imported here: matplotlib takes a third of a second, for which bad input should not wait
-    )
 
     with open(os.path.join(workdir, "config.json"), "w") as file:
         file.write(config_lib.to_json(cfg) + "\n")
     if tokenizer is not None:
         tokenizer.save(os.path.join(workdir, "tokenizer"), begins_with_bos(cfg.stages[cfg.run_stages[-1]].template))
-    plots.save_plan(os.path.join(workdir, "shortcuts.png"), plan)
-
-
-def write_json(path: str, values: dict) -> None:
-    """Writes `values` as JSON, atomically."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    save_plan(os.path.join(workdir, "shortcuts.png"), plan)
 
 
 def print_written(workdir: str, seconds: float, question: str, images: list[str]) -> None:
@@ -187,13 +161,6 @@ def print_written(workdir: str, seconds: float, question: str, images: list[str]
     print_files(workdir, what)
     asked = [f"--workdir={workdir}", *(f"--image={image}" for image in images), f"--prompt={question}"]
     print(f"\nask it:  python -m sparsecut_jax.generate {' '.join(map(_quoted, asked))}")
-
-
-def print_files(folder: str, what: dict[str, str]) -> None:
-    """Lists those of the files that are there, each with what it holds."""
-    for name, told in what.items():
-        if os.path.exists(os.path.join(folder, name)):
-            print(f"  {name:<17} {told}")
 
 
 def _quoted(flag: str) -> str:

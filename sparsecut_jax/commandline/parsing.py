@@ -9,8 +9,9 @@ import traceback
 
 from absl import flags
 
-from sparsecut_jax import checks, config_files
+from sparsecut_jax import checks
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.commandline import config_files
 from sparsecut_jax.types import UserError
 
 
@@ -25,7 +26,9 @@ def parse(arguments: bool) -> list[str]:
         if arg.startswith("-") and name.startswith("config."):
             config_lib.check_override(name, value if given else None)
             if "config" in flags.FLAGS and not file:
-                raise UserError(f"--{name} changes a setting of a config file; name one, such as --config=configs/base.py")
+                raise UserError(
+                    f"--{name} changes a setting of a config file; name one, such as --config=configs/base.py"
+                )
     argv = [*sys.argv[:1], *map(_with_underscores, sys.argv[1:])]
     if file:
         ((at, value),) = _config_arguments()

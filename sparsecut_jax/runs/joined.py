@@ -7,15 +7,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sparsecut_jax import backends, sharding
-from sparsecut_jax.data import tokenizer as tokenizer_lib
 from sparsecut_jax.data.pipeline import Images
-from sparsecut_jax.data.templates import OWN, TEMPLATES
-from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.runs.parameters import abstract_params, initial_params
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config, InitConfig
-from sparsecut_jax.training import state
+from sparsecut_jax.text import tokenizer as tokenizer_lib
+from sparsecut_jax.text.templates import OWN, TEMPLATES
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
@@ -41,7 +41,7 @@ class Joined:
     def read(self) -> tuple[Any, load.Report]:
         """The parameters, freshly initialised if no source has them, and a report of where each came from. Raises UserError."""
         matched = load.match(self.abstract, self.config, self.sources)
-        return state.initial_params(self.model, self.config, self.abstract, matched)
+        return initial_params(self.model, self.config, self.abstract, matched)
 
 
 def join(cfg: Config) -> Joined:
@@ -68,9 +68,9 @@ def join(cfg: Config) -> Joined:
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     model = build_model(cfg)
     if cfg.param_dtype == "auto":
-        fillings, _ = load.match(state.abstract_params(model, cfg, mesh), cfg, sources)
+        fillings, _ = load.match(abstract_params(model, cfg, mesh), cfg, sources)
         cfg = dataclasses.replace(cfg, param_dtype=load.files_dtype(fillings))
-    return Joined(cfg, sources, tokenizer, mesh, model, state.abstract_params(model, cfg, mesh))
+    return Joined(cfg, sources, tokenizer, mesh, model, abstract_params(model, cfg, mesh))
 
 
 def load_whole(path: str) -> Run:

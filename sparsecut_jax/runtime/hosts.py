@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from sparsecut_jax import watch
+from sparsecut_jax.runtime import watch
 from sparsecut_jax.types import UserError
 
 CLUSTERS = ("gcetpu", "gketpu", "slurm", "ompi")  # where JAX finds the other processes itself

@@ -13,13 +13,13 @@ from flax import traverse_util
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from sparsecut_jax.data.templates import begins_with_bos
-from sparsecut_jax.data.tokenizer import Tokenizer
-from sparsecut_jax.inference.run import Run
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.settings import Config, ShortcutConfig
-from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.text.templates import begins_with_bos
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
 from sparsecut_jax.weights.names import Rule, rules_of, to_theirs

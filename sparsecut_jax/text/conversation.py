@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax.data.templates import Template
-from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.text.templates import Template
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import BadSample, UserError
 
 Row = dict[str, Any]

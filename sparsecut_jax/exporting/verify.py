@@ -9,15 +9,15 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from sparsecut_jax import sharding
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.exporting.export import portable
 from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.parameters import abstract_params
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, InitConfig
-from sparsecut_jax.training import state
 from sparsecut_jax.types import Batch, UserError
 from sparsecut_jax.weights import load, pretrained
-from sparsecut_jax.weights.export import portable
 from sparsecut_jax.weights.resolve import resolve
 from sparsecut_jax.weights.tensors import read_json
 
@@ -40,9 +40,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     cfg = resolve(dataclasses.replace(cfg, init=init), found)
     after = build_model(cfg)
     old = traverse_util.flatten_dict(expected, sep="/")
-    abstract = state.abstract_params(
-        after, cfg, run.mesh, lambda path: old[path].dtype
-    )  # frozen and trained ones differ
+    abstract = abstract_params(after, cfg, run.mesh, lambda path: old[path].dtype)  # frozen and trained ones differ
     fillings, _ = load.match(abstract, cfg, found)
     loaded = load.read(fillings, cfg)
     for path, leaf in loaded.items():

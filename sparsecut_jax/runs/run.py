@@ -8,13 +8,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from sparsecut_jax import backends, sharding
 from sparsecut_jax.data.pipeline import Images
-from sparsecut_jax.data.tokenizer import Tokenizer
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.runs.checkpoint import CONVERTED, open_run
+from sparsecut_jax.runs.parameters import abstract_params
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.checkpoint import CONVERTED, open_run
-from sparsecut_jax.training.state import abstract_params, flatten
+from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 
 FRESH_FUSION = (

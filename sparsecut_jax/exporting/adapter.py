@@ -9,11 +9,11 @@ import re
 import numpy as np
 from flax import traverse_util
 
-from sparsecut_jax.inference.run import Run
+from sparsecut_jax.exporting.export import save_tensors, tensors_of, write_tensors
 from sparsecut_jax.models.lora import is_adapter, merge
-from sparsecut_jax.training.workdir import write_json
+from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.export import save_tensors, tensors_of, write_tensors
 from sparsecut_jax.weights.names import Rule, rules_of
 
 PREFIX = "base_model.model."
