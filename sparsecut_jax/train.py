@@ -28,13 +28,13 @@ from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.evaluation.accuracy import report_accuracy
-from sparsecut_jax.models.parameters import flatten
+from sparsecut_jax.models.parameters import flatten, matrices
 from sparsecut_jax.models.shortcuts import plan_shortcuts
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops, hardware
 from sparsecut_jax.runs.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
 from sparsecut_jax.runs.origin import Origin
-from sparsecut_jax.runs.parameters import abstract_params, initial_params, stage_dtypes
+from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, initial_params, stage_dtypes
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runs.setup import make_reader, make_tokenizer
 from sparsecut_jax.runs.workdir import locked, print_written, update_results, write_run_files
@@ -107,7 +107,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
     here = backends.resolve(cfg, sharding.platform(mesh))
     dtype = backends.compute_dtype(here)
     shaped = build_model(here, dtype, ("shortcut_ratio",))
-    abstract_of = lambda name: abstract_params(shaped, cfg, mesh, stage_dtypes(here, name))
+    are_matrices = matrices(boxed_shapes(shaped, cfg.data.max_images))
+    abstract_of = lambda name: abstract_params(shaped, cfg, mesh, stage_dtypes(here, name, are_matrices))
     abstract = abstract_of(meta["stage"] if meta else cfg.run_stages[0])
     shapes = {path: leaf.shape for path, leaf in flatten(abstract).items()}
     for name in cfg.run_stages:
@@ -129,7 +130,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
     here = backends.resolve(cfg, sharding.platform(mesh), branched)  # checkpoints keep the unresolved config
     model = build_model(here, dtype, ("shortcut_ratio",))
     states = {
-        s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage), mesh) for s in spans
+        s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage, are_matrices), mesh)
+        for s in spans
     }
     print(report.heading(mesh, model.plan, abstract, states, dtype), flush=True)
     inputs.print_data(source, spans, plans, bad_samples)
@@ -154,7 +156,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         names = [span.name for span in spans]
         startup.done("parameters")
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
-            tx = opt.adamw(span.stage)
+            tx = opt.adamw(span.stage, are_matrices)
             target = states[span.name]
             held = placing.rows_here(placed, span.stage.batch_size)
             data = pipeline.train_batches(
@@ -166,7 +168,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
             else:
                 current = state.begin_stage(target, params, span.stage.trainable, tx, step, skipped)
             step_fn = make_train_step(
-                model, span.stage, tx, opt.schedule(span.stage, span.last - span.first),
+                model, are_matrices, span.stage, tx, opt.schedule(span.stage, span.last - span.first),
                 span.first, cfg.seed, cfg.loss_chunk,
             )  # fmt: skip
             stage = loop.Stage(

@@ -100,7 +100,7 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, s
 
 FORKS = """
 import json, os, runpy, sys
-import sparsecut_jax.train, sparsecut_jax.generate, sparsecut_jax.data.stats, sparsecut_jax.weights.verify
+import sparsecut_jax.train, sparsecut_jax.generate, sparsecut_jax.data.stats, sparsecut_jax.exporting.verify
 
 for number, (module, *args) in enumerate(json.loads(sys.argv[1])):
     pid = os.fork()

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.checkpoint import METRIC, Checkpoints, NotFinite, check_resumable, open_run
+from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
@@ -19,7 +20,7 @@ from sparsecut_jax.types import UserError
 from tiny import tiny_config
 
 TRAINABLE = ("fusion/.*", "llm/.*")
-TX = opt.adamw(StageConfig())
+TX = opt.adamw(StageConfig(), {})
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -31,7 +32,7 @@ def states(mesh: Mesh, **groups):
     """(abstract state, a state with every value of its own) on a mesh."""
     cfg = tiny_config(**groups)
     model = build_model(cfg)
-    abstract = state_lib.abstract_state(state_lib.abstract_params(model, cfg, mesh), TRAINABLE, TX, mesh)
+    abstract = state_lib.abstract_state(abstract_params(model, cfg, mesh), TRAINABLE, TX, mesh)
     rng = np.random.default_rng(0)
     fill = lambda leaf: jax.device_put(
         rng.standard_normal(leaf.shape).astype(leaf.dtype) if leaf.dtype == jnp.float32 else leaf.dtype.type(7),

@@ -14,7 +14,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.holdings import Holding, bytes_of_one, group_of, holdings, split_axes
 from sparsecut_jax.training.report import heading, holdings_table
-from tiny import tiny_config
+from tiny import matrices_of, tiny_config
 
 MESH = AbstractMesh((2, 1, 4, 2), sharding.MESH_AXES)
 
@@ -61,9 +61,9 @@ def test_split_names_shares_of_one_percent_and_more():
 def tiny_states(sizes, trainable):
     cfg = tiny_config(stages=dict(align=dict(trainable=trainable), instruct=dict(trainable=("llm/.*",))))
     mesh, model = AbstractMesh(sizes, sharding.MESH_AXES), build_model(cfg)
-    params = abstract_params(model, cfg, mesh)
+    params, are_matrices = abstract_params(model, cfg, mesh), matrices_of(model)
     return params, {
-        name: state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name]), mesh)
+        name: state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name], are_matrices), mesh)
         for name in cfg.run_stages
     }
 

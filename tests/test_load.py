@@ -94,8 +94,7 @@ import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sys.path.insert(0, "tests")
 from parity_cases import FOLDER, join
-from sparsecut_jax import sharding
-from sparsecut_jax.training import state
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.weights import load
 read = []
 original = load._one
@@ -284,7 +283,6 @@ sys.path.insert(0, "tests")
 import jax
 from parity_cases import join
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-from sparsecut_jax.training import state
 from sparsecut_jax.weights import load
 before = []
 original = load.read

@@ -35,7 +35,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import report
 from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Exit
-from tiny import IMAGE, make_batch, params_of, refusal, tiny_config
+from tiny import IMAGE, make_batch, matrices_of, params_of, refusal, tiny_config
 
 EVERY = ("llm/.*",)  # all linears, the head among them
 SOME = (
@@ -289,7 +289,7 @@ def gradients(params):
             leaves = {path: jax.device_put(leaf, layout[path].sharding) for path, leaf in some.items()}
             batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         moving, frozen = split(tree(leaves), TRAINABLE)
-        compute = jax.jit(make_gradients(model, accumulate=1, loss_chunk=16))
+        compute = jax.jit(make_gradients(model, matrices_of(model), accumulate=1, loss_chunk=16))
         return jax.tree.map(np.asarray, compute(moving, frozen, batch, jax.random.key(5)))
 
     return of
@@ -310,12 +310,13 @@ def test_a_mesh_draws_the_same(gradients):
 
 
 def test_only_adapters_have_gradients_and_moments(params):
-    compute = jax.jit(make_gradients(model_of(), accumulate=1, loss_chunk=16))
+    model = model_of()
+    compute = jax.jit(make_gradients(model, matrices_of(model), accumulate=1, loss_chunk=16))
     grads = compute(*split(params, TRAINABLE), BATCH, jax.random.key(0))[2]
     assert set(grads) == set(MATRICES)
     assert all(np.abs(grad).max() > 0 for grad in grads.values())
     stage = StageConfig(trainable=TRAINABLE)
-    moments = optax.tree.get(opt.adamw(stage).init(split(params, TRAINABLE)[0]), "mu")
+    moments = optax.tree.get(opt.adamw(stage, {}).init(split(params, TRAINABLE)[0]), "mu")
     assert set(moments) == set(MATRICES)
 
 

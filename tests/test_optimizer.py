@@ -1,99 +1,18 @@
 """What is trained, and how fast."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from sparsecut_jax.models.parameters import is_matrix, join, split
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.types import UserError
 
-PARAMS = {
-    "vision": {"pre_norm": {"scale": 1}, "blocks": {"fc1": {"kernel": 2, "bias": 3}}},
-    "fusion": {"fuse": {"projector": {"fc1": {"kernel": 4}}}},
-    "llm": {"embedding": 5, "layers": {"attention": {"q": 6}}},
-}
 VISION = {"vision/pre_norm/scale": 1, "vision/blocks/fc1/kernel": 2, "vision/blocks/fc1/bias": 3}
 FUSION = {"fusion/fuse/projector/fc1/kernel": 4}
 LLM = {"llm/embedding": 5, "llm/layers/attention/q": 6}
-
-
-@pytest.mark.parametrize(
-    "patterns, trainable, frozen",
-    [
-        (("fusion/.*",), FUSION, VISION | LLM),
-        (("fusion/.*", "llm/.*"), FUSION | LLM, VISION),
-        ((".*",), VISION | FUSION | LLM, {}),
-        ((".*bias", "llm/embedding"), {"vision/blocks/fc1/bias": 3, "llm/embedding": 5}, None),
-        ((), {}, VISION | FUSION | LLM),
-    ],
-)
-def test_split(patterns, trainable, frozen):
-    moving, rest = split(PARAMS, patterns)
-    assert moving == trainable
-    assert rest == (
-        {k: v for k, v in (VISION | FUSION | LLM).items() if k not in trainable} if frozen is None else frozen
-    )
-    assert join(rest, moving) == PARAMS
-
-
-@pytest.mark.parametrize("pattern", ["fusion", "fusion/fuse", "lm/.*", "llm/layers/.*/bias"])
-def test_a_pattern_matches_the_whole_path_of_something(pattern):
-    sentence = f"trainable={pattern!r} matches no parameter; paths look like vision/pre_norm/scale, "
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        split(PARAMS, ("llm/.*", pattern))
-
-
-def test_decayed_paths(tiny):
-    """Matrices, and nothing else. Every path of the model is named."""
-    flat, _ = split(tiny.params, (".*",))
-    assert {path for path in flat if is_matrix(path)} == {
-        "vision/patch_embedding/kernel",
-        "vision/position_embedding",
-        "vision/blocks/attention/q_kernel",
-        "vision/blocks/attention/k_kernel",
-        "vision/blocks/attention/v_kernel",
-        "vision/blocks/attention/out_kernel",
-        "vision/blocks/fc1/kernel",
-        "vision/blocks/fc2/kernel",
-        "fusion/fuse/projector/fc1/kernel",
-        "fusion/fuse/projector/fc2/kernel",
-        "llm/embedding",
-        "llm/head",
-        "llm/layers/attention/q",
-        "llm/layers/attention/k",
-        "llm/layers/attention/v",
-        "llm/layers/attention/out",
-        "llm/layers/mlp/gate/kernel",
-        "llm/layers/mlp/up/kernel",
-        "llm/layers/mlp/down/kernel",
-    }
-    assert {path for path in flat if not is_matrix(path)} == {
-        "vision/class_embedding",
-        "vision/pre_norm/scale",
-        "vision/pre_norm/bias",
-        "vision/blocks/norm1/scale",
-        "vision/blocks/norm1/bias",
-        "vision/blocks/norm2/scale",
-        "vision/blocks/norm2/bias",
-        "vision/blocks/attention/q_bias",
-        "vision/blocks/attention/k_bias",
-        "vision/blocks/attention/v_bias",
-        "vision/blocks/attention/out_bias",
-        "vision/blocks/fc1/bias",
-        "vision/blocks/fc2/bias",
-        "fusion/fuse/projector/fc1/bias",
-        "fusion/fuse/projector/fc2/bias",
-        "llm/norm/scale",
-        "llm/layers/norm1/scale",
-        "llm/layers/norm2/scale",
-    }
-    assert not is_matrix("fusion/fuse/norm1/scale") and not is_matrix("fusion/fuse/attention/q_bias")
 
 
 def rates(steps, **settings):
@@ -129,18 +48,19 @@ def test_schedule_never_stands_still_at_zero(steps):
 
 
 def one_update(stage, grads, params):
-    tx = opt.adamw(stage)
+    tx = opt.adamw(stage, MATRICES)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     return updates, state
 
 
+MATRICES = {"llm/head": True, "llm/norm/scale": False, "fusion/fuse/projector/fc1/kernel": True}
 PAIR = {"llm/head": jnp.full((2,), 2.0), "llm/norm/scale": jnp.full((2,), 2.0)}
 
 
 def test_adam_literal():
     """The first update is the gradient's sign, whatever its size; the second follows Adam's formula."""
     stage = StageConfig(clip_norm=0.0, b1=0.9, b2=0.99)
-    tx = opt.adamw(stage)
+    tx = opt.adamw(stage, MATRICES)
     params = {"llm/head": jnp.zeros(2)}
     first, state = tx.update({"llm/head": jnp.array([0.3, -4.0])}, tx.init(params), params)
     np.testing.assert_allclose(first["llm/head"], [1, -1], rtol=1e-5)
@@ -218,7 +138,7 @@ def test_a_rate_of_its_own_scales_the_update_and_its_decay():
     grads = {path: 0.1 * leaf for path, leaf in params.items()}
     plain = StageConfig(lr=2e-4, weight_decay=0.1)
     (one, state), (other, _) = (
-        opt.adamw(stage).update(grads, opt.adamw(stage).init(params), params)
+        opt.adamw(stage, MATRICES).update(grads, opt.adamw(stage, MATRICES).init(params), params)
         for stage in (plain, StageConfig(lr=2e-4, weight_decay=0.1, lr_of={"fusion": 2e-5}))
     )
     np.testing.assert_array_equal(other["llm/head"], one["llm/head"])

@@ -26,7 +26,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.step import make_gradients, make_train_step
 from sparsecut_jax.types import TrainState
-from tiny import IMAGE, make_batch, params_of, refusal, tiny_config
+from tiny import IMAGE, make_batch, matrices_of, params_of, refusal, tiny_config
 
 # replica, data, fsdp, tensor: every way to lay out eight devices without replicas, and two with
 MESHES = [(1, 2, 2, 2), (1, 8, 1, 1), (1, 1, 8, 1)]
@@ -62,7 +62,9 @@ def problem():
     )
     model = build_model(cfg)
     batch = make_batch(ROWS, length=T, answers=ANSWERS)
-    step = make_train_step(model, STAGE, recorder(), lambda _: 0.1, first_step=0, seed=0, loss_chunk=CHUNK)
+    step = make_train_step(
+        model, matrices_of(model), STAGE, recorder(), lambda _: 0.1, first_step=0, seed=0, loss_chunk=CHUNK
+    )
     return model, params_of(model, batch), batch, step
 
 
@@ -233,7 +235,7 @@ def two_layers():
     model = build_model(cfg)
     batch = make_batch(ROWS[:2] * 4, length=T, slots=1)
     params = params_of(model, batch)
-    gradients = make_gradients(model, accumulate=1, loss_chunk=CHUNK)
+    gradients = make_gradients(model, matrices_of(model), accumulate=1, loss_chunk=CHUNK)
 
     def loss_and_gradients(params, batch):
         moving, frozen = split(params, (".*",))
@@ -398,8 +400,10 @@ def states(config, sizes):
     cfg = backends.resolve(config_lib.check(config), "tpu")
     name = cfg.run_stages[0]
     mesh = AbstractMesh(sizes, sharding.MESH_AXES)
-    params = abstract_params(build_model(cfg), cfg, mesh, stage_dtypes(cfg, name))
-    found = state.abstract_state(params, cfg.stages[name].trainable, opt.adamw(cfg.stages[name]), mesh)
+    model = build_model(cfg)
+    params = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name, matrices_of(model)))
+    tx = opt.adamw(cfg.stages[name], matrices_of(model))
+    found = state.abstract_state(params, cfg.stages[name].trainable, tx, mesh)
     keys = lambda path: "/".join(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)
     return {keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 

@@ -17,7 +17,7 @@ from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.train import train
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
-from tiny import tiny_config
+from tiny import matrices_of, tiny_config
 
 STAGES = {"align": StageConfig(trainable=("fusion/.*",)), "instruct": StageConfig(trainable=("fusion/.*", "llm/.*"))}
 
@@ -28,7 +28,7 @@ def dtypes(name, stages=("align", "instruct"), **top):
     cfg = backends.resolve(cfg.__class__(**{**vars(cfg), "stages": STAGES}), "cpu")
     model = build_model(cfg, backends.compute_dtype(cfg))
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name))
+    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name, matrices_of(model)))
     return {path: leaf.dtype.name for path, leaf in flatten(abstract).items()}
 
 
@@ -95,7 +95,7 @@ def test_a_stage_takes_parameters_over_in_its_own_dtypes():
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
     whole = sharding.replicated(mesh)
     struct = lambda dtype: jax.ShapeDtypeStruct((2,), dtype, sharding=whole)
-    tx = opt.adamw(stage)
+    tx = opt.adamw(stage, {})
     target = state.abstract_state(
         {"fusion": {"w": struct(jnp.float32)}, "llm": {"w": struct(jnp.bfloat16)}}, stage.trainable, tx, mesh
     )

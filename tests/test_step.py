@@ -15,7 +15,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_gradients, make_train_step
 from sparsecut_jax.types import TrainState
-from tiny import IMAGE, make_batch, params_of, tiny_config
+from tiny import IMAGE, make_batch, matrices_of, params_of, tiny_config
 
 TRAINABLE = ("fusion/.*", "llm/layers/.*")
 STAGE = StageConfig(trainable=TRAINABLE, lr=1e-2, warmup=0.0, weight_decay=0.0, clip_norm=1.0)
@@ -25,7 +25,7 @@ CFG = tiny_config(
 ROWS = [[1, 5, IMAGE, 7, 8, 9], [1, 20, 21, 22], [1, IMAGE, 11, IMAGE, 13, 14], [1, IMAGE, 31, 32, 33, 34, 35, 36]]
 ANSWERS = [2, 1, 2, 5]
 
-init_moments = jax.jit(opt.adamw(STAGE).init)
+init_moments = jax.jit(opt.adamw(STAGE, {}).init)
 
 
 def float_batch(rows=ROWS, answers=ANSWERS):
@@ -47,7 +47,8 @@ def params(model):
 @pytest.fixture(scope="module")
 def train_step(model):
     """The step of a stage that began at step 10 of the run, 8 steps long; donated, compiled once for all tests."""
-    step = make_train_step(model, STAGE, opt.adamw(STAGE), opt.schedule(STAGE, 8), first_step=10, seed=0, loss_chunk=16)
+    tx, rate = opt.adamw(STAGE, matrices_of(model)), opt.schedule(STAGE, 8)
+    step = make_train_step(model, matrices_of(model), STAGE, tx, rate, first_step=10, seed=0, loss_chunk=16)
     return jax.jit(step, donate_argnums=0)
 
 
@@ -87,7 +88,8 @@ def is_trainable(path):
 def gradients(model, params):
     """Function of `accumulate` -> what the gradient function gives for rows with 2, 1, 2, 5 supervised tokens."""
     moving, frozen = split(params, TRAINABLE)
-    run = lambda n: jax.jit(make_gradients(model, n, loss_chunk=16))(moving, frozen, float_batch(), jax.random.key(0))
+    of = lambda n: jax.jit(make_gradients(model, matrices_of(model), n, loss_chunk=16))
+    run = lambda n: of(n)(moving, frozen, float_batch(), jax.random.key(0))
     made = {n: as_numpy(run(n)) for n in (1, 4)}
     return made.__getitem__
 

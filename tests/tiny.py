@@ -16,7 +16,9 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sparsecut_jax import config
+from sparsecut_jax.models import parameters
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch, UserError
 
@@ -57,6 +59,11 @@ def random_params(abstract: Any, seed: int = 0) -> dict[str, Any]:
 def params_of(model: nn.Module, *inputs: Any, seed: int = 0) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
     return random_params(shapes["params"], seed)
+
+
+def matrices_of(model: SparseCut) -> dict[str, bool]:
+    """{path: whether the parameter is a matrix}."""
+    return parameters.matrices(boxed_shapes(model, 1))
 
 
 def make_batch(

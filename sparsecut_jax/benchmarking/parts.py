@@ -25,14 +25,14 @@ from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
 from sparsecut_jax.models.fusion import views_of
-from sparsecut_jax.models.parameters import flatten, split
+from sparsecut_jax.models.parameters import flatten, matrices, split
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.answer import prepared
 from sparsecut_jax.planning.compile import step_of
 from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
-from sparsecut_jax.runs.parameters import abstract_params, init_params, stage_dtypes
+from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, init_params, stage_dtypes
 from sparsecut_jax.runs.setup import make_reader, make_tokenizer
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
@@ -132,7 +132,8 @@ class Bench:
         # As many images as fit into the sequence, at most the number of slots, at least one.
         self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
         self.model = build_model(cfg, self.dtype, ("shortcut_ratio",))
-        self.abstract = abstract_params(self.model, cfg, self.mesh, stage_dtypes(cfg, name))
+        self.matrices = matrices(boxed_shapes(self.model, cfg.data.max_images))
+        self.abstract = abstract_params(self.model, cfg, self.mesh, stage_dtypes(cfg, name, self.matrices))
         self.shapes = {path: leaf.shape for path, leaf in flatten(self.abstract).items()}
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
@@ -170,14 +171,16 @@ class Bench:
         return self._called("forward", "forward to the loss", run, self.params, self.batch)
 
     def _gradient(self) -> Timed:
-        run = jax.jit(make_gradients(self.model, self.stage.accumulate, self.cfg.loss_chunk))
+        run = jax.jit(make_gradients(self.model, self.matrices, self.stage.accumulate, self.cfg.loss_chunk))
         moving, frozen = split(self.params, self.stage.trainable)
         return self._called("gradient", "forward and backward", run, moving, frozen, self.batch, jax.random.key(0))
 
     def _step(self) -> Timed:
         step, target = step_of(self.cfg, self.name, self.mesh)
         # Its own parameters, which are donated: if only the step is timed, the memory is that of a run.
-        now = state.begin_stage(target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage), 0, 0)
+        now = state.begin_stage(
+            target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage, self.matrices), 0, 0
+        )
 
         def run(batch: Batch) -> Any:
             nonlocal now

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.parameters import matrices
 from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
+from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
@@ -59,8 +60,9 @@ def step_of(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, Train
     """The jitted, donated step of stage `name`, and the shapes of its state. `cfg` has no "auto" settings left."""
     stage = cfg.stages[name]
     model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
-    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name))
-    tx = opt.adamw(stage)
+    are_matrices = matrices(boxed_shapes(model, cfg.data.max_images))
+    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name, are_matrices))
+    tx = opt.adamw(stage, are_matrices)
     target = state.abstract_state(abstract, stage.trainable, tx, mesh)
-    step = make_train_step(model, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
+    step = make_train_step(model, are_matrices, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
     return jax.jit(step, donate_argnums=0), target

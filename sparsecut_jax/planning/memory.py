@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
 from sparsecut_jax.models.fusion import views_of
-from sparsecut_jax.models.parameters import flatten
+from sparsecut_jax.models.parameters import flatten, matrices
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import residuals
 from sparsecut_jax.planning.flops import slots_of
@@ -101,7 +101,7 @@ class Parameters:
         model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
         self.boxed = boxed_shapes(model, cfg.data.max_images)
         self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
-        self.dtype_of = stage_dtypes(cfg, name)
+        self.dtype_of = stage_dtypes(cfg, name, matrices(self.boxed))
         self.trained = lambda path: any(re.fullmatch(pattern, path) for pattern in patterns)
         self._specs: dict[tuple[int, ...], dict[str, Any]] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sparsecut_jax.models.fusion import views_of
-from sparsecut_jax.models.parameters import flatten, is_matrix, unflatten
+from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
@@ -44,10 +44,11 @@ def boxed_shapes(model: SparseCut, max_images: int) -> Any:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, max_images)))["params"]
 
 
-def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
+def stage_dtypes(cfg: Config, name: str, matrices: Mapping[str, bool]) -> Callable[[str], jnp.dtype]:
     """Function from a parameter's path to its storage dtype from stage `name` on, for a resolved config.
 
     Matrices that are not trained any more are stored in the compute dtype, all else in float32.
+    matrices: {path: whether the parameter is one}, see `models.parameters.matrices`.
     """
     names = cfg.run_stages[cfg.run_stages.index(name) :] if name in cfg.run_stages else (name,)
     trained = [pattern for n in names for pattern in cfg.stages[n].trainable]
@@ -55,7 +56,7 @@ def stage_dtypes(cfg: Config, name: str) -> Callable[[str], jnp.dtype]:
     def dtype_of(path: str) -> jnp.dtype:
         if cfg.param_dtype != "auto":
             return jnp.dtype(cfg.param_dtype)
-        whole = not is_matrix(path) or any(re.fullmatch(pattern, path) for pattern in trained)
+        whole = not matrices[path] or any(re.fullmatch(pattern, path) for pattern in trained)
         return jnp.dtype("float32" if whole else cfg.dtype)
 
     return dtype_of

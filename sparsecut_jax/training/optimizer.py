@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import optax
 
-from sparsecut_jax.models.parameters import Params, is_matrix, join, split
+from sparsecut_jax.models.parameters import Params, join, split
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.types import UserError
 
@@ -54,8 +54,10 @@ def schedule(stage: StageConfig, steps: int) -> optax.Schedule:
     )
 
 
-def adamw(stage: StageConfig) -> optax.GradientTransformation:
+def adamw(stage: StageConfig, matrices: Mapping[str, bool]) -> optax.GradientTransformation:
     """AdamW with clipping over a flat dict of trainable parameters. Includes `lr_of`'s factors, not the learning rate.
+
+    matrices: {path: whether weight decay applies to it}, see `models.parameters.matrices`.
 
     The training step multiplies by -lr itself, because the schedule advances over skipped updates, whereas Adam's own
     count does not.
@@ -63,7 +65,7 @@ def adamw(stage: StageConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(stage.clip_norm) if stage.clip_norm > 0 else optax.identity(),
         optax.scale_by_adam(stage.b1, stage.b2),
-        optax.add_decayed_weights(stage.weight_decay, mask=lambda tree: {path: is_matrix(path) for path in tree})
+        optax.add_decayed_weights(stage.weight_decay, mask=lambda tree: {path: matrices[path] for path in tree})
         if stage.weight_decay > 0
         else optax.identity(),
         *([_scale_by_path(stage)] if stage.lr_of else []),

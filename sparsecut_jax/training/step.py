@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsecut_jax.models.parameters import Params, is_matrix, join, split
+from sparsecut_jax.models.parameters import Params, join, split
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
@@ -17,14 +17,14 @@ from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.types import Batch, TrainState
 
 
-def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callable:
+def make_gradients(model: SparseCut, matrices: Mapping[str, bool], accumulate: int, loss_chunk: int) -> Callable:
     """Function (trainable, frozen, batch, key) -> (loss sum, count, float32 gradient of the sum, shortcut ratios).
 
     Only `trainable`, a flat dict, is differentiated, with respect to its matrices cast to the compute dtype: in bfloat16
     the gradients are half as large. With `accumulate` > 1 the rows are processed in that many micro-batches; since losses
     and gradients are sums, the result is that of the whole batch.
     """
-    taken = lambda flat: {k: v.astype(model.dtype) if is_matrix(k) else v for k, v in flat.items()}
+    taken = lambda flat: {k: v.astype(model.dtype) if matrices[k] else v for k, v in flat.items()}
     whole = lambda grads: jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
@@ -52,6 +52,7 @@ def make_gradients(model: SparseCut, accumulate: int, loss_chunk: int) -> Callab
 
 def make_train_step(
     model: SparseCut,
+    matrices: Mapping[str, bool],
     stage: StageConfig,
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
@@ -66,6 +67,7 @@ def make_train_step(
 
     Args:
       model: the model.
+      matrices: {path: whether the parameter is a matrix}, see `models.parameters.matrices`.
       stage: the stage's settings.
       tx: the optimizer, without learning rate (`optimizer.adamw`).
       learning_rate: schedule over the steps of the stage.
@@ -73,7 +75,7 @@ def make_train_step(
       seed: of the dropout keys.
       loss_chunk: positions per row whose logits exist at once.
     """
-    gradients = make_gradients(model, stage.accumulate, loss_chunk)
+    gradients = make_gradients(model, matrices, stage.accumulate, loss_chunk)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         moving, frozen = split(state.params, stage.trainable)
