@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax.exporting import export, verify
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import sharding
@@ -19,6 +20,7 @@ from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import encode_prompt
 from sparsecut_jax.text.templates import TEMPLATES
 from sparsecut_jax.types import UserError
+from sparsecut_jax.weights.fusions import FUSIONS
 from tiny import tiny_config
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -142,6 +144,23 @@ def test_every_fusion_and_plan_survives(tmp_path):
     assert build_model(again.cfg).plan.pairs == run.model.plan.pairs
     assert again.cfg.shortcuts.position == "post"
     assert "differ by at most 0" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
+
+
+def test_a_fusion_that_no_table_names_survives(tmp_path, monkeypatch):
+    """Its parameters go out as they are, stacks whole, and come back bit by bit, from a whole model and beside an adapter."""
+    monkeypatch.setitem(FUSIONS, "cross_attention", {})
+    settings = {"fusion.name": "cross_attention", "fusion.shared": False, "vision.width": 64}
+    run = as_run(join(llm=FOLDER / "llama2", settings=settings))
+    fusion = {path: np.asarray(leaf) for path, leaf in flatten(run.params).items() if path.startswith("fusion/")}
+    expected = {path.replace("/", "."): leaf for path, leaf in fusion.items()}
+    assert expected["fusion.fuse.attention.q_kernel"].shape == (3, 64, 1, 64)
+    export.write(run, str(tmp_path), "auto", drop_shortcuts=False)
+    same_bytes({k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "fusion" in k}, expected)
+    assert "verified   53 arrays bit by bit" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
+    file = tmp_path / "fusion.safetensors"
+    save_file(expected, file)
+    again = flatten(join(fusion=file, settings=settings | {"llm.vocab_size": 96}).params)
+    same_bytes({path: np.asarray(again[path]) for path in fusion}, fusion)
 
 
 def test_shortcuts_are_dropped_only_on_request(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
@@ -11,10 +12,11 @@ from flax import traverse_util
 
 from sparsecut_jax.exporting.export import save_tensors, tensors_of, write_tensors
 from sparsecut_jax.models.lora import is_adapter, merge
+from sparsecut_jax.models.rules import Rule
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.names import Rule, rules_of
+from sparsecut_jax.weights.families import rules_of
 
 PREFIX = "base_model.model."
 
@@ -58,17 +60,18 @@ def write_adapter(run: Run, folder: str) -> str:
                 f"--as=adapter: {run.workdir} also trained {path}, which is neither adapter nor fusion; use --merge, which keeps it"
             )
     rules = {rule.path.removesuffix("/kernel"): rule for rule in rules_of("llm", cfg)}
+    shared = collections.Counter(rule.name for rule in rules.values())
     tensors, modules = {}, set()
     for path in filter(is_adapter, flat):
         base, _, letter = path.rpartition("_lora_")
         rule, leaf = rules[base], np.asarray(flat[path])
-        if rule.parts:
+        if shared[rule.name] > 1:
             raise UserError(
                 f"--as=adapter: a {cfg.llm.family} model stores {base} and others in one tensor, for which PEFT has a single "
                 "adapter; use --merge"
             )
         modules.add(_module(rule).rpartition(".")[2])
-        for i, value in enumerate(leaf if "{i}" in rule.name else leaf[None]):
+        for i, value in enumerate(leaf if rule.stacked else leaf[None]):
             matrix = value.reshape((-1, lora.rank) if letter == "a" else (lora.rank, -1)).T  # torch has [out, in]
             name = f"{PREFIX}{_module(rule).format(i=i)}.lora_{letter.upper()}.weight"
             tensors[name] = np.ascontiguousarray(matrix)
@@ -87,7 +90,7 @@ def write_adapter(run: Run, folder: str) -> str:
     }
     write_json(os.path.join(folder, "adapter_config.json"), config)
     fusion = {path: leaf for path, leaf in flat.items() if path.startswith("fusion/")}
-    write_tensors(tensors_of(fusion, cfg, "fusion"), folder, cfg, "fusion")
+    write_tensors(tensors_of(fusion, cfg, "fusion"), folder, "fusion")
     return f"{run.workdir}, step {run.step}, as LoRA adapters of rank {lora.rank} for {', '.join(sorted(modules))}, and the fusion"
 
 

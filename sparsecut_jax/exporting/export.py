@@ -14,6 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models.rules import Rule
 from sparsecut_jax.models.shortcuts import Plan
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime.folders import write_json
@@ -22,7 +23,8 @@ from sparsecut_jax.text.templates import begins_with_bos
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
-from sparsecut_jax.weights.names import Rule, rules_of, to_theirs
+from sparsecut_jax.weights.families import rules_of
+from sparsecut_jax.weights.names import to_theirs
 from sparsecut_jax.weights.resize import grow_rows
 from sparsecut_jax.weights.tensors import INDEX
 
@@ -43,11 +45,11 @@ class Piece:
     def nbytes(self) -> int:
         return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
 
-    def fetch(self, cfg: Config) -> np.ndarray:
+    def fetch(self) -> np.ndarray:
         leaf = self.leaf
         if self.layer is not None:  # as an operand, so that one compilation serves all layers
             leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(self.layer), keepdims=False)
-        return to_theirs(np.asarray(leaf), self.rule, cfg)
+        return to_theirs(np.asarray(leaf), self.rule)
 
 
 def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
@@ -81,7 +83,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     vision = {} if kind == "llm" else vision_config_json(cfg.vision, cfg.vision.layers)
     config = text | vision if kind in ("llm", "vision") else _whole_config(cfg, text, vision, image_id)
     config["dtype"] = str(flat["llm/embedding"].dtype)
-    write_tensors(tensors_of(flat, cfg, kind), folder, cfg)
+    write_tensors(tensors_of(flat, cfg, kind), folder)
     write_json(os.path.join(folder, "config.json"), config)
     if kind != "vision" and tokenizer is not None:
         tokenizer.save(folder, begins_with_bos(run.template))
@@ -137,31 +139,32 @@ def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
 
 def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[Piece]]:
     """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
-    found: dict[str, list[Piece]] = defaultdict(list)
+    pieces: dict[str, list[Piece]] = defaultdict(list)
     inner = "" if cfg.vision.family == "dinov2" else "vision_model."
     prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": ""}
     if kind in ("llm", "vision"):
         flat = {path: leaf for path, leaf in flat.items() if path.startswith(kind)}
         prefix = {"vision": inner, "llm": ""}
+    rules = {rule.path: rule for part in prefix for rule in rules_of(part, cfg, flat)}
+    order = {path: i for i, path in enumerate(rules)}  # in which parameters share a tensor
     for path, leaf in flat.items():
         part = path.split("/", 1)[0]
-        rule = next((r for r in rules_of(part, cfg) if r.path == path), None)
-        if rule is None:
+        if path not in rules:
             raise UserError(f"a {getattr(cfg, part).family} model has no tensor for {path}")
-        stacked = "{" in rule.name
-        for i in range(leaf.shape[0] if stacked else 1):
-            name = prefix[part] + rule.name.format(i=i, k=i)
-            found[name].append(Piece(rule, leaf, i if stacked else None))
+        rule = rules[path]
+        for i in range(leaf.shape[0] if rule.stacked else 1):
+            name = prefix[part] + rule.name.format(i=i)
+            pieces[name].append(Piece(rule, leaf, i if rule.stacked else None))
     like = flat.get("vision/blocks/norm1/scale")
     if like is not None:
         # Readers expect a norm after the last block, which is not used here: it is written as the identity.
         name = prefix["vision"] + ("layernorm" if cfg.vision.family == "dinov2" else "post_layernorm")
-        found[f"{name}.weight"] = [Piece(Rule("", ""), np.ones(like.shape[1:], like.dtype))]
-        found[f"{name}.bias"] = [Piece(Rule("", ""), np.zeros(like.shape[1:], like.dtype))]
-    return {name: sorted(pieces, key=lambda piece: piece.rule.part) for name, pieces in found.items()}
+        pieces[f"{name}.weight"] = [Piece(Rule("", ""), np.ones(like.shape[1:], like.dtype))]
+        pieces[f"{name}.bias"] = [Piece(Rule("", ""), np.zeros(like.shape[1:], like.dtype))]
+    return {name: sorted(parts, key=lambda piece: order.get(piece.rule.path, 0)) for name, parts in pieces.items()}
 
 
-def write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config, file: str = "model") -> None:
+def write_tensors(tensors: dict[str, list[Piece]], folder: str, file: str = "model") -> None:
     """Writes `file`.safetensors, or shards and their index, with one shard in memory at a time."""
     shards = split_state_dict_into_shards_factory(
         tensors,
@@ -173,7 +176,7 @@ def write_tensors(tensors: dict[str, list[Piece]], folder: str, cfg: Config, fil
     for file, names in shards.filename_to_tensors.items():
         values = {}
         for name in names:
-            rows = [piece.fetch(cfg) for piece in tensors[name]]
+            rows = [piece.fetch() for piece in tensors[name]]
             values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
         save_tensors(values, os.path.join(folder, file))
     if shards.is_sharded:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from sparsecut_jax.models.lora import is_adapter
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.names import LEFT, OTHERS, Rule, rules_of, their_shape, their_slices, to_ours
+from sparsecut_jax.weights.families import LEFT, OTHERS, rules_of
+from sparsecut_jax.weights.names import Place, places
 from sparsecut_jax.weights.pretrained import Source
 from sparsecut_jax.weights.resize import grow_rows, resize_positions
 from sparsecut_jax.weights.tensors import Tensor
@@ -57,16 +58,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Filling:
-    """How one parameter is read: its rule, and the tensor of every layer (one if it is not stacked)."""
+    """How one parameter is read: its place, and the tensor of every layer (one if it is not stacked)."""
 
     leaf: jax.ShapeDtypeStruct
-    rule: Rule
+    place: Place
     tensors: list[Tensor]
-    stacked: bool
-
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one layer."""
-        return self.leaf.shape[1:] if self.stacked else self.leaf.shape
 
 
 def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[str, Filling], Report]:
@@ -84,6 +80,10 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
       UserError: a tensor is missing, unused or has another shape; names and shapes are given.
     """
     wanted = traverse_util.flatten_dict(abstract, sep="/")
+    shapes = {path: leaf.shape for path, leaf in wanted.items()}
+    placed: dict[str, Place] = {}
+    for part, source in sources.items():
+        placed |= places(rules_of(part, cfg, wanted, source.tensors[part]), shapes)
     fillings: dict[str, Filling] = {}
     used: set[tuple[str, str]] = set()
     problems = []
@@ -91,11 +91,10 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
         part = path.split("/", 1)[0]
         if part not in sources or is_adapter(path):
             continue
-        found = sources[part].tensors[part]
-        rule = next((r for r in rules_of(part, cfg, list(found)) if r.path == path), None)
-        stacked = re.search("/(blocks|layers)/", path) is not None or (part == "fusion" and not cfg.fusion.shared)
-        names = [rule.name.format(i=i, k=i) for i in range(leaf.shape[0] if stacked else 1)] if rule else []
-        missing = [name for name in names if name not in found]
+        tensors, place = sources[part].tensors[part], placed.get(path)
+        count = leaf.shape[0] if place and place.rule.stacked else 1
+        names = [place.rule.name.format(i=i) for i in range(count)] if place else []
+        missing = [name for name in names if name not in tensors]
         if (not names or len(missing) == len(names)) and any(re.fullmatch(p, path) for p in cfg.init.fresh):
             continue
         used |= {(part, name) for name in names}
@@ -107,7 +106,7 @@ def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[
             )
             problems.append(f"{sources[part].path}: {what} missing, for {path} {list(leaf.shape)}")
             continue
-        filling = Filling(leaf, rule, [found[name] for name in names], stacked)
+        filling = Filling(leaf, place, [tensors[name] for name in names])
         problems += _wrong_shapes(path, filling, cfg)
         for tensor in filling.tensors:
             tensor.check()
@@ -156,7 +155,7 @@ def _place(filling: Filling, cfg: Config) -> jax.Array:
 def _slice(filling: Filling, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
     index = tuple(slice(*s.indices(n)) for s, n in zip(index, filling.leaf.shape, strict=True))
     out = _aligned([s.stop - s.start for s in index], filling.leaf.dtype)
-    if not filling.stacked:
+    if not filling.place.rule.stacked:
         _put(out[...], _one(filling, filling.tensors[0], index, cfg), filling.tensors[0])
     else:
         for row, layer in enumerate(range(index[0].start, index[0].stop)):
@@ -173,17 +172,17 @@ def _put(out: np.ndarray, value: np.ndarray, tensor: Tensor) -> None:
 
 
 def _one(filling: Filling, tensor: Tensor, index: tuple[slice, ...], cfg: Config) -> np.ndarray:
-    rule, shape = filling.rule, filling.shape()
-    if tensor.shape != their_shape(shape, rule, cfg):  # `match` has only accepted shapes that can be resized
-        whole = to_ours(tensor.read(), rule, cfg)
-        if rule.path == "vision/position_embedding":
+    place, path = filling.place, filling.place.rule.path
+    if tensor.shape != place.tensor_shape:  # `match` has only accepted shapes that can be resized
+        whole = place.to_ours(tensor.read())
+        if path == "vision/position_embedding":
             side = cfg.vision.image_size // cfg.vision.patch_size
             return resize_positions(whole, side, cfg.vision.class_token)[index]
-        rows = whole if rule.path == "llm/embedding" else whole.T
+        rows = whole if path == "llm/embedding" else whole.T
         rows = grow_rows(rows, cfg.llm.vocab_size)
-        return (rows if rule.path == "llm/embedding" else rows.T)[index]
-    theirs, keep = their_slices(index, shape, rule, cfg)
-    return to_ours(tensor.read(theirs), rule, cfg)[keep]
+        return (rows if path == "llm/embedding" else rows.T)[index]
+    theirs, keep = place.slices(index)
+    return place.to_ours(tensor.read(theirs))[keep]
 
 
 def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
@@ -197,7 +196,7 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
     """A sentence for the first tensor whose shape is neither right nor may be resized; [] if there is none."""
-    expected = their_shape(filling.shape(), filling.rule, cfg)
+    expected = filling.place.tensor_shape
     for tensor in filling.tensors:
         got, hint = tensor.shape, ""
         if got == expected:

@@ -13,8 +13,8 @@ from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import gguf, onnx
 from sparsecut_jax.weights.architecture import refuse_remote_code
+from sparsecut_jax.weights.families import part_and_name
 from sparsecut_jax.weights.gguf_tokenizer import gguf_tokenizer
-from sparsecut_jax.weights.names import canonical
 from sparsecut_jax.weights.tensors import Tensor, open_safetensors, read_json
 
 PARTS = ("vision", "fusion", "llm")
@@ -29,7 +29,7 @@ class Source:
       path: a folder or a file.
       config, file: its config.json and the path of that file; {} for a bare projector.
       processor: its preprocessor_config.json, or {}.
-      tensors: {part: {canonical name: Tensor}}; tensors of no part are under None.
+      tensors: {part: {short name: Tensor}}; tensors of no part are under None.
     """
 
     path: str
@@ -102,7 +102,7 @@ def _sorted(
 ) -> Source:
     parts: dict[str | None, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        part, short = canonical(name)
+        part, short = part_and_name(name)
         clash = parts.setdefault(part, {}).get(short)
         if clash is not None:
             raise UserError(f"{tensor.file}: tensors {clash.name} and {name} are both {short}; remove one of them")
