@@ -38,6 +38,9 @@ def test_groups():
         "llm/layers/attention/q": "llm/layers/attention",
         "llm/layers/attention/q_lora_b": "llm/adapters",
         "llm/layers/mlp/gate/kernel": "llm/layers/mlp",
+        "llm/layers/router": "llm/others",
+        "fusion/inject/gate": "fusion",
+        "memory/keys": "memory/others",
     }
     assert {path: group_of(path) for path in paths} == paths
 

@@ -36,12 +36,12 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     cfg, expected = portable(run, drop_shortcuts and config["model_type"] == "llava")
     before = build_model(cfg)
     init = InitConfig(**{part: folder})
-    found = pretrained.open_sources(init)
-    cfg = resolve(dataclasses.replace(cfg, init=init), found)
+    sources = pretrained.open_sources(init)
+    cfg = resolve(dataclasses.replace(cfg, init=init), sources)
     after = build_model(cfg)
     old = traverse_util.flatten_dict(expected, sep="/")
     abstract = abstract_params(after, cfg, run.mesh, lambda path: old[path].dtype)  # frozen and trained ones differ
-    fillings, _ = load.match(abstract, cfg, found)
+    fillings, _ = load.match(abstract, cfg, sources)
     loaded = load.read(fillings, cfg)
     for path, leaf in loaded.items():
         was, now = np.asarray(old[path]), np.asarray(leaf)

@@ -19,7 +19,8 @@ GROUPS = (  # (path regex, group of parameters); the first match counts
     (r"vision/.*", "vision/embeddings"),
     (r"fusion/.*", "fusion"),
     (r"llm/(embedding|head|layers/attention|layers/mlp)(/.*)?", r"llm/\1"),
-    (r".*", "llm/norms"),
+    (r"llm/(layers/)?norm\d?/.*", "llm/norms"),
+    (r"(\w*).*", r"\1/others"),
 )
 
 
@@ -61,8 +62,8 @@ class Holding:
         shares: collections.Counter = collections.Counter()
         for (_, axes), number in self.numbers.items():
             shares[" x ".join(axes) or "replicated"] += number / self.numbers.total()
-        found = [(axes, share) for axes, share in shares.most_common() if share >= 0.01]
-        return found[0][0] if len(found) == 1 else ", ".join(f"{share:.0%} {axes}" for axes, share in found)
+        parts = [(axes, share) for axes, share in shares.most_common() if share >= 0.01]
+        return parts[0][0] if len(parts) == 1 else ", ".join(f"{share:.0%} {axes}" for axes, share in parts)
 
 
 def holdings(params: Any, states: dict[str, TrainState]) -> dict[str, Holding]:
@@ -72,22 +73,22 @@ def holdings(params: Any, states: dict[str, TrainState]) -> dict[str, Holding]:
       params: shapes and shardings of the parameters at the start.
       states: {stage: shapes and shardings of its train state}.
     """
-    found: dict[str, Holding] = {}
+    groups: dict[str, Holding] = {}
     flat = traverse_util.flatten_dict(params, sep="/")
     for path, leaf in flat.items():
-        held = found.setdefault(group_of(path), Holding())
-        held.numbers[leaf.dtype.name, split_axes(leaf.sharding)] += math.prod(leaf.shape)
-        held.weights += bytes_of_one(leaf)
+        group = groups.setdefault(group_of(path), Holding())
+        group.numbers[leaf.dtype.name, split_axes(leaf.sharding)] += math.prod(leaf.shape)
+        group.weights += bytes_of_one(leaf)
     for stage, state in states.items():
         trained = set()
         for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
             path = next((key.key for key in keys if isinstance(key, jax.tree_util.DictKey)), None)
             if path is not None:  # otherwise it is a counter
-                found[group_of(path)].moments[stage] += bytes_of_one(leaf)
+                groups[group_of(path)].moments[stage] += bytes_of_one(leaf)
                 trained.add(path)
         for path in trained:
-            found[group_of(path)].trained[stage] += math.prod(flat[path].shape)
-    return found
+            groups[group_of(path)].trained[stage] += math.prod(flat[path].shape)
+    return groups
 
 
 def group_of(path: str) -> str:

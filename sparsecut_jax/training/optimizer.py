@@ -21,17 +21,17 @@ def rates(paths: Iterable[str], stage: StageConfig) -> dict[str, float]:
     Raises:
       UserError: a regex matches no trained parameter, or two match the same one.
     """
-    paths, found = list(paths), {}
+    paths, factors = list(paths), {}
     for pattern, rate in stage.lr_of.items():
         matched = [path for path in paths if re.match(f"(?:{pattern})(?:/|$)", path)]
         if not matched:
             raise UserError(
                 f"lr_of={pattern!r} matches the start of no trained parameter's path; they look like {', '.join(paths[:3])}"
             )
-        if twice := found.keys() & matched:
+        if twice := factors.keys() & matched:
             raise UserError(f"lr_of sets two rates for {min(twice)}, the second ({rate}) by {pattern!r}; remove one")
-        found |= dict.fromkeys(matched, rate / stage.lr)
-    return found
+        factors |= dict.fromkeys(matched, rate / stage.lr)
+    return factors
 
 
 def checked_rates(paths: Iterable[str], stage: StageConfig, name: str) -> None:

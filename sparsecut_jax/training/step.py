@@ -24,7 +24,7 @@ def make_gradients(model: SparseCut, matrices: Mapping[str, bool], accumulate: i
     the gradients are half as large. With `accumulate` > 1 the rows are processed in that many micro-batches; since losses
     and gradients are sums, the result is that of the whole batch.
     """
-    taken = lambda flat: {k: v.astype(model.dtype) if matrices[k] else v for k, v in flat.items()}
+    cast = lambda flat: {k: v.astype(model.dtype) if matrices[k] else v for k, v in flat.items()}
     whole = lambda grads: jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
@@ -34,7 +34,7 @@ def make_gradients(model: SparseCut, matrices: Mapping[str, bool], accumulate: i
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         def one(batch: Batch, key: jax.Array):
-            values, grads = jax.value_and_grad(loss_fn, has_aux=True)(taken(trainable), frozen, batch, key)
+            values, grads = jax.value_and_grad(loss_fn, has_aux=True)(cast(trainable), frozen, batch, key)
             total, (count, ratio) = values
             return total, count, whole(grads), ratio
 

@@ -136,14 +136,14 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
     partial = rope.get("partial_rotary_factor", 1.0)
     _need(partial == 1.0, file, f"partial_rotary_factor={partial} is not supported; expected 1.0")
     # Fields of RopeConfig that the kind reads, as the file has them; the names that differ are in ROPE_NAMES.
-    found = {name: rope.get(ROPE_NAMES.get(name, name)) for name in checks.ROPE_FIELDS[kind]}
-    found.pop("attention_factor", None)  # it has a default of its own, below
-    values = dataclasses.asdict(RopeConfig(kind=kind)) | found
+    fields = {name: rope.get(ROPE_NAMES.get(name, name)) for name in checks.ROPE_FIELDS[kind]}
+    fields.pop("attention_factor", None)  # it has a default of its own, below
+    values = dataclasses.asdict(RopeConfig(kind=kind)) | fields
     half = (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) // 2
     if fault := checks.rope_fault(values, half):
         name, value, expected = fault
         raise UserError(f"{file}: {ROPE_NAMES.get(name, name)}={value!r}; expected {expected}")
-    if "original_length" in found:
+    if "original_length" in fields:
         values["original_length"] = int(values["original_length"])
     if kind == "longrope":
         # Extension factor of the context length (arXiv 2402.13753, and HF's `longrope`).
@@ -152,31 +152,31 @@ def _rope_settings(hf: Any, file: str) -> dict[str, Any]:
         default = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
         values["attention_factor"] = _positive(rope, "attention_factor", file, default)
     as_floats = lambda x: tuple(map(float, x)) if isinstance(x, (list, tuple)) else float(x)
-    return values | {name: as_floats(values[name]) for name in found if name != "original_length"}
+    return values | {name: as_floats(values[name]) for name in fields if name != "original_length"}
 
 
 def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, Any]]:
     """Settings of fusion, main feature and shortcuts in the config.json of an official projector; {} if it has none."""
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     if "mm_projector_type" in config:
         kind = config["mm_projector_type"]
         if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
             known = ", ".join(OFFICIAL_FUSIONS)
             raise UserError(f"{file}: mm_projector_type {kind!r} is not supported; supported are {known}")
-        found["fusion"] = {"name": OFFICIAL_FUSIONS[kind]}
+        groups["fusion"] = {"name": OFFICIAL_FUSIONS[kind]}
     if "mm_vision_select_layer" in config:
-        found["vision"] = {"select_layer": config["mm_vision_select_layer"]}
+        groups["vision"] = {"select_layer": config["mm_vision_select_layer"]}
     if "vit_levels" in config and "llm_layers" in config:
         levels, layers = config["vit_levels"], config["llm_layers"]
         if not isinstance(levels, list) or not isinstance(layers, list):
             raise UserError(f"{file}: expected lists vit_levels and llm_layers, got {levels!r} and {layers!r}")
-        found["shortcuts"] = {
+        groups["shortcuts"] = {
             "density": "explicit" if levels else "none",
             "vit_levels": levels,
             "llm_layers": layers,
             "feature_order_reverse": config.get("feature_order_reverse", False),
         }
-    return found
+    return groups
 
 
 def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:
@@ -262,11 +262,13 @@ def _positive(values: dict[str, Any], name: str, file: str, default: float | Non
 
 def _colours(processor: dict[str, Any], name: str, default: tuple[float, ...], file: str) -> tuple[float, ...]:
     """Three numbers from the preprocessor_config.json beside `file`."""
-    found = processor.get(name) or default
-    numbers = found if isinstance(found, (list, tuple)) else ()
+    colours = processor.get(name) or default
+    numbers = colours if isinstance(colours, (list, tuple)) else ()
     ok = len(numbers) == 3 and all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers)
-    _need(ok, os.path.join(os.path.dirname(file), "preprocessor_config.json"), f"{name}={found!r}; expected 3 numbers")
-    return tuple(map(float, found))
+    _need(
+        ok, os.path.join(os.path.dirname(file), "preprocessor_config.json"), f"{name}={colours!r}; expected 3 numbers"
+    )
+    return tuple(map(float, colours))
 
 
 def _need(ok: bool, file: str, sentence: str) -> None:

@@ -11,14 +11,14 @@ from sparsecut_jax.types import UserError
 def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
     """config.json of a tower cut to its first `depth` blocks. Raises UserError if its family lacks one of the settings."""
     family = cfg.family
-    says = {
+    expected = {
         "clip": (True, False, True, False), "siglip": (False, True, False, False),
         "siglip2": (False, True, False, False), "dinov2": (True, True, False, True),
     }[family]  # fmt: skip
     has = (cfg.class_token, cfg.patch_bias, cfg.pre_norm, cfg.layer_scale)
-    if has != says:
+    if has != expected:
         raise UserError(
-            f"a {family} tower has class_token, patch_bias, pre_norm, layer_scale = {says}, this one has {has}; "
+            f"a {family} tower has class_token, patch_bias, pre_norm, layer_scale = {expected}, this one has {has}; "
             "set config.vision.family to what the tower is"
         )
     config = {
@@ -53,12 +53,12 @@ def vision_config_json(cfg: VisionConfig, depth: int) -> dict[str, Any]:
 def llm_config_json(cfg: LLMConfig, special: dict[str, int | None]) -> dict[str, Any]:
     """config.json of the LLM. special: ids of special tokens. Raises UserError if its family lacks one of the settings."""
     family, rope = cfg.family, cfg.rope
-    says = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    expected = {"qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
     if family == "llama":
-        says["sliding_window"] = 0
+        expected["sliding_window"] = 0
     if family in ("llama", "mistral", "phi3"):
-        says["sliding_from"] = 0
-    for name, value in says.items():
+        expected["sliding_from"] = 0
+    for name, value in expected.items():
         if getattr(cfg, name) != value:
             raise UserError(
                 f"config.llm.{name}={getattr(cfg, name)!r} cannot be written as a {family} model, where it is {value!r}; "

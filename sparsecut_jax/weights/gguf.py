@@ -67,7 +67,7 @@ def open_gguf(path: str) -> dict[str, Tensor]:
     """
     header, config = read_header(path), gguf_config(path)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    found = {}
+    tensors = {}
     for name, kind, shape, offset, size in header.tensors:
         if len(shape) not in (1, 2) or 0 in shape or len(shape) == 1 and kind.name not in UNQUANTISED:
             raise UserError(f"{path}: tensor {name} of type {kind.name} has shape {shape}; expected a matrix")
@@ -85,8 +85,8 @@ def open_gguf(path: str) -> dict[str, Tensor]:
                     raise UserError(f"{path}: tensor {name} has {shape[0]} rows; expected {expected}")
                 rows = _interleaved(shape[0], heads[stem])
         read = functools.partial(_read, path, kind, shape, offset, size // shape[0], rows)
-        found[hf] = Tensor(path, name, shape, kind.name if kind.name in UNQUANTISED else "F32", read)
-    return found
+        tensors[hf] = Tensor(path, name, shape, kind.name if kind.name in UNQUANTISED else "F32", read)
+    return tensors
 
 
 def gguf_config(path: str) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def gguf_tokenizer(path: str) -> Tokenizer:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{path}: the tokenizer's vocabulary and merges do not fit together: {error}") from error
-    kept = [
+    added = [
         (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    backend.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED) for token, kind in kept])
+    backend.add_tokens([AddedToken(token, normalized=False, special=kind != USER_DEFINED) for token, kind in added])
     eos = get("eos_token_id", int)
     # If the file does not say whether texts start with a bos, llama.cpp adds it for these two.
     starts = get("add_bos_token", bool, model == "llama" or get("pre", str, "") == "llama-bpe")

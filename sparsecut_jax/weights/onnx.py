@@ -49,22 +49,22 @@ def tower_tensors(path: str, graph: Any, to_array: ToArray) -> dict[str, Tensor]
     """`open_onnx` for a GraphProto. `to_array` converts a TensorProto to an array."""
     prefix = _prefix(path, graph)
     stored = {t.name: t for t in graph.initializer}
-    found = {name.removeprefix(prefix): _tensor(path, name, t, to_array) for name, t in stored.items()}
+    tensors = {name.removeprefix(prefix): _tensor(path, name, t, to_array) for name, t in stored.items()}
     for node in graph.node:
         weight = node.input[1] if node.op_type == "MatMul" else None
         module = node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
         if weight in stored and module.startswith(prefix):
-            found.pop(weight, None)  # equal tensors are stored once and may be read by several nodes
+            tensors.pop(weight, None)  # equal tensors are stored once and may be read by several nodes
             name = f"{module}.weight"
-            found[name.removeprefix(prefix)] = _tensor(path, name, stored[weight], to_array, transposed=True)
-    if POSITIONS not in found:
+            tensors[name.removeprefix(prefix)] = _tensor(path, name, stored[weight], to_array, transposed=True)
+    if POSITIONS not in tensors:
         parts = _positions(path, graph, stored, prefix)
         for part in parts:
-            del found[part.name]
+            del tensors[part.name]
         shape = (1, sum(part.dims[1] for part in parts), parts[0].dims[2])
         join = lambda index: np.concatenate([to_array(part) for part in parts], axis=1)[index]
-        found[POSITIONS] = Tensor(path, prefix + POSITIONS, shape, _dtype(parts[0]), join)
-    return found
+        tensors[POSITIONS] = Tensor(path, prefix + POSITIONS, shape, _dtype(parts[0]), join)
+    return tensors
 
 
 def tower_config(path: str, graph: Any, to_array: ToArray) -> dict[str, Any]:
@@ -134,10 +134,10 @@ def _load(path: str) -> tuple[Any, ToArray]:
 
 def _prefix(path: str, graph: Any) -> str:
     """The prefix of the tower's parameter names, such as "backbone."."""
-    found = [t.name.removesuffix(PROJECTION) for t in graph.initializer if t.name.endswith(PROJECTION)]
-    if len(found) != 1:
-        raise UserError(f"{path} has {len(found)} tensors named {PROJECTION}; expected one vision tower")
-    return found[0]
+    prefixes = [t.name.removesuffix(PROJECTION) for t in graph.initializer if t.name.endswith(PROJECTION)]
+    if len(prefixes) != 1:
+        raise UserError(f"{path} has {len(prefixes)} tensors named {PROJECTION}; expected one vision tower")
+    return prefixes[0]
 
 
 def _scope(prefix: str) -> str:

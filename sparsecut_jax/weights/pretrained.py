@@ -54,13 +54,13 @@ def open_sources(init: InitConfig) -> dict[str, Source]:
         if extra:
             raise UserError(f"config.init.model is a whole model, so {extra[0]} has no effect; leave one of them out")
         source = _open(init.model, "model", needs_config=True)
-        found = dict.fromkeys(PARTS, source)
+        sources = dict.fromkeys(PARTS, source)
     else:
-        found = {p: _open(getattr(init, p), p, p != "fusion") for p in PARTS if getattr(init, p)}
-    for part, source in found.items():
+        sources = {p: _open(getattr(init, p), p, p != "fusion") for p in PARTS if getattr(init, p)}
+    for part, source in sources.items():
         if not source.tensors.get(part):
             raise UserError(f"{source.path} has no tensors of the {part}; expected Hugging Face's names")
-    return found
+    return sources
 
 
 def source_tokenizer(cfg: Config, sources: dict[str, Source]) -> Tokenizer | None:

@@ -74,19 +74,19 @@ def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
     cfg: the config before `resolve`.
     """
     lines, replaced, default = [], {}, Config()
-    found = {claim.key: claim for claim in claims(cfg, sources)}
-    plan = [key for key in sorted(PLAN & set(cfg.init.keep)) if key not in found and "shortcuts.density" in found]
-    for claim in found.values():
+    by_key = {claim.key: claim for claim in claims(cfg, sources)}
+    plan = [key for key in sorted(PLAN & set(cfg.init.keep)) if key not in by_key and "shortcuts.density" in by_key]
+    for claim in by_key.values():
         if not _differs(claim, cfg):
             continue
         if _wins(claim.key, cfg):
             if claim.key in cfg.init.keep:
-                said = _value(cfg, claim.key)
-                lines.append(f"kept       config.{claim.key}={said!r} as given; {claim.file} says {claim.value!r}")
+                value = _value(cfg, claim.key)
+                lines.append(f"kept       config.{claim.key}={value!r} as given; {claim.file} says {claim.value!r}")
         elif _value(cfg, claim.key) != _value(default, claim.key):
             replaced.setdefault(claim.file, []).append(f"{claim.key}={claim.value!r}, not {_value(cfg, claim.key)!r}")
     for key in plan:
-        file = found["shortcuts.density"].file
+        file = by_key["shortcuts.density"].file
         lines.append(f"kept       config.{key}={_value(cfg, key)!r} as given; {file} has a plan of its own")
     return lines + [f"replaced   by {file}: {'; '.join(texts)}" for file, texts in replaced.items()]
 
@@ -98,19 +98,19 @@ def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
     """
     paths = {part: getattr(cfg.init, part) for part in ("model", *PARTS)}
     here = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
-    found = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **here))
-    sources = open_sources(found.init)
-    resolved = dataclasses.replace(resolve(found, sources), init=cfg.init)
+    local = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **here))
+    sources = open_sources(local.init)
+    resolved = dataclasses.replace(resolve(local, sources), init=cfg.init)
     away = [path for part, path in paths.items() if path and not here[part]]
-    return resolved, differences(found, sources), [path for path in here.values() if path], away
+    return resolved, differences(local, sources), [path for path in here.values() if path], away
 
 
 def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
     """All settings in the sources. Raises UserError for an unsupported architecture."""
-    init, found = cfg.init, []
+    init, every = cfg.init, []
 
     def say(file: str, **groups: dict[str, Any]) -> None:
-        found.extend(Claim(key, value, file) for key, value in traverse_util.flatten_dict(groups, sep=".").items())
+        every.extend(Claim(key, value, file) for key, value in traverse_util.flatten_dict(groups, sep=".").items())
 
     class_token = cfg.vision.class_token
     if "vision" in sources:
@@ -130,7 +130,7 @@ def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
     elif "fusion" in sources:
         source = sources["fusion"]
         say(source.file, **official_settings(source.config, source.file))
-    return found
+    return every
 
 
 def _wins(key: str, cfg: Config) -> bool:

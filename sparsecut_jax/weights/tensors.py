@@ -97,14 +97,14 @@ def read_json(path: str) -> dict:
     """The object in a JSON file. Raises UserError if the file does not exist or holds no JSON object."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            content = json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def decimal(value: float) -> float:
@@ -116,18 +116,18 @@ def _open_shards(folder: str, index: str) -> dict[str, Tensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise UserError(f"{index}: expected a 'weight_map' from tensor names to files")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
         if os.path.basename(file) != file or file in ("", ".", ".."):
             raise UserError(f"{index} names the file {file!r}; expected a file in the same folder")
         for name, tensor in _open_file(os.path.join(folder, file)).items():
-            if name in found:
-                raise UserError(f"{tensor.file}: tensor {name} is also in {found[name].file}")
-            found[name] = tensor
+            if name in tensors:
+                raise UserError(f"{tensor.file}: tensor {name} is also in {tensors[name].file}")
+            tensors[name] = tensor
     for name, file in where.items():
-        if name not in found or os.path.basename(found[name].file) != file:
+        if name not in tensors or os.path.basename(tensors[name].file) != file:
             raise UserError(f"{index} lists tensor {name} in {file}, which does not contain it")
-    return found
+    return tensors
 
 
 def _open_file(file: str) -> dict[str, Tensor]:
