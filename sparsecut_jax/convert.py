@@ -36,7 +36,7 @@ from sparsecut_jax.training import report
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.resolve import differences
+from sparsecut_jax.weights.claims import differences
 
 FLAGS = flags.FLAGS
 EXAMPLES = {

@@ -49,7 +49,7 @@ from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.resolve import differences, resolve
+from sparsecut_jax.weights.claims import adopt, differences
 
 
 def train(cfg: Config) -> dict[str, float]:
@@ -83,7 +83,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
     # ------------------------------------------------------------------ pretrained parts
     parts = weights.open_sources(cfg.init) if meta is None else {}
-    cfg = resolve(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
+    cfg = adopt(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
     checks.check_room(cfg)
     sharding.check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))

@@ -17,7 +17,7 @@ from sparsecut_jax.runs.parameters import abstract_params, initial_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
-from sparsecut_jax.weights.resolve import resolve
+from sparsecut_jax.weights.claims import adopt
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("a_cross_mlp_llama", "e_plain_llava_llama")
@@ -46,7 +46,7 @@ def load_case(name: str) -> Case:
     raw.init.update(sources_of(name))
     cfg = config.check(raw)
     found = pretrained.open_sources(cfg.init)
-    cfg = resolve(cfg, found)
+    cfg = adopt(cfg, found)
     model = build_model(cfg, intermediates=("hidden", "shortcut_ratio"))
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     abstract = abstract_params(model, cfg, mesh)

@@ -17,7 +17,7 @@ from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch
 from sparsecut_jax.weights import load, pretrained
-from sparsecut_jax.weights.resolve import resolve
+from sparsecut_jax.weights.claims import adopt
 from tiny import random_params
 
 FOLDER = Path(__file__).parent / "parity"
@@ -52,7 +52,7 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
         group[last] = value
     cfg = config.check(raw)
     found = pretrained.open_sources(cfg.init)
-    cfg = resolve(cfg, found)
+    cfg = adopt(cfg, found)
     mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     model = build_model(cfg, intermediates=INTERMEDIATES)
     abstract = abstract_params(model, cfg, mesh)

@@ -18,8 +18,8 @@ from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained
 from sparsecut_jax.weights.architecture import whole_settings
+from sparsecut_jax.weights.claims import adopt
 from sparsecut_jax.weights.pretrained import open_sources, source_tokenizer
-from sparsecut_jax.weights.resolve import resolve
 from tiny import refusal
 
 CLIP = {
@@ -67,7 +67,7 @@ def resolved(settings: dict | None = None, **init) -> Config:
         raw[group].update(values)
     raw.init.update(init)
     cfg = config.check(raw)
-    return resolve(cfg, open_sources(cfg.init))
+    return adopt(cfg, open_sources(cfg.init))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_the_plan_beside_an_official_projector():
     """Of the golden case: its config.json says fusion, levels and layers, whatever the config says."""
     cfg = config.check(config.default())
     found = open_sources(dataclasses.replace(cfg.init, **sources_of("a_cross_mlp_llama")))
-    cfg = resolve(dataclasses.replace(cfg, fusion=FusionConfig(name="mlp")), found)
+    cfg = adopt(dataclasses.replace(cfg, fusion=FusionConfig(name="mlp")), found)
     assert cfg.fusion.name == "channel"
     assert (cfg.shortcuts.density, cfg.shortcuts.vit_levels, cfg.shortcuts.llm_layers) == (
         "explicit",
@@ -495,4 +495,4 @@ def test_a_tower_of_any_resolution_keeps_its_size():
     cfg = config.check(config.default())
     cfg = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, vision=str(FOLDER / "siglip2"), image_size=42))
     with pytest.raises(UserError, match="config.init.image_size is not supported for siglip2 towers"):
-        resolve(cfg, open_sources(cfg.init))
+        adopt(cfg, open_sources(cfg.init))

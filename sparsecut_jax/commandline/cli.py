@@ -161,9 +161,9 @@ def typed_config(required: bool = True, also: Mapping[str, Any] | None = None) -
 
 def _print_config(cfg: Config) -> None:
     """Prints the config as JSON on stdout and, on stderr, whether its sizes come from the weights in config.init."""
-    from sparsecut_jax.weights.resolve import resolve_here  # here: it imports transformers
+    from sparsecut_jax.weights.claims import adopt_here  # here: it imports transformers
 
-    cfg, _, here, away = resolve_here(cfg)
+    cfg, _, here, away = adopt_here(cfg)
     print(config_lib.to_json(cfg), flush=True)
     for note, paths in {
         "sizes are those of": here, "not on this machine, so the config's sizes are used": away

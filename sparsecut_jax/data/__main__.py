@@ -35,7 +35,7 @@ from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError, shown
 from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.resolve import differences, resolve
+from sparsecut_jax.weights.claims import adopt, differences
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
@@ -57,7 +57,7 @@ class Opened:
 
 def open_data(cfg: Config) -> Opened:
     parts = weights.open_sources(cfg.init)
-    asked, cfg = cfg, resolve(cfg, parts)
+    asked, cfg = cfg, adopt(cfg, parts)
     checks.check_room(cfg)
     for line in differences(asked, parts):
         print(line)

@@ -18,7 +18,7 @@ from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, InitConfig
 from sparsecut_jax.types import Batch, UserError
 from sparsecut_jax.weights import load, pretrained
-from sparsecut_jax.weights.resolve import resolve
+from sparsecut_jax.weights.claims import adopt
 from sparsecut_jax.weights.tensors import read_json
 
 
@@ -37,7 +37,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     before = build_model(cfg)
     init = InitConfig(**{part: folder})
     sources = pretrained.open_sources(init)
-    cfg = resolve(dataclasses.replace(cfg, init=init), sources)
+    cfg = adopt(dataclasses.replace(cfg, init=init), sources)
     after = build_model(cfg)
     old = traverse_util.flatten_dict(expected, sep="/")
     abstract = abstract_params(after, cfg, run.mesh, lambda path: old[path].dtype)  # frozen and trained ones differ

@@ -21,7 +21,7 @@ from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.resolve import resolve_here
+from sparsecut_jax.weights.claims import adopt_here
 
 SHOWN = 6  # settings that a search returns
 MOST_ROWS = 10**12
@@ -106,7 +106,7 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
 
 def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
     """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
-    cfg, told, _, away = resolve_here(cfg)
+    cfg, told, _, away = adopt_here(cfg)
     notes = [" ".join(line.split()) for line in told]
     notes += [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
     if not cfg.llm.vocab_size:

@@ -19,7 +19,7 @@ from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.resolve import resolve
+from sparsecut_jax.weights.claims import adopt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Joined:
     """
 
     config: Config
-    sources: dict[str, weights.Source]
+    sources: dict[str, weights.WeightSource]
     tokenizer: Tokenizer | None
     mesh: Mesh
     model: SparseCut
@@ -57,7 +57,7 @@ def join(cfg: Config) -> Joined:
         raise UserError(
             "nothing to convert: give --model, or --vision and --llm (a part that is not given is freshly initialised)"
         )
-    cfg = resolve(cfg, sources)
+    cfg = adopt(cfg, sources)
     tokenizer = weights.source_tokenizer(cfg, sources)
     if tokenizer is not None:
         cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
@@ -89,7 +89,7 @@ def load_whole(path: str) -> Run:
     return Run(path, 0, cfg, joined.mesh, model, params, joined.tokenizer, Images(cfg))
 
 
-def as_written(cfg: Config, source: weights.Source, tokenizer: Tokenizer | None) -> Config:
+def as_written(cfg: Config, source: weights.WeightSource, tokenizer: Tokenizer | None) -> Config:
     """The config with the template and the number of images that a whole model was trained with.
 
     `convert to-hf` writes both into config.json. Where they are missing, the template is the tokenizer's own, or Vicuna's

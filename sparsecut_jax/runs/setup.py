@@ -10,7 +10,9 @@ from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import pretrained as weights
 
 
-def make_tokenizer(cfg: Config, source: sources.Source, parts: dict[str, weights.Source]) -> tokenizer_lib.Tokenizer:
+def make_tokenizer(
+    cfg: Config, source: sources.Source, parts: dict[str, weights.WeightSource]
+) -> tokenizer_lib.Tokenizer:
     """The tokenizer of the LLM or of config.tokenizer; for an LLM trained from scratch, one trained on the rows."""
     tokenizer = weights.source_tokenizer(cfg, parts)
     if tokenizer is None and "llm" in parts:

@@ -19,7 +19,7 @@ from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.families import LEFT, OTHERS, rules_of
 from sparsecut_jax.weights.names import Place, places
-from sparsecut_jax.weights.pretrained import Source
+from sparsecut_jax.weights.pretrained import WeightSource
 from sparsecut_jax.weights.resize import grow_rows, resize_positions
 from sparsecut_jax.weights.tensors import Tensor
 
@@ -65,7 +65,7 @@ class Filling:
     tensors: list[Tensor]
 
 
-def match(abstract: Any, cfg: Config, sources: dict[str, Source]) -> tuple[dict[str, Filling], Report]:
+def match(abstract: Any, cfg: Config, sources: dict[str, WeightSource]) -> tuple[dict[str, Filling], Report]:
     """Decides which tensors fill which parameters, from headers alone (and the values of a head declared as tied).
 
     Args:
@@ -218,7 +218,7 @@ def _wrong_shapes(path: str, filling: Filling, cfg: Config) -> list[str]:
 
 
 def _left_over(
-    sources: dict[str, Source], used: set[tuple[str, str]], cfg: Config, abstract: Any
+    sources: dict[str, WeightSource], used: set[tuple[str, str]], cfg: Config, abstract: Any
 ) -> tuple[dict[str, list[str]], list[Tensor]]:
     """({description: names} of tensors that may remain unused, tensors that may not)."""
     unused: dict[str, list[str]] = defaultdict(list)

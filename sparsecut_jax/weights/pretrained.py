@@ -22,7 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Files that hold one or several parts.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source:
         return self.path if os.path.isdir(self.path) else os.path.dirname(self.path) or "."
 
 
-def open_sources(init: InitConfig) -> dict[str, Source]:
+def open_sources(init: InitConfig) -> dict[str, WeightSource]:
     """{part: its source}, for the parts that have one. Only headers are read.
 
     Raises:
@@ -63,7 +63,7 @@ def open_sources(init: InitConfig) -> dict[str, Source]:
     return sources
 
 
-def source_tokenizer(cfg: Config, sources: dict[str, Source]) -> Tokenizer | None:
+def source_tokenizer(cfg: Config, sources: dict[str, WeightSource]) -> Tokenizer | None:
     """The tokenizer of config.tokenizer.path, or the one that came with the LLM; None if there is neither."""
     if cfg.tokenizer.path:
         return tokenizer_lib.load(cfg.tokenizer.path)
@@ -77,7 +77,7 @@ def source_tokenizer(cfg: Config, sources: dict[str, Source]) -> Tokenizer | Non
     return None
 
 
-def _open(path: str, part: str, needs_config: bool) -> Source:
+def _open(path: str, part: str, needs_config: bool) -> WeightSource:
     path = _local(path, part)
     if path.endswith(".gguf"):
         if part != "llm":
@@ -99,7 +99,7 @@ def _open(path: str, part: str, needs_config: bool) -> Source:
 
 def _sorted(
     path: str, config: dict, file: str, tensors: dict[str, Tensor], processor: dict[str, Any] | None = None
-) -> Source:
+) -> WeightSource:
     parts: dict[str | None, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, short = part_and_name(name)
@@ -107,7 +107,7 @@ def _sorted(
         if clash is not None:
             raise UserError(f"{tensor.file}: tensors {clash.name} and {name} are both {short}; remove one of them")
         parts[part][short] = tensor
-    return Source(path, config, file, processor or {}, parts)
+    return WeightSource(path, config, file, processor or {}, parts)
 
 
 def _local(path: str, part: str) -> str:

@@ -4,8 +4,8 @@ import pytest
 
 from sparsecut_jax import config
 from sparsecut_jax.models.shortcuts import plan_shortcuts
+from sparsecut_jax.weights.claims import adopt, differences
 from sparsecut_jax.weights.pretrained import open_sources
-from sparsecut_jax.weights.resolve import differences, resolve
 from test_pretrained import CLIP, LLAMA, LLAVA, LLM, PROJECTOR, SPARSECUT, VISION, WHOLE, checkpoint
 from tiny import refusal
 
@@ -38,7 +38,7 @@ def asked(tmp_path, kind: str, flags: dict, file: dict | None = None):
 
 def plan_of(tmp_path, kind: str, flags: dict, file: dict | None = None):
     cfg, sources, _ = asked(tmp_path, kind, flags, file)
-    cfg = resolve(cfg, sources)
+    cfg = adopt(cfg, sources)
     return plan_shortcuts(cfg.shortcuts, 5, 6, cfg.vision.select_layer)
 
 
@@ -91,7 +91,7 @@ def test_so_does_one_on_a_whole_model(tmp_path, kind):
 )
 def test_a_flag_wins_where_the_weights_leave_the_choice(tmp_path, kind, flags):
     cfg, sources, file = asked(tmp_path, kind, flags)
-    found = resolve(cfg, sources)
+    found = adopt(cfg, sources)
     lines = differences(cfg, sources)
     for key, value in flags.items():
         group = found
@@ -120,7 +120,7 @@ def test_a_flag_wins_where_the_weights_leave_the_choice(tmp_path, kind, flags):
 )
 def test_a_flag_that_the_weights_contradict_is_refused(tmp_path, kind, flag, value, theirs, hint):
     cfg, sources, file = asked(tmp_path, kind, {flag: value})
-    assert refusal(resolve, cfg, sources) == (
+    assert refusal(adopt, cfg, sources) == (
         f"config.{flag}={value!r} contradicts the weights of {file}, where it is {theirs!r}; leave it out{hint}"
     )
 
@@ -136,7 +136,7 @@ def test_a_flag_that_the_weights_contradict_is_refused(tmp_path, kind, flag, val
 )
 def test_flags_that_agree(tmp_path, kind, flags):
     cfg, sources, _ = asked(tmp_path, kind, flags)
-    resolve(cfg, sources)
+    adopt(cfg, sources)
     assert differences(cfg, sources) == []
 
 
@@ -158,13 +158,13 @@ def test_flags_that_agree(tmp_path, kind, flags):
 )  # fmt: skip
 def test_flags_without_effect_on_what_the_files_say(tmp_path, kind, flags, expected):
     cfg, sources, _ = asked(tmp_path, kind, flags)
-    assert refusal(resolve, cfg, sources) == expected
+    assert refusal(adopt, cfg, sources) == expected
 
 
 def test_a_config_file_gives_way_and_it_is_said(tmp_path):
     changes = {"llm.width": 48, "llm.rope_theta": 1e6, "llm.layers": 6}
     cfg, sources, path = asked(tmp_path, "llm", {}, changes)
-    found = resolve(cfg, sources)
+    found = adopt(cfg, sources)
     assert (found.llm.width, found.llm.rope_theta) == (32, 5e4)
     assert differences(cfg, sources) == [
         f"replaced   by {path}: llm.width=32, not 48; llm.rope_theta=50000.0, not 1000000.0"
@@ -175,7 +175,7 @@ def test_a_config_file_can_insist(tmp_path):
     cfg, sources, path = asked(
         tmp_path, "fusion", {}, {"init.keep": ("shortcuts.density",), "shortcuts.density": "none"}
     )
-    assert resolve(cfg, sources).shortcuts.density == "none"
+    assert adopt(cfg, sources).shortcuts.density == "none"
     assert differences(cfg, sources) == [f"kept       config.shortcuts.density='none' as given; {path} says 'explicit'"]
 
 

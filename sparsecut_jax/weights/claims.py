@@ -18,7 +18,7 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import llm_settings, official_settings, vision_settings, whole_settings
-from sparsecut_jax.weights.pretrained import PARTS, Source, open_sources
+from sparsecut_jax.weights.pretrained import PARTS, WeightSource, open_sources
 
 # Settings that determine the tensors. All others can be changed; the same weights then compute another function.
 OF_WEIGHTS = {
@@ -42,7 +42,7 @@ class Claim:
     file: str
 
 
-def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
+def adopt(cfg: Config, sources: dict[str, WeightSource]) -> Config:
     """The config with the settings of its sources.
 
     Raises:
@@ -62,16 +62,16 @@ def resolve(cfg: Config, sources: dict[str, Source]) -> Config:
                 f"config.{claim.key}={_value(cfg, claim.key)!r} contradicts the weights of {claim.file}, where it is "
                 f"{claim.value!r}; leave it out{HINTS.get(claim.key, '')}"
             )
-    resolved = config_lib.check(raw)
-    checks.check_rope(resolved)
-    effects.check(resolved, resolved.init.keep, files=False)
-    return resolved
+    adopted = config_lib.check(raw)
+    checks.check_rope(adopted)
+    effects.check(adopted, adopted.init.keep, files=False)
+    return adopted
 
 
-def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
+def differences(cfg: Config, sources: dict[str, WeightSource]) -> list[str]:
     """A line for each setting that overrides a source's config.json, and one for each file that replaced some.
 
-    cfg: the config before `resolve`.
+    cfg: the config before `adopt`.
     """
     lines, replaced, default = [], {}, Config()
     by_key = {claim.key: claim for claim in claims(cfg, sources)}
@@ -91,8 +91,8 @@ def differences(cfg: Config, sources: dict[str, Source]) -> list[str]:
     return lines + [f"replaced   by {file}: {'; '.join(texts)}" for file, texts in replaced.items()]
 
 
-def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
-    """`resolve` with the sources on this machine, its `differences`, the paths that exist and those that do not.
+def adopt_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
+    """`adopt` with the sources on this machine, its `differences`, the paths that exist and those that do not.
 
     Nothing is downloaded, and only headers are read.
     """
@@ -100,12 +100,12 @@ def resolve_here(cfg: Config) -> tuple[Config, list[str], list[str], list[str]]:
     here = {part: path if os.path.exists(path) else "" for part, path in paths.items()}
     local = dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, **here))
     sources = open_sources(local.init)
-    resolved = dataclasses.replace(resolve(local, sources), init=cfg.init)
+    adopted = dataclasses.replace(adopt(local, sources), init=cfg.init)
     away = [path for part, path in paths.items() if path and not here[part]]
-    return resolved, differences(local, sources), [path for path in here.values() if path], away
+    return adopted, differences(local, sources), [path for path in here.values() if path], away
 
 
-def claims(cfg: Config, sources: dict[str, Source]) -> list[Claim]:
+def claims(cfg: Config, sources: dict[str, WeightSource]) -> list[Claim]:
     """All settings in the sources. Raises UserError for an unsupported architecture."""
     init, every = cfg.init, []
 
