@@ -15,8 +15,10 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 EMPTY_SLOT = -1
+NO_TOKEN = -1  # in the tokens of a question
 
 
 class UserError(Exception):
@@ -81,17 +83,63 @@ class Batch:
 
     A position sees itself and the earlier positions of its segment that are in branch 0 or in its own branch. An ordinary
     conversation is entirely in branch 0.
+
+    Shapes and dtypes are those of `batch_spec`.
     """
 
-    tokens: jax.Array  # int32[B, T]; the id at image positions is ignored
-    loss_mask: jax.Array  # uint8[B, T]; 1 where tokens[b, t] is a target (answers and their end tokens)
-    segments: jax.Array  # int32[B, T]; 0 is padding
-    branches: jax.Array | None  # int32[B, T]; None if all are 0
-    positions: jax.Array  # int32[B, T]; rotary position
-    views: jax.Array  # uint8[B, M, V, S, S, 3]
-    image_start: jax.Array  # int32[B, M]; first of N image positions, -1 for an empty slot
-    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # named arrays for fusions that need more inputs
+    tokens: jax.Array  # the id at image positions is ignored
+    loss_mask: jax.Array  # 1 where tokens[b, t] is a target (answers and their end tokens)
+    segments: jax.Array  # 0 is padding
+    branches: jax.Array | None  # None if all are 0
+    positions: jax.Array  # rotary positions
+    views: jax.Array  # pixels of the images
+    image_start: jax.Array  # first of an image's positions, EMPTY_SLOT if there is no image
+    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # what only some ways of fusing read
     most_segments: int = flax.struct.field(pytree_node=False, default=0)  # maximum per sequence; 0: unknown
+
+
+def batch_spec(
+    rows: int,
+    length: int,
+    slots: int,
+    image_shape: tuple[int, ...],
+    *,
+    question: int = 0,
+    branched: bool = False,
+    most_segments: int = 0,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Batch:
+    """The arrays of a batch as `jax.ShapeDtypeStruct`s; whatever makes a batch makes one of these shapes and dtypes.
+
+    Args:
+      rows, length, slots: B, T and M.
+      image_shape: (V, S, S, 3).
+      question: positions of the question about each image (Tq); 0: questions are not read.
+      branched: whether any position is outside of branch 0.
+      most_segments: see `Batch`.
+      sharding: of every array.
+    """
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+    return Batch(
+        tokens=of("int32", length),
+        loss_mask=of("uint8", length),
+        segments=of("int32", length),
+        branches=of("int32", length) if branched else None,
+        positions=of("int32", length),
+        views=of("uint8", slots, *image_shape),
+        image_start=of("int32", slots),
+        extras={"question": of("int32", slots, question)} if question else {},
+        most_segments=most_segments,
+    )
+
+
+def empty_batch(spec: Batch) -> Batch:
+    """A batch of numpy arrays in the shapes of `spec`: padding alone, without images or questions."""
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
+    batch.image_start.fill(EMPTY_SLOT)
+    for question in batch.extras.values():
+        question.fill(NO_TOKEN)
+    return batch
 
 
 @flax.struct.dataclass

@@ -15,7 +15,7 @@ from sparsecut_jax import config
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.runs.parameters import abstract_params, initial_params
 from sparsecut_jax.runtime import sharding
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, batch_spec, empty_batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.claims import adopt
 
@@ -74,23 +74,17 @@ def sources_of(name: str) -> dict[str, str]:
 def make_batch(io: dict[str, np.ndarray]) -> Batch:
     """The reference's inputs, its one -200 per row replaced by N positions and its padding cut off."""
     count, length = io["expanded_mask"].shape
-    tokens = np.zeros((count, length), np.int32)
-    start = np.zeros((count, 1), np.int32)
+    pixels = io["pixel_values"].reshape(count, 1, -1, *io["pixel_values"].shape[-3:]).transpose(0, 1, 2, 4, 5, 3)
+    batch = empty_batch(batch_spec(count, length, 1, pixels.shape[2:], branched=True))
+    batch.loss_mask[:] = io["expanded_labels"] != -100
+    batch.segments[:] = io["expanded_mask"]
+    batch.positions[:] = np.arange(length)
     for b in range(count):
         ids = io["input_ids"][b][io["attention_mask"][b] == 1]
-        start[b] = at = int(np.flatnonzero(ids == -200)[0])
+        batch.image_start[b] = at = int(np.flatnonzero(ids == -200)[0])
         row = [*ids[:at], *[0] * N, *ids[at + 1 :]]
-        tokens[b, : len(row)] = row
-    pixels = io["pixel_values"].reshape(count, 1, -1, *io["pixel_values"].shape[-3:])
-    return Batch(
-        tokens=tokens,
-        loss_mask=(io["expanded_labels"] != -100).astype(np.uint8),
-        segments=io["expanded_mask"],
-        branches=np.zeros_like(tokens),
-        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
-        views=pixels.transpose(0, 1, 2, 4, 5, 3),
-        image_start=start,
-    )
+        batch.tokens[b, : len(row)] = row
+    return batch.replace(views=pixels)  # already normalised
 
 
 def to_torch(tree: dict[str, Any], name: str) -> np.ndarray | None:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from sparsecut_jax import config
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, empty_batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.claims import adopt
 from tiny import random_params
@@ -69,14 +70,7 @@ def join(mesh=None, settings: dict[str, Any] | None = None, **init: Any) -> Load
 
 def text_batch(ids: np.ndarray, cfg: Config) -> Batch:
     """int32[B, T] as rows without an image."""
-    zeros = np.zeros_like(ids)
-    size = cfg.vision.image_size
-    return Batch(
-        tokens=ids,
-        loss_mask=zeros.astype(np.uint8),
-        segments=zeros + 1,
-        branches=zeros,
-        positions=np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape).copy(),
-        views=np.zeros((len(ids), 1, 5, size, size, 3), np.uint8),
-        image_start=np.full((len(ids), 1), -1, np.int32),
-    )
+    batch = empty_batch(spec_of(cfg, *ids.shape, slots=1, branched=True))
+    batch.segments[:] = 1
+    batch.positions[:] = np.arange(ids.shape[1])
+    return batch.replace(tokens=ids)

@@ -16,8 +16,9 @@ from absl import flags
 from PIL import Image
 
 from sparsecut_jax.data import pipeline, walk
+from sparsecut_jax.data.batches import collate
 from sparsecut_jax.data.parts import Folder, Part, Split
-from sparsecut_jax.data.pipeline import Images, Reader, collate, fixed_batches, train_batches
+from sparsecut_jax.data.pipeline import Images, Reader, fixed_batches, train_batches
 from sparsecut_jax.data.plan import Plan, make_plan
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
@@ -25,7 +26,7 @@ from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import Example, encode_row
 from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.training.losses import cross_entropy
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, batch_spec
 
 ROWS = 10
 SIZE = 4
@@ -130,48 +131,11 @@ def row_numbers(found, words) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# collate
+# packing
 
 
-def test_collate():
-    view = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(1, 2, 2, 3)
-    short = Example(np.array([7]), np.array([1]), np.array([0]), np.array([0]), [])
-    long = Example(np.array([1, 0, 5, 6]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]), np.array([0, 1, 2, 2]), [1])
-    batch = collate([[(short, [])], [(long, [view])]], seq_len=5, slots=2, image_shape=(1, 2, 2, 3))
-    assert batch.tokens.tolist() == [[7, 0, 0, 0, 0], [1, 0, 5, 6, 0]]
-    assert batch.loss_mask.tolist() == [[1, 0, 0, 0, 0], [0, 0, 1, 1, 0]]
-    assert batch.segments.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
-    assert batch.branches.tolist() == [[0, 0, 0, 0, 0], [0, 0, 1, 2, 0]]
-    assert batch.positions.tolist() == [[0, 0, 0, 0, 0], [0, 1, 2, 2, 0]]
-    assert batch.image_start.tolist() == [[-1, -1], [1, -1]]
-    assert batch.views.shape == (2, 2, 1, 2, 2, 3)
-    assert not batch.views[0].any() and not batch.views[1, 1].any()
-    np.testing.assert_array_equal(batch.views[1, 0], view)
-    assert batch.extras == {}
-
-
-def test_two_images_of_a_row():
-    one, two = np.full((1, 2, 2, 3), 1, np.uint8), np.full((1, 2, 2, 3), 2, np.uint8)
-    example = Example(*(np.zeros(6, np.int32),) * 4, image_start=[1, 4])
-    batch = collate([[(example, [one, two])]], seq_len=6, slots=2, image_shape=(1, 2, 2, 3))
-    assert batch.image_start.tolist() == [[1, 4]]
-    assert (batch.views[0, 0] == 1).all() and (batch.views[0, 1] == 2).all()
-
-
-def test_examples_of_a_sequence_follow_one_another():
-    """Segments tell them apart, positions restart, an image start counts from the start of the sequence."""
-    view = lambda value: np.full((1, 2, 2, 3), value, np.uint8)
-    one = Example(np.array([1, 0, 5]), np.array([0, 0, 1]), np.array([0, 0, 0]), np.array([0, 1, 2]), [1])
-    two = Example(np.array([7, 8]), np.array([0, 1]), np.array([0, 1]), np.array([0, 1]), [])
-    three = Example(np.array([0, 9]), np.array([0, 1]), np.array([0, 0]), np.array([0, 1]), [0])
-    batch = collate([[(one, [view(1)]), (two, []), (three, [view(3)])], []], 8, 3, (1, 2, 2, 3))
-    assert batch.tokens.tolist() == [[1, 0, 5, 7, 8, 0, 9, 0], [0] * 8]
-    assert batch.loss_mask.tolist() == [[0, 0, 1, 0, 1, 0, 1, 0], [0] * 8]
-    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 3, 3, 0], [0] * 8]
-    assert batch.branches.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0], [0] * 8]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0], [0] * 8]
-    assert batch.image_start.tolist() == [[1, 5, -1], [-1, -1, -1]]
-    assert (batch.views[0, 0] == 1).all() and (batch.views[0, 1] == 3).all() and not batch.views[0, 2].any()
+def tiny_batch(sequences, length: int, slots: int) -> Batch:
+    return collate(sequences, batch_spec(len(sequences), length, slots, (5, 12, 12, 3), branched=True))
 
 
 def test_packed_equals_unpacked(tiny):
@@ -189,8 +153,8 @@ def test_packed_equals_unpacked(tiny):
         branches = np.zeros(len(tokens), np.int32)
         example = Example(np.array(tokens), np.array(loss), branches, np.arange(len(tokens)), start)
         examples.append((example, list(rng.integers(0, 256, (images, 5, 12, 12, 3), np.uint8))))
-    packed = collate([examples, []], 80, 5, (5, 12, 12, 3))
-    apart = collate([[example] for example in examples], 40, 2, (5, 12, 12, 3))
+    packed = tiny_batch([examples, []], 80, 5)
+    apart = tiny_batch([[example] for example in examples], 40, 2)
     assert_same_loss_and_gradients(tiny, packed, apart)
 
 
@@ -208,9 +172,9 @@ def test_independent_questions_equal_rows_of_their_own(tiny, words):
         small = dataclasses.replace(found, tokens=2 + found.tokens % 62)  # the tiny model knows 64 words
         return small, [views]
 
-    shared = collate([[example(turns, True)], []], 80, 5, (5, 12, 12, 3))  # the shapes of the test above
+    shared = tiny_batch([[example(turns, True)], []], 80, 5)  # the shapes of the test above
     alone = [[(turns[0][0].split("\n")[0] + question.replace("<image>", ""), answer)] for question, answer in turns]
-    apart = collate([*([example(said, False)] for said in alone), []], 40, 2, (5, 12, 12, 3))
+    apart = tiny_batch([*([example(said, False)] for said in alone), []], 40, 2)
     assert shared.loss_mask.sum() == apart.loss_mask.sum() == 9
     assert_same_loss_and_gradients(tiny, shared, apart)
 

@@ -20,7 +20,7 @@ from sparsecut_jax.models import parameters
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.types import Batch, UserError, batch_spec, empty_batch
 
 IMAGE = -200  # in a row of word ids: an image goes here, N positions long
 N = 9
@@ -76,28 +76,20 @@ def make_batch(
     rng = np.random.default_rng(seed)
     count = len(rows)
     answers = [answers] * count if isinstance(answers, int) else answers
-    tokens, mask, segments = (np.zeros((count, length), np.int32) for _ in range(3))
-    start = np.full((count, slots), -1, np.int32)
+    batch = empty_batch(batch_spec(count, length, slots, (5, 12, 12, 3), branched=True))
     for b, row in enumerate(rows):
         ids: list[int] = []
         slot = 0
         for word in row:
             if word == IMAGE:
-                start[b, slot] = len(ids)
+                batch.image_start[b, slot] = len(ids)
                 slot += 1
             ids += [0] * N if word == IMAGE else [word]
-        tokens[b, : len(ids)] = ids
-        segments[b, : len(ids)] = 1
-        mask[b, len(ids) - answers[b] : len(ids)] = 1
-    return Batch(
-        tokens=tokens,
-        loss_mask=mask.astype(np.uint8),
-        segments=segments,
-        branches=np.zeros_like(tokens),
-        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
-        views=rng.integers(0, 256, (count, slots, 5, 12, 12, 3), np.uint8),
-        image_start=start,
-    )
+        batch.tokens[b, : len(ids)] = ids
+        batch.segments[b, : len(ids)] = 1
+        batch.loss_mask[b, len(ids) - answers[b] : len(ids)] = 1
+    batch.positions[:] = np.arange(length)
+    return batch.replace(views=rng.integers(0, 256, batch.views.shape, np.uint8))
 
 
 @dataclasses.dataclass

@@ -22,9 +22,9 @@ import numpy as np
 from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
-from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.parameters import flatten, matrices, split
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
@@ -40,7 +40,7 @@ from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_gradients
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, empty_batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
 GROUP = 8  # batches timed together, more than the read-ahead holds
@@ -93,21 +93,16 @@ class Timed:
 
 def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
     """A random batch of stage `name`: a few tokens, `slots` images in a row, then text, half of it target tokens."""
-    stage, n, size = cfg.stages[name], cfg.tokens_per_image, cfg.vision.image_size
-    rng, (b, t) = np.random.default_rng(0), (stage.batch_size, stage.seq_len)
+    stage, n, rng = cfg.stages[name], cfg.tokens_per_image, np.random.default_rng(0)
+    batch = empty_batch(spec_of(cfg, stage.batch_size, stage.seq_len, slots, most_segments=1))
+    t = stage.seq_len
     start = np.arange(slots, dtype=np.int32) * n + min(4, t - slots * n)
-    mask = np.zeros((b, t), np.uint8)
-    mask[:, (t + int(start[-1]) + n) // 2 :] = 1
-    return Batch(
-        tokens=rng.integers(3, cfg.llm.vocab_size, (b, t), np.int32),
-        loss_mask=mask,
-        segments=np.ones((b, t), np.int32),
-        branches=None,
-        positions=np.tile(np.arange(t, dtype=np.int32), (b, 1)),
-        views=rng.integers(0, 256, (b, slots, views_of(cfg.fusion), size, size, 3), np.uint8),
-        image_start=np.tile(start, (b, 1)),
-        most_segments=1,
-    )
+    batch.loss_mask[:, (t + int(start[-1]) + n) // 2 :] = 1
+    batch.segments[:] = 1
+    batch.positions[:] = np.arange(t)
+    batch.image_start[:] = start
+    tokens = rng.integers(3, cfg.llm.vocab_size, batch.tokens.shape, np.int32)
+    return batch.replace(tokens=tokens, views=rng.integers(0, 256, batch.views.shape, np.uint8))
 
 
 class Bench:

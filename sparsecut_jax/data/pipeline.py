@@ -18,14 +18,14 @@ import jax
 import numpy as np
 
 from sparsecut_jax.data import images
+from sparsecut_jax.data.batches import Sequence, collate, image_shape
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
-from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.conversation import Example, images_of
-from sparsecut_jax.types import EMPTY_SLOT, BadSample, Batch, UserError
+from sparsecut_jax.types import BadSample, Batch, UserError, batch_spec
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process
 READY = 2  # batches read ahead onto the device
@@ -37,9 +37,8 @@ class Images:
     def __init__(self, cfg: Config):
         self.size, self.fit = cfg.vision.image_size, cfg.data.image_fit
         self.border = images.border_colour(cfg.vision.mean)
-        count = views_of(cfg.fusion)
-        self.grid = cfg.fusion.grid if count > 1 else None
-        self.shape = (count, self.size, self.size, 3)
+        self.shape = image_shape(cfg)
+        self.grid = cfg.fusion.grid if self.shape[0] > 1 else None
         self.forget = False  # True disables the cache, to measure reading
         self._remember()
 
@@ -62,41 +61,6 @@ class Images:
 
     def views(self, picture: Any) -> np.ndarray:
         return images.views(picture, self.size, self.grid, self.fit, self.border)
-
-
-Sequence = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, each with its images
-
-
-def collate(
-    sequences: list[Sequence],
-    seq_len: int,
-    slots: int,
-    image_shape: tuple,
-    branched: bool = True,
-    most_segments: int = 0,
-) -> Batch:
-    """One Batch of numpy arrays; the examples of a sequence become segments 1, 2, ..., followed by padding."""
-    b = len(sequences)
-    columns = {name: np.zeros((b, seq_len), np.int32) for name in ("tokens", "segments", "branches", "positions")}
-    loss_mask = np.zeros((b, seq_len), np.uint8)
-    views = np.zeros((b, slots, *image_shape), np.uint8)
-    image_start = np.full((b, slots), EMPTY_SLOT, np.int32)
-    for row, sequence in enumerate(sequences):
-        at, slot = 0, 0
-        for segment, (example, pictures) in enumerate(sequence, start=1):
-            where = slice(at, at + len(example.tokens))
-            columns["tokens"][row, where] = example.tokens
-            columns["branches"][row, where] = example.branches
-            columns["positions"][row, where] = example.positions
-            columns["segments"][row, where] = segment
-            loss_mask[row, where] = example.loss_mask
-            for start, picture in zip(example.image_start, pictures, strict=True):
-                image_start[row, slot], views[row, slot] = at + start, picture
-                slot += 1
-            at = where.stop
-    if not branched:
-        columns["branches"] = None
-    return Batch(loss_mask=loss_mask, views=views, image_start=image_start, most_segments=most_segments, **columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,9 +139,7 @@ class BatchReader:
             found, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
             sequences.append(found)
             bad += broken
-        length = int(self.plan.lengths.values[batch])
-        plan, shape = self.plan, self.reader.pictures.shape
-        return collate(sequences, length, plan.slots, shape, plan.branched, plan.most_segments), bad
+        return collate(sequences, self.plan.spec(batch, len(sequences), self.reader.pictures.shape)), bad
 
 
 def train_batches(
@@ -251,8 +213,9 @@ def fixed_batches(
 
     here: int64[n], indices within a batch of the rows to read; None: all.
     """
-    count, branched = len(reader.split), reader.branched()
+    count = len(reader.split)
+    own = size if here is None else len(here)
+    spec = batch_spec(own, seq_len, slots, reader.pictures.shape, branched=reader.branched(), most_segments=1)
     for first in range(0, count, size):
         numbers = (first + (np.arange(size) if here is None else here)).tolist()
-        found = [reader.sequence([i] if i < count else [], None)[0] for i in numbers]
-        yield collate(found, seq_len, slots, reader.pictures.shape, branched, most_segments=1)
+        yield collate([reader.sequence([i] if i < count else [], None)[0] for i in numbers], spec)

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.settings import StageConfig
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Batch, UserError, batch_spec
 
 WINDOW = 8192  # shuffled rows among which packing and buckets may choose
 TRIES = 64  # sizes tried for the smaller row of a pair
@@ -50,6 +50,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.lengths.values)
+
+    def spec(self, batch: int, rows: int, image_shape: tuple[int, ...]) -> Batch:
+        """The shapes of `rows` sequences of a batch."""
+        length, more = int(self.lengths.values[batch]), {"branched": self.branched, "most_segments": self.most_segments}
+        return batch_spec(rows, length, self.slots, image_shape, **more)
 
     def sequence(self, batch: int, i: int) -> list[int]:
         """Row numbers of sequence `i` of a batch."""

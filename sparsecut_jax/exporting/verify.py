@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.exporting.export import portable
-from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, InitConfig
-from sparsecut_jax.types import Batch, UserError
+from sparsecut_jax.types import Batch, UserError, empty_batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.claims import adopt
 from sparsecut_jax.weights.tensors import read_json
@@ -62,17 +62,9 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
 
 def _example(cfg: Config, words: int, rows: int) -> Batch:
     """Rows of random ids; every second one has an image near its start."""
-    n, size = cfg.tokens_per_image, cfg.vision.image_size
-    rng = np.random.default_rng(0)
-    t = n + 16
-    tokens = rng.integers(0, words, (rows, t), np.int32)
-    zeros = np.zeros_like(tokens)
-    return Batch(
-        tokens=tokens,
-        loss_mask=zeros.astype(np.uint8),
-        segments=zeros + 1,
-        branches=zeros,
-        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (rows, t)).copy(),
-        views=rng.integers(0, 256, (rows, 1, views_of(cfg.fusion), size, size, 3), np.uint8),
-        image_start=np.where(np.arange(rows) % 2, -1, 1).astype(np.int32)[:, None],
-    )
+    batch, rng = empty_batch(spec_of(cfg, rows, cfg.tokens_per_image + 16, 1)), np.random.default_rng(0)
+    batch.segments[:] = 1
+    batch.positions[:] = np.arange(batch.tokens.shape[1])
+    batch.image_start[::2] = 1
+    tokens = rng.integers(0, words, batch.tokens.shape, np.int32)
+    return batch.replace(tokens=tokens, views=rng.integers(0, 256, batch.views.shape, np.uint8))

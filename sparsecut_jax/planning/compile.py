@@ -9,9 +9,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import matrices
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
@@ -27,20 +26,9 @@ STEPS = 1000  # length of the schedule; only constants in the program depend on 
 
 def abstract_batch(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> Batch:
     """A batch of stage `name` as `jax.ShapeDtypeStruct`s with shardings on `mesh`."""
-    stage, size = cfg.stages[name], cfg.vision.image_size
-    rows, slots = stage.batch_size, stage.slots or cfg.data.max_images
-    placed = sharding.batch_sharding(mesh)
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
-    return Batch(
-        tokens=of(jnp.int32, stage.seq_len),
-        loss_mask=of(jnp.uint8, stage.seq_len),
-        segments=of(jnp.int32, stage.seq_len),
-        branches=None,
-        positions=of(jnp.int32, stage.seq_len),
-        views=of(jnp.uint8, slots, views_of(cfg.fusion), size, size, 3),
-        image_start=of(jnp.int32, slots),
-        most_segments=0 if stage.batching == "packed" else 1,
-    )
+    stage, placed = cfg.stages[name], sharding.batch_sharding(mesh)
+    more = {"most_segments": 0 if stage.batching == "packed" else 1, "sharding": placed}
+    return spec_of(cfg, stage.batch_size, stage.seq_len, stage.slots or cfg.data.max_images, **more)
 
 
 def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered:

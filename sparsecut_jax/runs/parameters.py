@@ -18,24 +18,16 @@ from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import Batch
+from sparsecut_jax.types import Batch, batch_spec, empty_batch
 from sparsecut_jax.weights import load
 
 
 def example_batch(model: SparseCut, max_images: int) -> Batch:
     """The smallest batch that uses every parameter: one row of one image and one more token."""
-    t, m = model.vision_config.tokens_per_image + 1, max_images
-    size, views = model.vision_config.image_size, views_of(model.fusion_config)
-    ints = np.zeros((1, t), np.int32)
-    return Batch(
-        tokens=ints,
-        loss_mask=ints.astype(np.uint8),
-        segments=ints,
-        branches=None,
-        positions=ints,
-        views=np.zeros((1, m, views, size, size, 3), np.uint8),
-        image_start=np.zeros((1, m), np.int32),
-    )
+    size = model.vision_config.image_size
+    image_shape = (views_of(model.fusion_config), size, size, 3)
+    batch = empty_batch(batch_spec(1, model.vision_config.tokens_per_image + 1, max_images, image_shape))
+    return batch.replace(image_start=np.zeros_like(batch.image_start))
 
 
 @functools.lru_cache(maxsize=8)

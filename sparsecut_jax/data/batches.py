@@ -1,0 +1,44 @@
+"""Batches for a config: their shapes, and how examples and pictures fill them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.settings import Config
+from sparsecut_jax.text.conversation import Example
+from sparsecut_jax.types import Batch, batch_spec, empty_batch
+
+Sequence = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, each with its images
+
+
+def image_shape(cfg: Config) -> tuple[int, int, int, int]:
+    """(V, S, S, 3), the shape of an image."""
+    return views_of(cfg.fusion), cfg.vision.image_size, cfg.vision.image_size, 3
+
+
+def spec_of(cfg: Config, rows: int, length: int, slots: int, **more: Any) -> Batch:
+    """`batch_spec` of a config's images; `more`: its other arguments."""
+    return batch_spec(rows, length, slots, image_shape(cfg), **more)
+
+
+def collate(sequences: list[Sequence], spec: Batch) -> Batch:
+    """One batch of numpy arrays; the examples of a sequence become segments 1, 2, ..., followed by padding."""
+    batch = empty_batch(spec)
+    for row, sequence in enumerate(sequences):
+        at, slot = 0, 0
+        for segment, (example, pictures) in enumerate(sequence, start=1):
+            where = slice(at, at + len(example.tokens))
+            batch.tokens[row, where] = example.tokens
+            batch.loss_mask[row, where] = example.loss_mask
+            batch.segments[row, where] = segment
+            batch.positions[row, where] = example.positions
+            if batch.branches is not None:
+                batch.branches[row, where] = example.branches
+            for start, picture in zip(example.image_start, pictures, strict=True):
+                batch.image_start[row, slot], batch.views[row, slot] = at + start, picture
+                slot += 1
+            at = where.stop
+    return batch
