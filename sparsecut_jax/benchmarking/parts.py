@@ -201,7 +201,7 @@ class Bench:
         """`timed` with the FLOPs and bytes of the whole batch, and the rate."""
         stage, part = self.stage, timed.part
         cfg = self.cfg.with_stage(self.name, slots=self.slots)
-        found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len)
+        found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
         found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
         model = sum(p.flops * (1 + more(p)) for p in found)
@@ -263,7 +263,7 @@ class Bench:
 
     def _generation(self, seq_len: int) -> list[flops.Product]:
         """The LLM's matmuls for `seq_len` positions of every row."""
-        found = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len)
+        found = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
         return [p for p in found if p.part in ("llm", "loss")]
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def _time(
         "lengths": found.lengths,
     }
     if found.steps:
-        model = lambda n: flops.work(flops.products(cfg, name, parameters.shapes, stage.batch_size, n))["total"].model
+        model = flops.of_batch(cfg, name, parameters.shapes, stage.slots)
         hours = found.steps * sum(share * at_mfu(model(n)) for n, share in found.lengths.items()) / 3600
         made |= {"hours": hours, "chip_hours": hours * topology.chips}
         if question.price:

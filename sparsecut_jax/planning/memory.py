@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
 from sparsecut_jax.models.fusion import views_of
@@ -100,7 +99,9 @@ class Parameters:
         """cfg: resolved for its platform, with no "auto" settings left."""
         model, patterns = build_model(dataclasses.replace(cfg, attention="xla")), cfg.stages[name].trainable
         self.boxed = boxed_shapes(model, cfg.data.max_images)
-        self.shapes = {path: leaf.shape for path, leaf in flatten(nn.meta.unbox(self.boxed)).items()}
+        boxes = flatten(self.boxed)
+        self.shapes = {path: box.unbox().shape for path, box in boxes.items()}
+        self.axes = {path: box.names for path, box in boxes.items()}
         self.dtype_of = stage_dtypes(cfg, name, matrices(self.boxed))
         self.trained = lambda path: any(re.fullmatch(pattern, path) for pattern in patterns)
         self._specs: dict[tuple[int, ...], dict[str, Any]] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -37,19 +38,19 @@ class Roofline:
 
 
 def roofline(
-    cfg: Config, name: str, topology: Topology, sizes: Sizes, found: list[Product], parameters: Parameters
+    cfg: Config, name: str, topology: Topology, sizes: Sizes, products: Sequence[Product], parameters: Parameters
 ) -> Roofline:
-    """The roofline of a step of stage `name`; `found` are its matmuls over the whole batch."""
+    """The roofline of a step of stage `name`; `products` are its matmuls over the whole batch."""
     chip, stage, chips = topology.chip, cfg.stages[name], topology.chips
     itemsize, micro_batches = jnp.dtype(cfg.dtype).itemsize, stage.accumulate
     trained = parameters.local(sizes, parameters.trained)
-    flops = sum(p.flops * (1 + p.more + p.again) for p in found)
+    flops = sum(p.flops * (1 + p.more + p.again) for p in products)
     moved = UPDATE * trained
-    for p in found:
+    for p in products:
         weights = p.weights / sizes["tensor"] * micro_batches
         moved += (1 + p.more + p.again) * itemsize * (p.moved / chips + weights)
     through = {"links": 0.0, "network": 0.0}
-    for axis, bytes_in in traffic(cfg, name, sizes, parameters, found).items():
+    for axis, bytes_in in traffic(cfg, name, sizes, parameters, products).items():
         through["network" if crosses(topology, sizes, axis) else "links"] += bytes_in
     return Roofline(
         compute=flops / chips / chip.flops,
@@ -59,24 +60,24 @@ def roofline(
     )
 
 
-def traffic(cfg: Config, name: str, sizes: Sizes, parameters: Parameters, found: list[Product]) -> dict[str, float]:
+def traffic(
+    cfg: Config, name: str, sizes: Sizes, parameters: Parameters, products: Sequence[Product]
+) -> dict[str, float]:
     """Bytes that a chip receives in a step, by the mesh axis they cross.
 
     fsdp: weights are gathered for forward and again for backward, and gradients reduce-scattered, in every micro-batch.
-    data, replica: the gradients of a step are all-reduced. tensor: activations are all-reduced after attention and after
-    the MLP, in forward, backward and recomputation.
+    data, replica: the gradients of a step are all-reduced. tensor: what attention and MLPs return, a sum over heads or
+    hidden units, is all-reduced in forward, backward and recomputation.
     """
     micro_batches, dtype = cfg.stages[name].accumulate, cfg.dtype
     share = lambda axis: (sizes[axis] - 1) / sizes[axis]
-    parts = {p.part for p in found if p.more}
+    parts = {p.part for p in products if p.more}
     backward = lambda path: path.split("/")[0] in parts
     gathered = parameters.local(sizes, gathered=dtype) + parameters.local(sizes, backward, dtype)
     gathered += parameters.local(sizes, parameters.trained, dtype)
     trained = parameters.local(sizes, parameters.trained)
-    outputs = [
-        p for p in found if p.path.endswith(("attention/out", "attention/out_kernel", "down/kernel", "fc2/kernel"))
-    ]
-    sums = sum(p.outputs * (1 + (p.more > 0) + p.again) for p in outputs)
+    summed = lambda p: any(parameters.axes[p.path][axis] in ("heads", "mlp") for axis in p.contracted)
+    sums = sum(p.outputs * (1 + (p.more > 0) + p.again) for p in products if summed(p))
     rows = math.prod(sizes[axis] for axis in sharding.RULES["batch"])
     return {
         "fsdp": gathered * share("fsdp") * micro_batches,

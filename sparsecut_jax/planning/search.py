@@ -65,8 +65,8 @@ def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) 
     policies = [remat for remat in POLICIES if remat != "offload" or platform != "cpu"]
     micro_batches = [n for n in range(1, batch + 1) if batch % n == 0 and n & (n - 1) == 0]
     for remat in policies:
-        found = step_products(with_settings(cfg, name, remat=remat), name, parameters)
-        total = flops.work(found)["total"]
+        products = step_products(with_settings(cfg, name, remat=remat), name, parameters)
+        total = flops.work(products)["total"]
         for sizes, accumulate in itertools.product(meshes(topology), micro_batches):
             tried = with_settings(cfg, name, sizes, accumulate, remat)
             try:
@@ -74,11 +74,11 @@ def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) 
                 needed = memory.estimate(tried, name, sizes, platform, parameters)
             except UserError:
                 continue
-            line = roofline(tried, name, topology, sizes, found, parameters) if topology.chip.flops else None
+            line = roofline(tried, name, topology, sizes, products, parameters) if topology.chip.flops else None
             yield Option(sizes, remat, accumulate, needed, line.seconds if line else 0.0, total.model + total.again)
 
 
-def step_products(cfg: Config, name: str, parameters: Parameters) -> list[flops.Product]:
+def step_products(cfg: Config, name: str, parameters: Parameters) -> tuple[flops.Product, ...]:
     """The matmuls of a step, over all micro-batches."""
     stage = cfg.stages[name]
     return flops.products(cfg, name, parameters.shapes, stage.batch_size, stage.seq_len)
@@ -105,6 +105,6 @@ def with_settings(cfg: Config, name: str, sizes: Sizes | None = None, accumulate
 def smallest(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> tuple[Topology, Option] | None:
     """The next larger topology of the same chip on which a setting fits, and the best setting there."""
     for bigger in larger(topology):
-        if found := search(cfg, name, bigger, parameters):
-            return bigger, found[0]
+        if fitting := search(cfg, name, bigger, parameters):
+            return bigger, fitting[0]
     return None
