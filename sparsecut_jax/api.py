@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 
-from sparsecut_jax.inference.answering import Picture, answer, check_asked
+from sparsecut_jax.inference.answering import Picture, check_asked, reply
 from sparsecut_jax.runs.joined import load_whole
 from sparsecut_jax.runs.run import Run, load_run
 from sparsecut_jax.settings import Config
@@ -50,7 +50,7 @@ class Model:
         check_asked(max_new_tokens, temperature, seed, template)
         several = isinstance(images, Sequence) and not isinstance(images, Picture | bytearray)
         pictures = images if several else [images]
-        return answer(self.run, prompt, pictures, max_new_tokens, temperature, seed, template)
+        return reply(self.run, prompt, pictures, max_new_tokens, temperature, seed, template).text
 
 
 def load(path: str | os.PathLike, checkpoint: str = "latest") -> Model:

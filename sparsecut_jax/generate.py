@@ -14,7 +14,8 @@ import sys
 from absl import flags
 
 from sparsecut_jax.commandline import cli
-from sparsecut_jax.inference.answering import Reply, check_asked, check_local, reply
+from sparsecut_jax.inference.answering import check_asked, check_local, reply
+from sparsecut_jax.inference.engine import Answer
 from sparsecut_jax.runs.run import FRESH_FUSION, Run, load_run
 from sparsecut_jax.runtime.progress import busy
 
@@ -29,20 +30,20 @@ def main() -> None:
     how = (FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.seed, FLAGS.template)
     # The seconds are shown on a terminal only: a script gets the answer alone.
     with busy("compiling and answering", sys.stderr) if sys.stderr.isatty() else contextlib.nullcontext():
-        found = reply(run, FLAGS.prompt, FLAGS.image, *how)
-    print(found.text, flush=True)
-    for note in notes(run, bool(FLAGS.image), found, FLAGS.max_new_tokens):
+        answer = reply(run, FLAGS.prompt, FLAGS.image, *how)
+    print(answer.text, flush=True)
+    for note in notes(run, bool(FLAGS.image), answer, FLAGS.max_new_tokens):
         print(f"note: {note}", file=sys.stderr)
 
 
-def notes(run: Run, image: bool, found: Reply, max_new_tokens: int) -> list[str]:
+def notes(run: Run, image: bool, answer: Answer, max_new_tokens: int) -> list[str]:
     """Notes about an answer; `image`: whether the question is about an image."""
     said = []
     if image and run.fresh_fusion:
         said.append(FRESH_FUSION.format(run.workdir))
-    if found.cut:
+    if answer.cut:
         said.append(f"the answer was cut at --max_new_tokens={max_new_tokens}")
-    elif not found.text:
+    elif not answer.text:
         said.append("the answer is empty: the model ended it at once")
     return said
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparsecut_jax.generate import notes
-from sparsecut_jax.inference.answering import Reply
+from sparsecut_jax.inference.engine import Answer
 from sparsecut_jax.runs.run import _fresh_fusion
 from sparsecut_jax.runs.workdir import print_written
 from sparsecut_jax.settings import Config, InitConfig
@@ -17,12 +17,12 @@ PARAMS = {"fusion": {"main": {"kernel": 0}}, "llm": {"head": 0}}
 
 def test_notes():
     run = SimpleNamespace(workdir="runs/x", fresh_fusion=False)
-    assert notes(run, True, Reply("red", cut=False), 8) == []
-    assert notes(run, True, Reply("", cut=False), 8) == ["the answer is empty: the model ended it at once"]
-    assert notes(run, True, Reply("red and", cut=True), 8) == ["the answer was cut at --max_new_tokens=8"]
+    assert notes(run, True, Answer("red", cut=False), 8) == []
+    assert notes(run, True, Answer("", cut=False), 8) == ["the answer is empty: the model ended it at once"]
+    assert notes(run, True, Answer("red and", cut=True), 8) == ["the answer was cut at --max_new_tokens=8"]
     fresh = SimpleNamespace(workdir="runs/x", fresh_fusion=True)
-    assert notes(fresh, False, Reply("red", cut=False), 8) == []
-    (note,) = notes(fresh, True, Reply("red", cut=False), 8)
+    assert notes(fresh, False, Answer("red", cut=False), 8) == []
+    (note,) = notes(fresh, True, Answer("red", cut=False), 8)
     assert note.startswith("the fusion of runs/x was never trained") and "--config.init_from=runs/x" in note
 
 

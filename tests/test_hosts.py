@@ -157,7 +157,8 @@ def test_four_processes_that_share_rows_by_pairs_and_a_sigterm_to_one(alone, pic
 
 MEET = """
 import time
-from sparsecut_jax import cli, hosts
+from sparsecut_jax.commandline import cli
+from sparsecut_jax.runtime import hosts
 
 def work():
     print("met", flush=True)

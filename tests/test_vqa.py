@@ -7,7 +7,7 @@ import pytest
 from small_tokenizers import byte_level
 from sparsecut_jax.data.parts import Folder, Part
 from sparsecut_jax.evaluation.vqa import answer_limit, asked_turns, example, questions, references, samples
-from sparsecut_jax.text.conversation import encode_row
+from sparsecut_jax.text.conversation import encode_prompt, encode_row
 from sparsecut_jax.text.templates import TEMPLATES
 from sparsecut_jax.types import BadSample
 
@@ -35,9 +35,10 @@ def test_samples_are_spread():
 )
 def test_a_question_is_asked_as_it_is_trained_on(row):
     row["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(row["said"])]
-    run = SimpleNamespace(tokenizer=byte_level(), template="vicuna_v1", config=SimpleNamespace(tokens_per_image=2))
-    trained = encode_row(row, run.tokenizer, TEMPLATES[run.template], 2, 1000)
-    for branch, question in enumerate(questions({0: row}, run), start=1):
+    how = (byte_level(), TEMPLATES["vicuna_v1"], 2)
+    trained = encode_row(row, *how, 1000)
+    engine = SimpleNamespace(prompt=lambda text, images, system: encode_prompt(text, images, *how, system))
+    for branch, question in enumerate(questions({0: row}, engine), start=1):
         seen = trained.tokens[(trained.branches == 0) | (trained.branches == branch)].tolist()
         prompt = question.prompt.tokens.tolist()
         assert prompt == seen[: len(prompt)]

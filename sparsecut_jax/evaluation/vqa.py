@@ -13,14 +13,14 @@ import numpy as np
 from sparsecut_jax.data.parts import Folder, Part
 from sparsecut_jax.data.walk import as_bad
 from sparsecut_jax.evaluation.answered import Answered
-from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
+from sparsecut_jax.inference.engine import Engine, Request
 from sparsecut_jax.runs.run import Run
-from sparsecut_jax.runtime import placing, sharding
-from sparsecut_jax.text.conversation import IMAGE, Example, encode_prompt, images_of
-from sparsecut_jax.text.templates import get_template, stop_ids
+from sparsecut_jax.runtime import placing
+from sparsecut_jax.text.conversation import IMAGE, Example, images_of
+from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.types import BadSample
 
-IMAGES_AT_ONCE = 64
+ROWS_AT_ONCE = 64  # whose images are encoded together
 MOST_TOKENS = 512  # of an answer, if no setting gives it: the KV cache grows with it
 FIRST, SHORT = 50, 100  # rows searched for an example; characters of a short question
 REASON = 1024  # bytes of an error about a broken row that other processes get
@@ -68,19 +68,17 @@ def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts)
 
 
-def questions(rows: dict[int, dict[str, Any]], run: Run) -> list[Question]:
+def questions(rows: dict[int, dict[str, Any]], engine: Engine) -> list[Question]:
     """The prompts of all questions of some rows, each on its own. `rows`: by their index among those encoded together."""
-    found, template = [], get_template(run.template, run.tokenizer)
+    asked = []
     for place, row in rows.items():
         for human, gpt in asked_turns(row):
             text = human["value"].replace(IMAGE, "").strip()
             shared = row.get("independent")  # images come before all questions, otherwise where this one has them
-            asked, images = (text, len(images_of(row))) if shared else (human["value"], human["value"].count(IMAGE))
-            how = (run.tokenizer, template, run.config.tokens_per_image, row.get("system", ""))
-            prompt = encode_prompt(asked, images, *how)
-            others = references(row, gpt)
-            found.append(Question(place, text, gpt["value"].strip(), others, gpt.get("kind", ""), prompt))
-    return found
+            said, images = (text, len(images_of(row))) if shared else (human["value"], human["value"].count(IMAGE))
+            prompt, others = engine.prompt(said, images, row.get("system", "")), references(row, gpt)
+            asked.append(Question(place, text, gpt["value"].strip(), others, gpt.get("kind", ""), prompt))
+    return asked
 
 
 def answer_limit(run: Run, part: Part) -> int:
@@ -114,59 +112,54 @@ class Progressed:
 def answer_part(run: Run, part: Part, test: str, limit: int) -> Iterator[Progressed]:
     """Answers all questions of a part by greedy decoding with up to `limit` tokens, some rows at a time.
 
-    The last batch is filled up with empty prompts, whose answers are discarded. Each process opens the images that its
-    devices encode; all processes get all answers.
+    Each process opens the images that its devices encode; all processes get all answers.
     """
-    cfg, placed = run.config, sharding.batch_sharding(run.mesh)
-    stop = stop_ids(run.tokenizer, get_template(run.template, run.tokenizer))
-    ways = sharding.data_parallel(run.mesh)
-    at_once, size = (-(-n // ways) * ways for n in (IMAGES_AT_ONCE, cfg.eval.batch_size))
-    held, asking = placing.rows_here(placed, at_once), placing.rows_here(placed, size)
-    places = {int(at): i for i, at in enumerate(held)}  # of rows among those that this process holds
-    for start in range(0, len(part), at_once):
-        numbers = range(start, min(start + at_once, len(part)))
-        rows, reasons = {}, np.zeros((at_once, REASON), np.uint8)
-        views = np.zeros((len(held), cfg.data.max_images, *run.pictures.shape), np.uint8)
-        for at, number in enumerate(numbers):
-            row = {}
-            try:
-                row = rows[at] = part.row(number)
-                for _, gpt in asked_turns(row):
-                    references(row, gpt)
-                if at in places:
-                    for m, entry in enumerate(images_of(row)):
-                        views[places[at], m] = run.pictures.read(part, entry)
-            except BadSample as error:
-                reason = as_bad(part, number, row, error).reason.encode()[:REASON]
-                reasons[at, : len(reason)] = np.frombuffer(reason, np.uint8)
-        reasons = placing.gather(reasons).max(0)  # all processes that know it agree
-        broken = {at: bytes(reasons[at]).rstrip(b"\0").decode(errors="ignore") for at in reasons.any(1).nonzero()[0]}
-        encoded = encode_images(run.model, run.params, placing.place(views, placed, held, at_once))
-        asked, answered = questions({at: row for at, row in rows.items() if at not in broken}, run), []
-        for first in range(0, len(asked), size):
-            batch = asked[first : first + size]
-            image = np.zeros(size, np.int32)
-            image[: len(batch)] = [q.place for q in batch]
-            arrays = pad_prompts([q.prompt for q in batch], size, cfg.data.max_images)
-            *arrays, image = placing.place(tuple(x[asking] for x in (*arrays, image)), placed, asking, size)
-            ids, _ = generate(run.model, run.params, *arrays, encoded.rows(image), limit, np.array(stop))
-            for q, said in zip(batch, placing.fetch(ids), strict=False):
-                row, said = rows[q.place], until(said, stop)
-                answered.append(
-                    Answered(
-                        test=test,
-                        row=str(row.get("id", part.number(numbers[q.place]))),
-                        kind=q.kind,
-                        question=q.text,
-                        images=tuple(image_path(part, entry) for entry in images_of(row)),
-                        expected=q.expected,
-                        references=q.references,
-                        answer=run.tokenizer.decode(said).strip(),
-                        cut=len(said) == limit,
-                        step=run.step,
-                    )
-                )
-        yield Progressed(len(numbers), answered, list(broken.values()))
+    engine = Engine(run, rows=ROWS_AT_ONCE, size=run.config.eval.batch_size)
+    for start in range(0, len(part), engine.rows):
+        numbers = range(start, min(start + engine.rows, len(part)))
+        rows, views, broken = read_rows(engine, part, numbers)
+        asked = questions(rows, engine)
+        said = engine.answers(views, [Request(q.prompt, q.place) for q in asked], limit)
+        answered = [
+            Answered(
+                test=test,
+                row=str(rows[q.place].get("id", part.number(numbers[q.place]))),
+                kind=q.kind,
+                question=q.text,
+                images=tuple(image_path(part, entry) for entry in images_of(rows[q.place])),
+                expected=q.expected,
+                references=q.references,
+                answer=answer.text,
+                cut=answer.cut,
+                step=run.step,
+            )
+            for q, answer in zip(asked, said, strict=True)
+        ]
+        yield Progressed(len(numbers), answered, broken)
+
+
+def read_rows(engine: Engine, part: Part, numbers: range) -> tuple[dict[int, dict[str, Any]], np.ndarray, list[str]]:
+    """Rows of a part by their index in `numbers`, the pictures of those that are encoded here, and what is wrong with others.
+
+    All processes agree on the rows that are broken, although each opens its own pictures alone.
+    """
+    rows, views, reasons = {}, engine.no_pictures(), np.zeros((engine.rows, REASON), np.uint8)
+    places = {int(at): i for i, at in enumerate(engine.here)}
+    for at, number in enumerate(numbers):
+        row = {}
+        try:
+            row = rows[at] = part.row(number)
+            for _, gpt in asked_turns(row):
+                references(row, gpt)
+            if at in places:
+                for m, entry in enumerate(images_of(row)):
+                    views[places[at], m] = engine.run.pictures.read(part, entry)
+        except BadSample as error:
+            reason = as_bad(part, number, row, error).reason.encode()[:REASON]
+            reasons[at, : len(reason)] = np.frombuffer(reason, np.uint8)
+    reasons = placing.gather(reasons).max(0)  # all processes that know it agree
+    broken = {at: bytes(reasons[at]).rstrip(b"\0").decode(errors="ignore") for at in reasons.any(1).nonzero()[0]}
+    return {at: row for at, row in rows.items() if at not in broken}, views, list(broken.values())
 
 
 def image_path(part: Part, entry: str | bytes) -> str | None:

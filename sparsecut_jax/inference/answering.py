@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from sparsecut_jax.checks import nearest
 from sparsecut_jax.data import images
-from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
+from sparsecut_jax.inference.engine import Answer, Engine, Request
 from sparsecut_jax.runs.run import Run
-from sparsecut_jax.runtime import sharding
-from sparsecut_jax.text.conversation import encode_prompt
-from sparsecut_jax.text.templates import OWN, TEMPLATES, get_template, stop_ids
+from sparsecut_jax.text.templates import OWN, TEMPLATES
 from sparsecut_jax.types import UserError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer, and whether it was cut at the maximum length."""
-
-    text: str
-    cut: bool
-
-
-def answer(run: Run, prompt: str, pictures: Sequence[Picture], *how: Any) -> str:
-    """The text of `reply`."""
-    return reply(run, prompt, pictures, *how).text
 
 
 def reply(
@@ -45,7 +27,7 @@ def reply(
     temperature: float = 0.0,
     seed: int = 0,
     template: str = "",
-) -> Reply:
+) -> Answer:
     """The model's answer to a prompt about pictures, asked in the run's template or another one.
 
     pictures: paths, the bytes of image files, PIL images or arrays uint8[H, W, 3].
@@ -61,30 +43,13 @@ def reply(
     slots = cfg.data.max_images
     if len(pictures) > slots:
         raise UserError(f"{len(pictures)} images given, but the model was trained with config.data.max_images={slots}")
-    written = get_template(template or run.template, run.tokenizer)
-    stop = stop_ids(run.tokenizer, written)
-    example = encode_prompt(prompt, len(pictures), run.tokenizer, written, cfg.tokens_per_image)
-    rows = sharding.data_parallel(run.mesh)  # the prompt, and empty ones for the other devices
-    views = np.zeros((rows, slots, *run.pictures.shape), np.uint8)
-    for m, picture in enumerate(pictures):
-        views[0, m] = run.pictures.views(opened(picture, cfg.data.max_pixels))
-    with jax.set_mesh(run.mesh):
-        views, *arrays = jax.device_put(
-            (views, *pad_prompts([example], rows, slots)), sharding.batch_sharding(run.mesh)
-        )
-        encoded = encode_images(run.model, run.params, views)
-        ids, _ = generate(
-            run.model,
-            run.params,
-            *arrays,
-            encoded,
-            max_new_tokens,
-            np.array(stop),
-            temperature,
-            jax.random.key(seed),
-        )
-    said = until(np.asarray(ids)[0], stop)
-    return Reply(run.tokenizer.decode(said).strip(), cut=len(said) == max_new_tokens)
+    engine = Engine(run, template)
+    example, views = engine.prompt(prompt, len(pictures)), engine.no_pictures()
+    read = [run.pictures.views(opened(picture, cfg.data.max_pixels)) for picture in pictures]
+    if read and 0 in engine.here:
+        views[0, : len(read)] = read
+    (answer,) = engine.answers(views, [Request(example)], max_new_tokens, temperature, seed)
+    return answer
 
 
 def check_local(pictures: Sequence[Picture]) -> None:
@@ -97,7 +62,7 @@ def check_local(pictures: Sequence[Picture]) -> None:
 
 
 def check_asked(max_new_tokens: int, temperature: float, seed: int, template: str, dashes: str = "") -> None:
-    """Raises UserError if an argument of `answer` is invalid; `dashes` precede its name in the message."""
+    """Raises UserError if an argument of `reply` is invalid; `dashes` precede its name in the message."""
     if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= 100_000:
         raise UserError(f"{dashes}max_new_tokens={max_new_tokens}: expected 1 to 100,000")
     if not 0 <= temperature < math.inf:
