@@ -17,7 +17,7 @@ import sys
 from absl import flags
 
 from sparsecut_jax.commandline import cli
-from sparsecut_jax.planning import answer, compiler, hardware, tables
+from sparsecut_jax.planning import answer, compiling, hardware, tables
 from sparsecut_jax.runtime.folders import make_folder, write_json
 from sparsecut_jax.runtime.progress import busy
 from sparsecut_jax.settings import Config
@@ -51,19 +51,19 @@ def plan(cfg: Config) -> None:
     # ------------------------------------------------------------------ the answers
     with open(os.dup(2), "w") as stderr:  # a copy, so that the compiler's own output can be hidden
         during = lambda what: busy(what, stderr)
-        found = [
+        plans = [
             {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, during)}
             for question in questions
         ]
 
     # ------------------------------------------------------------------ output
-    from sparsecut_jax.planning import chart, scaling  # here: matplotlib takes a third of a second
+    from sparsecut_jax.planning import chart  # here: matplotlib takes a third of a second
 
-    print(f"\n{scaling.text(found) if several else tables.text(found[0])}\n")
+    print(f"\n{tables.scaling_text(plans) if several else tables.text(plans[0])}\n")
     name = "scaling" if several else "plan"
-    write_json(os.path.join(folder, f"{name}.json"), found if several else found[0])
-    draw = scaling.save if several else chart.save
-    draw(os.path.join(folder, f"{name}.png"), found if several else found[0])
+    write_json(os.path.join(folder, f"{name}.json"), plans if several else plans[0])
+    draw = chart.save_scaling if several else chart.save
+    draw(os.path.join(folder, f"{name}.png"), plans if several else plans[0])
     print(f"written    {os.path.join(folder, name)}.json, {name}.png")
 
 
@@ -89,7 +89,7 @@ def file_name(cfg: Config, stage: str) -> str:
 
 def run() -> None:
     """The command: defines its flags and ends with its exit code."""
-    compiler.prepare()
+    compiling.prepare()
     cli.define_config()
     flags.DEFINE_string("topology", "", "Chips, for example v5e:8x8, 2*v5p:4x4x4, h100:8 or cpu:8.")
     flags.DEFINE_string("stage", "", "Stage of config.run_stages; default: the last one.")

@@ -70,7 +70,7 @@ SLOW = (
         "test_planning_flops",
         "test_planning_memory",
     ),
-    *("test_planning_scaling", "test_planning_shortcuts", "test_scenes_controls", "test_sparsecut", "test_step"),
+    *("test_planning_tables", "test_planning_shortcuts", "test_scenes_controls", "test_sparsecut", "test_step"),
 )
 
 

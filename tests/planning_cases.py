@@ -34,7 +34,7 @@ if __name__ == "__main__":  # before JAX looks for devices
 import jax
 
 from planning_configs import load
-from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.planning.compiling import lower_step
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
 

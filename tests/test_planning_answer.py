@@ -11,7 +11,6 @@ from planning_configs import load
 from runs import command, finish
 from sparsecut_jax.planning import answer, tables
 from sparsecut_jax.planning.hardware import GIB, parse
-from sparsecut_jax.planning.steps import steps_of
 from tiny import refusal
 
 SEVEN = ("sparsecut", "size=7b,stage=finetune")
@@ -105,15 +104,15 @@ def test_cpu_has_no_time():
 def test_steps():
     """Buckets take a row each; packed sequences several, and have a slot for each image."""
     cfg, stage = load(*SEVEN)
-    buckets = steps_of(cfg, stage)
+    buckets = answer.steps_of(cfg, stage)
     assert (buckets.steps, buckets.slots) == (5198, 1)
     assert set(buckets.lengths) == {768, 1024, 1536, 2048} and sum(buckets.lengths.values()) == pytest.approx(1)
-    packed = steps_of(*load(*SEVEN, stage__batching="packed"))
+    packed = answer.steps_of(*load(*SEVEN, stage__batching="packed"))
     assert packed.slots == 3 and packed.lengths == {2048: 1.0}
     assert 0.38 < packed.steps / 5198 < 0.48
-    assert steps_of(cfg, stage, rows=1280).steps == 10
-    assert steps_of(*load(*SEVEN, stage__max_steps=7), rows=1280).steps == 7
-    unknown = steps_of(*load(*SEVEN, data__source="elsewhere.json"))
+    assert answer.steps_of(cfg, stage, rows=1280).steps == 10
+    assert answer.steps_of(*load(*SEVEN, stage__max_steps=7), rows=1280).steps == 7
+    unknown = answer.steps_of(*load(*SEVEN, data__source="elsewhere.json"))
     assert (unknown.rows, unknown.steps) == (None, None)
 
 

@@ -8,7 +8,7 @@ import pytest
 from planning_cases import BYTES, CASES
 from planning_configs import load
 from sparsecut_jax.planning import memory, residuals
-from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.planning.compiling import lower_step
 from sparsecut_jax.runtime import backends
 
 ALL = [(platform, name) for platform, cases in CASES.items() for name in cases]

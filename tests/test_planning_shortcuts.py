@@ -6,7 +6,7 @@ import pytest
 from planning_configs import load
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.planning import flops, memory
-from sparsecut_jax.planning.compile import abstract_batch, lower_step
+from sparsecut_jax.planning.compiling import abstract_batch, lower_step
 from sparsecut_jax.runtime.sharding import make_mesh
 
 ARGUMENTS = "size=7b,stage=finetune"

@@ -29,7 +29,7 @@ from sparsecut_jax.models.parameters import flatten, matrices, split
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.answer import prepared
-from sparsecut_jax.planning.compile import step_of
+from sparsecut_jax.planning.compiling import step_of
 from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
 from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, init_params, stage_dtypes
@@ -187,11 +187,11 @@ class Bench:
     def _called(self, part: str, label: str, run: Callable, *args: Any, program: Callable | None = None) -> Timed:
         """Times run(*args). program: returns the lowered program; default: `run` lowered for `args`."""
         first, *others = seconds(self.steps, run, *args)
-        found = []
+        rows = []
         if self.trace:
             operations = where.shares(where.traced(run, *args))
-            found = where.summary(*operations, (program or functools.partial(run.lower, *args))().compile().as_text())
-        return self._floored(Timed(part, label, others, first, where=found))
+            rows = where.summary(*operations, (program or functools.partial(run.lower, *args))().compile().as_text())
+        return self._floored(Timed(part, label, others, first, where=rows))
 
     def _with_mfu(self, rate: str, work: float, times: list[float]) -> str:
         peak = self.mesh.size * peak_flops(self.device)
@@ -201,14 +201,14 @@ class Bench:
         """`timed` with the FLOPs and bytes of the whole batch, and the rate."""
         stage, part = self.stage, timed.part
         cfg = self.cfg.with_stage(self.name, slots=self.slots)
-        found = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
-        found = [p for p in found if p.part in OF.get(part, flops.PARTS)]
+        products = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
+        products = [p for p in products if p.part in OF.get(part, flops.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
-        model = sum(p.flops * (1 + more(p)) for p in found)
+        model = sum(p.flops * (1 + more(p)) for p in products)
         # Only target tokens need a loss; model FLOPs, as MFU counts them, include it for every position.
         needed = lambda p: self.predicted if p.part == "loss" else 1.0
-        work = sum(p.flops * (1 + more(p)) * needed(p) for p in found)
-        moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in found) * self.dtype.itemsize
+        work = sum(p.flops * (1 + more(p)) * needed(p) for p in products)
+        moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in products) * self.dtype.itemsize
         if part == "step":
             moving, _ = split(self.abstract, stage.trainable)
             moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
@@ -238,9 +238,10 @@ class Bench:
 
     def _prefill(self) -> Timed:
         first, *others = self._answers[1]
-        found, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
-        work = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in found)  # logits of one position
-        moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in found) * self.dtype.itemsize
+        products, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
+        # logits of one position
+        work = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in products)
+        moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in products) * self.dtype.itemsize
         rate = f"{rows * self.stage.seq_len / statistics.median(others):,.0f} positions/s"
         return Timed(
             "prefill", "prefill and one token", others, first, work, moved, rate=self._with_mfu(rate, work, others)
@@ -254,17 +255,17 @@ class Bench:
         if not statistics.median(each):  # an answer took no longer than its first token
             return Timed("decode", "decode, per token", each, first, rate="too short to measure; set a larger --new")
         m, seen = self.cfg.llm, self.stage.seq_len + self.new
-        found = [p for p in self._generation(1) if p.weights]
-        work = sum(p.flops for p in found) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
+        products = [p for p in self._generation(1) if p.weights]
+        work = sum(p.flops for p in products) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
         cache = 2.0 * m.layers * m.kv_heads * m.head_dim * seen
-        moved = rows * (sum(p.weights for p in found) + cache) * self.dtype.itemsize
+        moved = rows * (sum(p.weights for p in products) + cache) * self.dtype.itemsize
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
         return Timed("decode", "decode, per token", each, first, work, moved, rate=rate)
 
     def _generation(self, seq_len: int) -> list[flops.Product]:
         """The LLM's matmuls for `seq_len` positions of every row."""
-        found = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
-        return [p for p in found if p.part in ("llm", "loss")]
+        products = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
+        return [p for p in products if p.part in ("llm", "loss")]
 
     # ------------------------------------------------------------------------------------------------------------------
     # input

@@ -43,9 +43,9 @@ def best(function: Callable, *args: jax.Array) -> float:
 
 def seconds(times: int, function: Callable, *args: Any) -> list[float]:
     """Seconds of the first call, which compiles, and of `times` more."""
-    found = []
+    taken = []
     for _ in range(times + 1):
         began = time.perf_counter()
         jax.block_until_ready(function(*args))
-        found.append(time.perf_counter() - began)
-    return found
+        taken.append(time.perf_counter() - began)
+    return taken

@@ -35,7 +35,7 @@ def traced(run: Callable, *args: Any) -> list[Interval]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run(*args))
         data = jax.profiler.ProfileData.from_file(glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb")[0])
-    found, device = [], jax.local_devices()[0].local_hardware_id or 0
+    operations, device = [], jax.local_devices()[0].local_hardware_id or 0
     for plane in data.planes:
         number = re.fullmatch(r"/device:.*:(\d+)", plane.name)  # present if there are several GPUs
         if number is not None and int(number[1]) != device:  # another GPU
@@ -43,8 +43,8 @@ def traced(run: Callable, *args: Any) -> list[Interval]:
         for event in (event for line in plane.lines for event in line.events):
             stats = dict(event.stats)
             if "hlo_op" in stats and stats.get("device_ordinal", device) == device:
-                found.append((event.start_ns, event.start_ns + event.duration_ns, str(stats["hlo_op"])))
-    return found
+                operations.append((event.start_ns, event.start_ns + event.duration_ns, str(stats["hlo_op"])))
+    return operations
 
 
 def shares(operations: Iterable[Interval]) -> tuple[dict[str, float], float]:
@@ -54,16 +54,16 @@ def shares(operations: Iterable[Interval]) -> tuple[dict[str, float], float]:
     """
     operations = [o for o in operations if not WAITS.match(o[2])]
     edges = sorted(edge for i, (a, b, _) in enumerate(operations) for edge in ((a, 1, i), (b, 0, i)))
-    found: dict[str, float] = collections.defaultdict(float)
+    taken: dict[str, float] = collections.defaultdict(float)
     running: set[int] = set()
     idle, last = 0.0, edges[0][0] if edges else 0.0
     for now, begins, i in edges:
         for j in running:
-            found[operations[j][2]] += (now - last) / len(running) / 1e9
+            taken[operations[j][2]] += (now - last) / len(running) / 1e9
         idle += 0 if running else (now - last) / 1e9
         last = now
         running.add(i) if begins else running.discard(i)
-    return dict(found), idle
+    return dict(taken), idle
 
 
 def origins(program: str) -> dict[str, tuple[str, bool]]:
@@ -82,8 +82,8 @@ def origins(program: str) -> dict[str, tuple[str, bool]]:
         line, computation = text[name]
         fused = [line for called in CALLED.findall(line) for line in inside[called]]
         for candidate in (line, *reversed(fused)):
-            if (found := PATH.search(candidate)) is not None:
-                return found[1]
+            if (named := PATH.search(candidate)) is not None:
+                return named[1]
         return path(callers[computation]) if computation in callers else ""
 
     def product(name: str) -> bool:

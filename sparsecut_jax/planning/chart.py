@@ -1,4 +1,5 @@
-"""Draws a plan (planning/answer.py): memory per chip, FLOPs by part, and the terms of the roofline."""
+"""Draws a plan (planning/answer.py): memory per chip, FLOPs by part, and the terms of the roofline; or several plans of one
+config, over the number of chips."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from sparsecut_jax.planning.hardware import GIB  # noqa: E402
-from sparsecut_jax.planning.tables import KINDS, PARTS, duration, flops_unit, gib, line_labels, time_unit  # noqa: E402
+from sparsecut_jax.planning.tables import (  # noqa: E402
+    KINDS,
+    PARTS,
+    duration,
+    flops_unit,
+    gib,
+    line_labels,
+    scaling_row,
+    time_unit,
+)
 
 COLORS = {
     "parameters": "#31688e",
@@ -23,6 +33,7 @@ COLORS = {
     "working": "#f3d08a",
     "code": "#9a9a9a",
 }
+TERMS = {"products": ("matmuls", "#35618f"), "memory": ("memory", "#e8a35c"), "links": ("interconnect", "#b3262a")}
 FORWARD, BACKWARD, AGAIN = "#35618f", "#7fa8cc", "#d9d9d9"
 GOOD, BAD = "#2e7d4f", "#b3262a"
 
@@ -140,3 +151,27 @@ def draw_time(axes: Axes, plan: dict[str, Any]) -> None:
     if "price" in t:
         title += f", costs {t['price']:,.2f}"
     axes.set_title(title, fontsize=10, loc="left")
+
+
+def save_scaling(path: str | os.PathLike, plans: list[dict[str, Any]]) -> None:
+    """Draws the terms of the roofline and the memory per chip over the number of chips, and writes a PNG file."""
+    compared = [scaling_row(plan) for plan in plans]
+    chips = [str(r["chips"]) for r in compared]
+    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(11, 4), dpi=120, layout="constrained")
+    for key, (label, color) in TERMS.items():
+        times.plot(chips, [r["seconds"][key] for r in compared], marker="o", color=color, label=label)
+    times.set(xlabel="chips", ylabel="seconds per step", ylim=(0, None), title="terms of the roofline, per chip")
+    times.legend(frameon=False)
+    bytes_.bar(chips, [r["bytes"] / GIB for r in compared], color="#6ba3c7")
+    bytes_.axhline(
+        plans[0]["bytes_per_chip"]["memory"] / GIB, color=TERMS["links"][1], linestyle="--", label="memory of a chip"
+    )
+    bytes_.set(xlabel="chips", ylabel="GiB per chip", title="memory needed")
+    bytes_.legend(frameon=False)
+    for axes in (times, bytes_):
+        axes.spines[["top", "right"]].set_visible(False)
+    per_chip = compared[0]["rows"] / compared[0]["chips"]
+    sequences = "1 sequence" if per_chip == 1 else f"{per_chip:g} sequences"
+    figure.suptitle(f"{plans[0]['config']}, stage {plans[0]['stage']}, {sequences} per chip")
+    figure.savefig(path)
+    plt.close(figure)

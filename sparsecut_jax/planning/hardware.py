@@ -148,10 +148,10 @@ def larger(topology: Topology) -> list[Topology]:
     """Larger topologies of the same chip, the smallest first."""
     chip = topology.chip
     if chip.platform == "tpu":
-        found = [Topology(chip, tuple(map(int, shape.split("x")))) for shape in chip.shapes]
-        found += [dataclasses.replace(found[-1], slices=2**i) for i in range(1, 4)]
+        others = [Topology(chip, tuple(map(int, shape.split("x")))) for shape in chip.shapes]
+        others += [dataclasses.replace(others[-1], slices=2**i) for i in range(1, 4)]
     elif chip.node:
-        found = [Topology(chip, (n,)) for n in (1, 2, 4, 8)] + [Topology(chip, (8,), 2**i) for i in range(1, 9)]
+        others = [Topology(chip, (n,)) for n in (1, 2, 4, 8)] + [Topology(chip, (8,), 2**i) for i in range(1, 9)]
     else:  # more CPU devices share the same memory
-        found = []
-    return [each for each in found if each.chips > topology.chips]
+        others = []
+    return [each for each in others if each.chips > topology.chips]

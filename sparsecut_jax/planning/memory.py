@@ -134,7 +134,7 @@ class Parameters:
         return any(self.trained(path) for path in self.shapes if path.startswith(f"{part}/"))
 
 
-def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Parameters | None = None) -> Bytes:
+def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, parameters: Parameters | None = None) -> Bytes:
     """Bytes per chip in stage `name` on a mesh of `sizes`. Raises UserError if a parameter cannot be sharded on it.
 
     Args:
@@ -142,9 +142,9 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Paramet
       name: the stage.
       sizes: {mesh axis: size}.
       platform: "tpu", "gpu" or "cpu"; selects the constants.
-      found: the parameters of the stage, if already known.
+      parameters: those of the stage, if already known.
     """
-    stage, constants, found = cfg.stages[name], CONSTANTS[platform], found or Parameters(cfg, name)
+    stage, constants, parameters = cfg.stages[name], CONSTANTS[platform], parameters or Parameters(cfg, name)
     ways, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
     rows, itemsize = stage.batch_size / stage.accumulate / ways, jnp.dtype(cfg.dtype).itemsize
     slots, views, pixels = slots_of(cfg, name), views_of(cfg.fusion), cfg.vision.image_size**2 * 3
@@ -153,11 +153,11 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Paramet
     # kept from forward to backward
     layer = residuals.llm_layer(cfg, name, stage.seq_len, tensor)
     activations = cfg.llm.layers * (layer.each * rows + layer.copies / sizes["fsdp"])
-    joined = found.trains("fusion") or found.trains("vision")
+    joined = parameters.trains("fusion") or parameters.trains("vision")
     activations += residuals.fusion(cfg, name).each * images * joined
-    if found.trains("vision"):
+    if parameters.trains("vision"):
         block = residuals.vision_block(cfg, name, tensor)
-        activations += found.shapes["vision/blocks/norm1/scale"][0] * (
+        activations += parameters.shapes["vision/blocks/norm1/scale"][0] * (
             block.each * views * images + block.copies / sizes["fsdp"]
         )
     bank = len(build_model(cfg).plan.levels) * images * cfg.tokens_per_image * cfg.llm.width * itemsize
@@ -166,25 +166,25 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, found: Paramet
     # the peak of the backward pass: in an LLM layer, in the loss, or in a block of the tower
     copies = lambda remat: constants.kept if remat == "none" else constants.layer
     whole = residuals.llm_layer(cfg, name, stage.seq_len, tensor, "none").each * rows
-    weights = found.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers
+    weights = parameters.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers
     in_layer = copies(cfg.llm.remat) * whole + constants.weights * weights
     words = cfg.llm.vocab_size * cfg.llm.width * itemsize / tensor
-    moving = any(found.trained(path) for path in ("llm/head", "llm/embedding") if path in found.shapes)
+    moving = any(parameters.trained(path) for path in ("llm/head", "llm/embedding") if path in parameters.shapes)
     logits = rows * min(cfg.loss_chunk, stage.seq_len) * cfg.llm.vocab_size / tensor * 4
     in_loss = constants.logits * logits + (constants.words if moving else sizes["fsdp"] > 1) * words
     in_loss += constants.last * whole
     in_block = 0.0
-    if found.trains("vision"):
+    if parameters.trains("vision"):
         block = residuals.vision_block(cfg, name, tensor, "none").each
         in_block = copies(cfg.vision.remat) * block * views * images
     working = max(in_layer, in_loss, in_block)
 
-    trained = found.local(sizes, found.trained)
+    trained = parameters.local(sizes, parameters.trained)
     gradients = trained * (2 if stage.accumulate > 1 else 1)
     update = max(0.0, constants.update * trained - gradients - activations - working)
     ints = stage.seq_len * (3 * 4 + 1) + slots * 4
     return Bytes(
-        parameters=found.local(sizes),
+        parameters=parameters.local(sizes),
         optimizer=2 * trained,
         batch=stage.batch_size / ways * (slots * views * pixels + ints),
         gradients=gradients,

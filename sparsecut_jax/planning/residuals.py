@@ -5,6 +5,7 @@ Remat policy, attention backend and frozen weights count as they do in the real 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -153,21 +154,21 @@ def _leaves(setting: Setting, prefix: str, init: Callable, run: Callable, x: Any
     def backward(moving: dict, frozen: dict, x: Any, *rest: Any):
         return jax.vjp(lambda moving, x: run(unflatten({**frozen, **moving}), x, *rest), moving, x)[1]
 
-    found = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, moving, frozen, x, *rest)) if leaf.size]
-    found = [leaf for leaf in found if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, moving, frozen, x, *rest)) if leaf.size]
+    residuals = [leaf for leaf in residuals if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     signature = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))
-    known = [signature(leaf) for leaf in jax.tree.leaves((moving, frozen, rest))]
-    kept = []
-    for leaf in found:
-        if signature(leaf) in known:
-            known.remove(signature(leaf))
+    existing = collections.Counter(signature(leaf) for leaf in jax.tree.leaves((moving, frozen, rest)))
+    new = []
+    for leaf in residuals:
+        if existing[signature(leaf)]:
+            existing[signature(leaf)] -= 1
         else:
-            kept.append(leaf)
-    return kept
+            new.append(leaf)
+    return new
 
 
 def _kept(leaves: Callable[[int], list[Any]]) -> Kept:
     """Compares the leaves for batches of one and two to tell what grows with the batch from what does not."""
-    size = lambda found: sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in found)
-    one, two = size(leaves(1)), size(leaves(2))
+    size = lambda count: sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves(count))
+    one, two = size(1), size(2)
     return Kept(float(two - one), float(2 * one - two))

@@ -1,19 +1,23 @@
-"""Searches meshes, remat policies and accumulation for settings that fit, on the analytic model."""
+"""Searches meshes, remat policies and accumulation for settings that fit, on the analytic model; compiles the best."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from sparsecut_jax.planning import flops, memory
+from sparsecut_jax.planning import compiling, flops, memory
 from sparsecut_jax.planning.hardware import Topology, larger
 from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
-from sparsecut_jax.planning.roofline import roofline
+from sparsecut_jax.planning.roofline import crossing, roofline
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 
+SHOWN = 6  # settings that a search returns
+During = Callable[[str], contextlib.AbstractContextManager[Any]]
 POLICIES = ("none", "dots", "full", "offload")
 MOST_TENSOR = 8  # beyond that, the all-reduces in every layer dominate
 
@@ -47,6 +51,46 @@ class Option:
         """The setting as command line flags, without the stage's accumulation."""
         axes = [f"--config.mesh.{axis}={n}" for axis, n in self.sizes.items() if axis != "replica" or n > 1]
         return " ".join([*axes, f"--config.llm.remat={self.remat}"])
+
+    def as_json(self, name: str) -> dict[str, Any]:
+        """name: the stage."""
+        return {
+            "mesh": dict(self.sizes),
+            "remat": self.remat,
+            "accumulate": self.accumulate,
+            "bytes": self.bytes.total,
+            "seconds": self.seconds,
+            "flags": f"{self.flags} --config.stages.{name}.accumulate={self.accumulate}",
+        }
+
+
+def settings_that_fit(
+    cfg: Config, name: str, topology: Topology, parameters: Parameters, checked: int, during: During
+) -> dict[str, Any]:
+    """Settings that fit, best first; if none fits, the next larger topology on which one does. JSON-compatible.
+
+    checked: how many of them to compile at most, until one fits; TPUs only.
+    """
+    with during(f"searching  for settings that fit {topology.text}"):
+        options = search(cfg, name, topology, parameters)[:SHOWN]
+    answer: dict[str, Any] = {"options": [option.as_json(name) for option in options]}
+    if topology.chip.platform == "tpu":
+        for shown, option in list(zip(answer["options"], options, strict=True))[:checked]:
+            tried = with_settings(cfg, name, option.sizes, option.accumulate, option.remat)
+            with during(f"compiling  for {topology.text} with {option.flags}"):
+                compiled, collectives = compiling.ask(tried, name, topology, option.bytes)
+            shown["compiled"] = compiled.total if isinstance(compiled, Bytes) else compiled.reason
+            if isinstance(compiled, Bytes):
+                shown["compiled_seconds"] = max(option.seconds, crossing(collectives, topology)["seconds"])
+                break
+    if not options:
+        larger = smallest(cfg, name, topology, parameters)
+        answer["larger"] = larger and {
+            "topology": larger[0].text,
+            "chips": larger[0].chips,
+            "option": larger[1].as_json(name),
+        }
+    return answer
 
 
 def search(cfg: Config, name: str, topology: Topology, parameters: Parameters) -> list[Option]:

@@ -1,4 +1,5 @@
-"""Prints a plan (planning/answer.py) as text tables."""
+"""Prints a plan (planning/answer.py) as text tables, and several plans of one config beside one another: compute, memory and
+interconnect per chip as the number of chips grows."""
 
 from __future__ import annotations
 
@@ -108,16 +109,14 @@ def time_table(plan: dict[str, Any]) -> str:
 
 
 def search_table(plan: dict[str, Any]) -> str:
-    found = plan["search"]
-    if not found["options"]:
+    search = plan["search"]
+    if not search["options"]:
         line = f"  no setting fits on {plan['chips']} x {plan['chip']['name']}"
-        if found["larger"]:
-            option = found["larger"]["option"]
-            line += (
-                f"; {found['larger']['topology']} would, with {gib(option['bytes'])} GiB per chip and {option['flags']}"
-            )
+        if search["larger"]:
+            option = search["larger"]["option"]
+            line += f"; {search['larger']['topology']} would, with {gib(option['bytes'])} GiB per chip and {option['flags']}"
         return line
-    size, unit = time_unit(max(option["seconds"] for option in found["options"]))
+    size, unit = time_unit(max(option["seconds"] for option in search["options"]))
     other = "also fits" if plan["bytes_per_chip"]["fits"] else "would fit"
     columns = {
         f"{other} (analytic model)": lambda option: option["flags"].replace("--config.", ""),
@@ -126,15 +125,93 @@ def search_table(plan: dict[str, Any]) -> str:
         "compiled GiB": compiled,
         f"compiled {unit}": lambda o: f"{o['compiled_seconds'] / size:.3f}" if "compiled_seconds" in o else "",
     }
-    if not any(map(compiled, found["options"])):
+    if not any(map(compiled, search["options"])):
         del columns["compiled GiB"], columns[f"compiled {unit}"]
-    rows = [[shown(option) for shown in columns.values()] for option in found["options"]]
+    rows = [[shown(option) for shown in columns.values()] for option in search["options"]]
     return table(list(columns), rows) + "\n\n  set them with --config.KEY=VALUE"
 
 
 def compiled(option: dict[str, Any]) -> str:
     value = option.get("compiled")
     return "" if value is None else gib(value) if isinstance(value, float) else "refused"
+
+
+# --- several topologies ---
+
+
+def scaling_row(plan: dict[str, Any]) -> dict[str, Any]:
+    """One plan (planning/answer.py) as a row of the comparison: figures per chip and step, times in seconds.
+
+    "links" is the interconnect: the collectives of the compiled step if it was compiled, else the analytic count.
+    "links_share" is relative to the roofline, the longest of the three times.
+    """
+    line, chips = plan["time"]["roofline"], plan["chips"]
+    seconds = {"products": line["compute"], "memory": line["memory"]}
+    seconds["links"] = plan["collectives"].get("seconds", line["links"] + line["network"])
+    return {
+        "topology": plan["topology"],
+        "chips": chips,
+        "rows": plan["settings"]["batch_size"],
+        "bytes": plan["bytes_per_chip"]["total"],
+        "fits": plan["bytes_per_chip"]["fits"],
+        "flops": (plan["flops_per_step"]["total"]["forward"] + plan["flops_per_step"]["total"]["backward"]) / chips,
+        "moved": line["memory"] * plan["chip"]["bandwidth"],
+        "crossing": plan["collectives"].get("total", 0.0),
+        "seconds": seconds,
+        "links_share": seconds["links"] / max(seconds.values()),
+        "recommended": recommended(plan, max(seconds.values())),
+    }
+
+
+def recommended(plan: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """{flags, bytes, seconds} of the recommended setting: the fastest compiled one, if any was compiled.
+
+    Compiled steps come first, because the analytic model does not know what the compiler gathers twice.
+
+    Args:
+      plan: a plan of `planning/answer.py`.
+      seconds: roofline of the plan's own setting.
+    """
+    own = {"flags": "unchanged", "bytes": plan["bytes_per_chip"]["total"], "seconds": seconds}
+    settings = [own] if plan["bytes_per_chip"]["fits"] and plan["collectives"] else []
+    options = plan.get("search", {}).get("options", [])
+    for option in options:
+        if "compiled_seconds" in option:
+            settings.append(
+                {"flags": option["flags"], "bytes": option["compiled"], "seconds": option["compiled_seconds"]}
+            )
+    if not settings:
+        settings = [{key: option[key] for key in own} for option in options[:1]]
+    return min(settings, key=lambda option: option["seconds"], default={})
+
+
+def scaling_text(plans: list[dict[str, Any]]) -> str:
+    """The plans as one table, and the recommended settings for each."""
+    head = [
+        "topology", "sequences", "GiB", "model TFLOP", "memory GB", "interconnect GB", "matmul s", "memory s",
+        "interconnect s", "interconnect / roofline",
+    ]  # fmt: skip
+    compared = [scaling_row(plan) for plan in plans]
+    rows = [
+        [
+            r["topology"], f"{r['rows']:,}", gib(r["bytes"]) if r["fits"] else "does not fit", f"{r['flops'] / 1e12:,.1f}",
+            f"{r['moved'] / 1e9:,.1f}", f"{r['crossing'] / 1e9:,.1f}" if r["crossing"] else "-",
+            *(f"{r['seconds'][key]:.3f}" for key in ("products", "memory", "links")), f"{r['links_share']:.0%}",
+        ]
+        for r in compared
+    ]  # fmt: skip
+    by = "compiled step" if any(plan["collectives"] for plan in plans) else "analytic model"
+    lines = ["per chip and step:", "", table(head, rows), "", f"recommended, by the roofline of the {by}:"]
+    return "\n".join([*lines, *(f"  {r['topology']:<12} {_recommended_text(r['recommended'])}" for r in compared)])
+
+
+def _recommended_text(setting: dict[str, Any]) -> str:
+    if not setting:
+        return "nothing fits"
+    return f"{setting['seconds']:.3f} s, {gib(setting['bytes'])} GiB: {setting['flags']}"
+
+
+# --- figures ---
 
 
 def gib(value: float) -> str:

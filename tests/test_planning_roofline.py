@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsecut_jax.planning.collectives import Collective, collectives
+from sparsecut_jax.planning.roofline import Collective, collectives_of
 from sparsecut_jax.runtime.sharding import make_mesh
 
 # A loop of 32 turns, by twos to 64, that collects a matrix (in two instructions of one channel) and sums a gradient, and one sum behind it.
@@ -49,7 +49,7 @@ ENTRY %main (p.1: bf16[64,4096]) -> f32[10] {
 
 
 def test_literal():
-    assert collectives(HLO) == [
+    assert collectives_of(HLO) == [
         Collective("reduce-scatter", 10 * 4 * 4, 1),
         Collective("collective-permute", 10 * 4, 1),
         Collective("all-reduce", 2 * 200 * 2 * 3 / 4, 32),
@@ -62,7 +62,7 @@ def test_of_a_started_one_the_result_counts():
         "ROOT %moved = f32[10]{0} collective-permute(%scatter)",
         "ROOT %moved = (f32[10]{0}, f32[40]{0}) all-gather-start(%scatter), replica_groups={{0,1,2,3}}",
     )
-    assert collectives(hlo)[1] == Collective("all-gather", 160 * 3 / 4, 1)
+    assert collectives_of(hlo)[1] == Collective("all-gather", 160 * 3 / 4, 1)
 
 
 @pytest.mark.parametrize("turns", [1, 5])
@@ -77,6 +77,6 @@ def test_what_a_compiler_makes(turns):
 
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=split)
     w = jax.ShapeDtypeStruct((turns, 128, 128), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
-    found = collectives(jax.jit(run, out_shardings=split).lower(x, w).compile().as_text())
+    found = collectives_of(jax.jit(run, out_shardings=split).lower(x, w).compile().as_text())
     assert {each.kind for each in found} == {"all-gather"}
     assert sum(each.bytes * each.times for each in found) == turns * 128 * 128 * 4 * 7 / 8

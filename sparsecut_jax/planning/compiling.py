@@ -1,4 +1,7 @@
-"""Compiles a training step with the TPU compiler (libtpu), which runs on a CPU machine."""
+"""Lowers the training step of a config for devices that are not present, and compiles it for TPUs.
+
+libtpu compiles for TPUs and runs on a CPU machine; jaxlib itself compiles for CPU devices.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,61 @@ from typing import Any
 
 import jax
 
-from sparsecut_jax.planning.collectives import Collective, collectives
-from sparsecut_jax.planning.compile import lower_step
+from sparsecut_jax.data.batches import spec_of
+from sparsecut_jax.models.parameters import matrices
+from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning.hardware import GIB, Topology
 from sparsecut_jax.planning.memory import Bytes
+from sparsecut_jax.planning.roofline import Collective, collectives_of
+from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
+from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import UserError
+from sparsecut_jax.training import optimizer as opt
+from sparsecut_jax.training import state
+from sparsecut_jax.training.step import make_train_step
+from sparsecut_jax.types import Batch, TrainState, UserError
 
+STEPS = 1000  # length of the schedule; only constants in the program depend on it
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server what machine this is
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to lock
     "TPU_LOG_DIR": "disabled",
 }
+
+
+def abstract_batch(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> Batch:
+    """A batch of stage `name` as `jax.ShapeDtypeStruct`s with shardings on `mesh`."""
+    stage, placed = cfg.stages[name], sharding.batch_sharding(mesh)
+    more = {"most_segments": 0 if stage.batching == "packed" else 1, "sharding": placed}
+    return spec_of(cfg, stage.batch_size, stage.seq_len, stage.slots or cfg.data.max_images, **more)
+
+
+def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered:
+    """The jitted, donated step of stage `name` on a mesh of `devices`, ready to be compiled.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the model, or the platform does not support a setting.
+    """
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    cfg = backends.resolve(cfg, devices[0].platform)
+    step, target = step_of(cfg, name, mesh)
+    with jax.set_mesh(mesh):
+        return step.lower(target, abstract_batch(cfg, name, mesh))
+
+
+def step_of(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState]:
+    """The jitted, donated step of stage `name`, and the shapes of its state. `cfg` has no "auto" settings left."""
+    stage = cfg.stages[name]
+    model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
+    are_matrices = matrices(boxed_shapes(model, cfg.data.max_images))
+    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name, are_matrices))
+    tx = opt.adamw(stage, are_matrices)
+    target = state.abstract_state(abstract, stage.trainable, tx, mesh)
+    step = make_train_step(model, are_matrices, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
+    return jax.jit(step, donate_argnums=0), target
+
+
+# --- the TPU compiler ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +131,16 @@ def ask(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return too_large(str(error)), None
-    return divided(compiled.memory_analysis(), expected), collectives(compiled.as_text())
+    return divided(compiled.memory_analysis(), expected), collectives_of(compiled.as_text())
 
 
-def divided(found: Any, expected: Bytes) -> Bytes:
+def divided(analysis: Any, expected: Bytes) -> Bytes:
     """`memory_analysis()` by kind of memory. Padding of the arguments counts as code.
 
     Temporaries are the peak minus the arguments, since the compiler accepts a program by its peak. `temp_size_in_bytes`,
     which goes into `allocated`, is larger (docs/plan.md).
     """
-    temporary = float(found.peak_memory_in_bytes - found.argument_size_in_bytes)
+    temporary = float(analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
     gradients = min(expected.gradients, temporary)
     activations = min(expected.activations, temporary - gradients)
     return dataclasses.replace(
@@ -102,8 +148,8 @@ def divided(found: Any, expected: Bytes) -> Bytes:
         gradients=gradients,
         activations=activations,
         working=temporary - gradients - activations,
-        code=found.generated_code_size_in_bytes + found.argument_size_in_bytes - expected.state,
-        allocated=found.argument_size_in_bytes + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes + analysis.argument_size_in_bytes - expected.state,
+        allocated=analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
     )
 
 
@@ -119,7 +165,7 @@ def too_large(message: str) -> TooLarge:
 def quiet() -> Iterator[None]:
     """Discards what libtpu's C++ code writes to stderr, unless the block raises an unexpected error."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -128,8 +174,8 @@ def quiet() -> Iterator[None]:
             raise
         except BaseException:
             file.seek(0)
-            os.write(kept, file.read())
+            os.write(stderr, file.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)

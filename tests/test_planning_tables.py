@@ -7,7 +7,7 @@ import pytest
 
 import runs
 from planning_configs import load
-from sparsecut_jax.planning import answer, scaling
+from sparsecut_jax.planning import answer, tables
 from sparsecut_jax.planning.hardware import parse
 
 
@@ -23,7 +23,7 @@ def plans():
 
 def test_rows(plans):
     """Weak scaling: a chip's FLOPs stay, its bytes fall, and beyond a node the network bears the gradients."""
-    small, large = map(scaling.row, plans)
+    small, large = map(tables.scaling_row, plans)
     assert (small["chips"], small["rows"], large["chips"], large["rows"]) == (8, 32, 16, 64)
     assert small["flops"] == pytest.approx(large["flops"])
     assert small["bytes"] > 1.2 * large["bytes"]
@@ -34,8 +34,8 @@ def test_rows(plans):
 
 def test_compiled_collectives_win(plans):
     plan = {**plans[0], "collectives": {"bytes": {"all-gather": 9e9}, "total": 9e9, "seconds": 0.02}}
-    assert scaling.row(plan)["seconds"]["links"] == 0.02
-    assert "9.0" in scaling.text([plan]) and "-" in scaling.text([plans[0]])
+    assert tables.scaling_row(plan)["seconds"]["links"] == 0.02
+    assert "9.0" in tables.scaling_text([plan]) and "-" in tables.scaling_text([plans[0]])
 
 
 def test_what_was_compiled_is_recommended(plans):
@@ -45,15 +45,15 @@ def test_what_was_compiled_is_recommended(plans):
 
     def recommended(seconds):
         option = {**first, "compiled": 5e9, "compiled_seconds": seconds}
-        return scaling.recommended({**compiled, "search": {"options": [option]}}, 3.0)
+        return tables.recommended({**compiled, "search": {"options": [option]}}, 3.0)
 
     assert recommended(2.5) == {"flags": first["flags"], "bytes": 5e9, "seconds": 2.5}
     own = {"flags": "unchanged", "bytes": plans[0]["bytes_per_chip"]["total"], "seconds": 3.0}
-    assert recommended(3.5) == own == scaling.recommended({**compiled, "search": {"options": [first]}}, 3.0)
-    assert scaling.recommended(plans[0], 3.0)["seconds"] == first["seconds"]
-    assert "by the roofline of the compiled step:\n  h100:8" in scaling.text([compiled])
+    assert recommended(3.5) == own == tables.recommended({**compiled, "search": {"options": [first]}}, 3.0)
+    assert tables.recommended(plans[0], 3.0)["seconds"] == first["seconds"]
+    assert "by the roofline of the compiled step:\n  h100:8" in tables.scaling_text([compiled])
     none = {**plans[0], "search": {"options": []}}
-    assert "h100:8       nothing fits" in scaling.text([none])
+    assert "h100:8       nothing fits" in tables.scaling_text([none])
 
 
 def test_the_command(tmp_path):
