@@ -13,7 +13,6 @@ with LoRA is written with its adapters in the LLM (--merge), or as adapters and 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -23,11 +22,10 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from sparsecut_jax import config as config_lib
 from sparsecut_jax.checks import nearest
 from sparsecut_jax.commandline import cli
 from sparsecut_jax.exporting import adapter, export, verify
-from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints
+from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints, meta_of
 from sparsecut_jax.runs.joined import as_written, join
 from sparsecut_jax.runs.run import load_run
 from sparsecut_jax.runs.workdir import write_run_files
@@ -36,7 +34,6 @@ from sparsecut_jax.training import report
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.claims import differences
 
 FLAGS = flags.FLAGS
 EXAMPLES = {
@@ -57,29 +54,20 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
       UserError: nothing to convert, or weights that cannot be read or do not fit; nothing is written then.
     """
     joined = join(cfg)
-    tokenizer, resolved = joined.tokenizer, joined.config
+    tokenizer, shaped, resolved = joined.tokenizer, joined.shaped, joined.config
     if prompt:
-        resolved = as_written(resolved, joined.sources["llm"], tokenizer)
+        resolved = as_written(resolved, joined.opened.weight_sources["llm"], tokenizer)
     with new_folder(out) as folder:
-        params, told = joined.read()
-        meta = {
-            "stage": CONVERTED,
-            "asked": json.loads(config_lib.to_json(cfg)),
-            "config": json.loads(config_lib.to_json(resolved)),
-            "tokenizer": tokenizer and tokenizer.to_json(),
-            "data": "",
-            "seconds": 0.0,
-        }
+        params, came_from = joined.read()
+        meta = {**meta_of(CONVERTED, cfg, resolved, tokenizer, data=""), "seconds": 0.0}
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save_params(params, meta)
-        write_run_files(folder, resolved, tokenizer, joined.model.plan)
-    print(report.heading(joined.mesh, joined.model.plan, joined.abstract, {}, resolved.param_dtype))
-    print("\n" + "".join(f"{line}\n" for line in differences(cfg, joined.sources)), end="")
-    print(
-        f"{told}\ntokenizer  {f'{tokenizer.size:,} ids' if tokenizer else 'none; give --tokenizer=DIR to ask questions'}"
-    )
+        write_run_files(folder, resolved, tokenizer, shaped.model.plan)
+    ids = f"{tokenizer.size:,} ids" if tokenizer else "none; give --tokenizer=DIR to ask questions"
+    print(report.heading(shaped.mesh, shaped.model.plan, shaped.abstract(), {}, resolved.param_dtype) + "\n")
+    print("\n".join([*joined.opened.notes, str(came_from), f"tokenizer  {ids}"]))
     print(f"written to {out} as {resolved.param_dtype}; shortcuts.png shows its plan")
-    return told
+    return came_from
 
 
 def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, merge: bool, check: bool) -> None:

@@ -14,31 +14,25 @@ For a multi-process run, start the same command in every process with
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import os
 import time
 
 import jax
 
-from sparsecut_jax import checks
-from sparsecut_jax import config as config_lib
 from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.evaluation import vqa
 from sparsecut_jax.evaluation.accuracy import report_accuracy
-from sparsecut_jax.models.parameters import flatten, matrices
-from sparsecut_jax.models.shortcuts import plan_shortcuts
-from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.planning import flops, hardware
-from sparsecut_jax.runs.checkpoint import Checkpoints, as_saved, check_resumable, check_same_data
+from sparsecut_jax.runs import setup
+from sparsecut_jax.runs.checkpoint import Checkpoints, check_resumable, meta_of
 from sparsecut_jax.runs.origin import Origin
-from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, initial_params, stage_dtypes
+from sparsecut_jax.runs.parameters import initial_params
 from sparsecut_jax.runs.run import Run
-from sparsecut_jax.runs.setup import make_reader, make_tokenizer
 from sparsecut_jax.runs.workdir import locked, print_written, update_results, write_run_files
-from sparsecut_jax.runtime import backends, hosts, placing, sharding
+from sparsecut_jax.runtime import backends, hosts, sharding
 from sparsecut_jax.runtime.progress import Startup
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text import tokenizer as tokenizer_lib
@@ -48,8 +42,6 @@ from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.step import make_train_step
 from sparsecut_jax.types import Exit
 from sparsecut_jax.weights import load
-from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.claims import adopt, differences
 
 
 def train(cfg: Config) -> dict[str, float]:
@@ -64,7 +56,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     startup.done("imports")
 
     # ------------------------------------------------------------------ devices
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+    mesh = setup.mesh_of(cfg)
     backends.resolve(cfg, sharding.platform(mesh))  # refuses unsupported settings before anything is written
 
     # ------------------------------------------------------------------ progress of the run
@@ -82,38 +74,25 @@ def run_stages(cfg: Config) -> dict[str, float]:
     clock = lambda: earlier + time.monotonic() - began
 
     # ------------------------------------------------------------------ pretrained parts
-    parts = weights.open_sources(cfg.init) if meta is None else {}
-    cfg = adopt(cfg, parts) if meta is None else as_saved(cfg, meta["config"])
-    checks.check_room(cfg)
-    sharding.check_mesh(cfg, mesh.shape)
-    backends.resolve(cfg, sharding.platform(mesh))
-    plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
+    opened = setup.open_weights(cfg) if meta is None else setup.reopen(cfg, meta)
+    setup.check_fits(opened.config, mesh)
     if origin:
-        origin.check_settings(cfg)
+        origin.check_settings(opened.config)
 
     # ------------------------------------------------------------------ data, no row of which is read but for a tokenizer
     startup.done("devices")
-    source = sources.load_source(cfg)
-    if meta is not None:
-        check_same_data(meta["data"], source.fingerprint, cfg)
-    tokenizer = tokenizer_lib.from_json(meta["tokenizer"]) if meta else make_tokenizer(cfg, source, parts)
-    cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
+    data = setup.open_data(opened, meta)
+    cfg = tokenizer_lib.with_vocabulary(opened.config, data.tokenizer)
     sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
-    pictures = pipeline.Images(cfg)
-    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
+    readers = data.readers  # of all stages; refuses a template that the tokenizer does not support
 
     # ------------------------------------------------------------------ shapes, against all that must fit them
     startup.done("data")
-    here = backends.resolve(cfg, sharding.platform(mesh))
-    dtype = backends.compute_dtype(here)
-    shaped = build_model(here, dtype, ("shortcut_ratio",))
-    are_matrices = matrices(boxed_shapes(shaped, cfg.data.max_images))
-    abstract_of = lambda name: abstract_params(shaped, cfg, mesh, stage_dtypes(here, name, are_matrices))
-    abstract = abstract_of(meta["stage"] if meta else cfg.run_stages[0])
-    shapes = {path: leaf.shape for path, leaf in flatten(abstract).items()}
+    shaped = setup.shape(cfg, mesh)
+    abstract = shaped.abstract_at(meta["stage"] if meta else cfg.run_stages[0])
     for name in cfg.run_stages:
-        opt.checked_rates(shapes, cfg.stages[name], name)
-    matched = load.match(abstract, cfg, parts)
+        opt.checked_rates(shaped.shapes, cfg.stages[name], name)
+    matched = load.match(abstract, cfg, opened.weight_sources)
     if origin:
         origin.target(cfg, flatten(abstract))  # refuses other shapes
         origin.run.close()
@@ -121,48 +100,42 @@ def run_stages(cfg: Config) -> dict[str, float]:
     # ------------------------------------------------------------------ rows
     startup.done("shapes")
     bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
-    plans = {name: inputs.make_stage_plan(name, reader, cfg, source, bad_samples) for name, reader in readers.items()}
+    plans = {name: inputs.make_stage_plan(name, reader, data, bad_samples) for name, reader in readers.items()}
     spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
     startup.done("rows")
-    branched = any(plan.branched for plan in plans.values())
-    here = backends.resolve(cfg, sharding.platform(mesh), branched)  # checkpoints keep the unresolved config
-    model = build_model(here, dtype, ("shortcut_ratio",))
+    shaped = setup.shape(cfg, mesh, branched=any(plan.branched for plan in plans.values()))
+    model, are_matrices, dtype = shaped.model, shaped.matrices, shaped.model.dtype
+    txs = {span.name: opt.adamw(span.stage, are_matrices) for span in spans}
     states = {
-        s.name: state.abstract_state(abstract_of(s.name), s.stage.trainable, opt.adamw(s.stage, are_matrices), mesh)
-        for s in spans
+        span.name: state.abstract_state(shaped.abstract_at(span.name), span.stage.trainable, txs[span.name], mesh)
+        for span in spans
     }
     print(report.heading(mesh, model.plan, abstract, states, dtype), flush=True)
-    inputs.print_data(source, spans, plans, bad_samples)
+    inputs.print_data(data.source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
     compilations, stop = loop.Compilations(), loop.StopSignal()
     with contextlib.closing(checkpoints), jax.set_mesh(mesh):
         params, step, skipped = None, resumed or 0, 0
         if resumed is None:
-            params, told = initial_params(model, cfg, abstract, matched)
-            if parts:
-                print("\n".join([*differences(asked, parts), str(told)]))
+            params, came_from = initial_params(model, cfg, abstract, matched)
+            if opened.weight_sources:
+                print("\n".join([*opened.notes, str(came_from)]))
             if origin:
-                params, told = Origin(cfg).load(cfg, params)  # opened anew: it may have trained on since
-                print(told)
+                params, came_from = Origin(cfg).load(cfg, params)  # opened anew: it may have trained on since
+                print(came_from)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
         if hosts.first():
-            write_run_files(cfg.workdir, cfg, tokenizer, model.plan)
+            write_run_files(cfg.workdir, cfg, data.tokenizer, model.plan)
         writer = report.MetricsWriter(cfg.workdir, step)
-        placed = sharding.batch_sharding(mesh)
         names = [span.name for span in spans]
         startup.done("parameters")
         for span in spans[names.index(meta["stage"]) if meta else 0 :]:
-            tx = opt.adamw(span.stage, are_matrices)
-            target = states[span.name]
-            held = placing.rows_here(placed, span.stage.batch_size)
-            data = pipeline.train_batches(
-                readers[span.name], plans[span.name], cfg, (cfg.seed, span.first), step - span.first, held,
-                functools.partial(placing.place, placed=placed, rows=held, count=span.stage.batch_size),
-            )  # fmt: skip
+            tx, target, plan = txs[span.name], states[span.name], plans[span.name]
+            batches = inputs.batches_of(readers[span.name], plan, cfg, span, step, mesh)
             if params is None:
                 current = checkpoints.restore_state(resumed, target)
             else:
@@ -174,17 +147,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
             stage = loop.Stage(
                 span=span,
                 step=jax.jit(step_fn, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh))),
-                data=data,
+                data=batches,
                 note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
-                holdout_loss=inputs.make_holdout_loss(model, source, span.name, cfg, tokenizer, pictures, mesh),
-                meta={
-                    "stage": span.name,
-                    "asked": json.loads(config_lib.to_json(asked)),
-                    "config": json.loads(config_lib.to_json(cfg)),
-                    "tokenizer": tokenizer.to_json(),
-                    "data": source.fingerprint,
-                },
-                flops=flops.of_batch(here, span.name, shapes, plans[span.name].slots),
+                holdout_loss=inputs.make_holdout_loss(model, data, span.name, cfg, mesh),
+                meta=meta_of(span.name, asked, cfg, data.tokenizer, data.source.fingerprint),
+                flops=flops.of_batch(shaped.config, span.name, shaped.shapes, plan.slots),
                 peak=mesh.size * hardware.peak_flops(mesh.devices.flat[0].device_kind),
                 startup=startup,
                 clock=clock,
@@ -192,7 +159,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 supervised=meta["supervised_tokens"] if meta and meta["stage"] == span.name else 0,
             )
             if step < span.last:
-                with pipeline.closing(data):
+                with pipeline.closing(batches):
                     current = loop.run_stage(stage, current, cfg, model.plan, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
@@ -207,15 +174,18 @@ def run_stages(cfg: Config) -> dict[str, float]:
             plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
         results["cut_answers"] = {name: cut for name, (cut, _) in bad_samples.cut.items() if cut}
-        if cfg.eval.test and source.tests:
-            run = Run(cfg.workdir, step, cfg, mesh, build_model(here, dtype), params, tokenizer, pictures)
-            results |= report_accuracy(run, source.tests, cfg.workdir)
+        if cfg.eval.test and data.source.tests:
+            run = Run(
+                cfg.workdir, step, cfg, mesh, model.clone(intermediates=()), params, data.tokenizer, data.pictures
+            )
+            results |= report_accuracy(run, data.source.tests, cfg.workdir)
         elif cfg.eval.test:
             print(f"not tested: {sources.NO_TESTS}", flush=True)
     results["seconds"] = clock()
     if hosts.first():
         update_results(cfg.workdir, step, results)
-    print_written(cfg.workdir, results["seconds"], *vqa.example([*source.tests.values(), *source.train.values()]))
+    rows = [*data.source.tests.values(), *data.source.train.values()]
+    print_written(cfg.workdir, results["seconds"], *vqa.example(rows))
     return results
 
 

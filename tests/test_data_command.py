@@ -174,9 +174,9 @@ def test_warnings_are_errors_on_request(warned, tmp_path, capsys, strict):
 
 
 def test_stats_tell_what_is_cut(warned, capsys):
-    stats(warned.readers, warned.cfg)
+    stats(warned.readers, warned.config)
     assert "cut: 2 answers, of 1 rows, do not fit into seq_len and are dropped\n" in capsys.readouterr().out
-    told = json.loads(Path(warned.cfg.workdir, "data_stats.json").read_text())["instruct"]
+    told = json.loads(Path(warned.config.workdir, "data_stats.json").read_text())["instruct"]
     assert (told["cut_answers"], told["cut_rows"], told["left_out"]) == (2, 1, 0)
 
 
@@ -185,7 +185,7 @@ def test_stats_tell_what_is_cut(warned, capsys):
 
 
 def test_stats(opened, tmp_path, capsys):
-    cfg = opened.cfg.__class__(**{**vars(opened.cfg), "workdir": str(tmp_path)})
+    cfg = opened.config.__class__(**{**vars(opened.config), "workdir": str(tmp_path)})
     stats(opened.readers, cfg)
     told = json.loads((tmp_path / "data_stats.json").read_text())["instruct"]
     assert told["rows"] == GOOD + 13 * EACH
@@ -219,7 +219,7 @@ def test_stats_draw_rows_of_one_length(tmp_path, monkeypatch):
     figures = []
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(plt, "close", figures.append)
-    stats(opened.readers, opened.cfg)
+    stats(opened.readers, opened.config)
     axes = figures[0].axes[0]
     bars = [bar for bar in axes.patches if bar.get_height()]
     assert [(bar.get_height(), bar.get_width()) for bar in bars] == [(10, 1), (10, 1)]  # with images, text alone
@@ -231,13 +231,13 @@ def test_stats_draw_rows_of_one_length(tmp_path, monkeypatch):
 def test_preview(folder, tmp_path, capsys, batching):
     settings = {"stages.instruct.batching": batching, "stages.instruct.seq_len": 64}
     opened = open_data(config_lib.check(config_of(folder, tmp_path, **settings)))
-    preview(opened.readers["instruct"], opened.cfg, "instruct", 3)
+    preview(opened.readers["instruct"], opened.config, "instruct", 3)
     assert "3 sequences of stage instruct" in capsys.readouterr().out
     assert Image.open(tmp_path / "data_preview.png").size[0] == 1220
 
 
 def test_speed(opened, tmp_path, capsys):
-    cfg = opened.cfg.__class__(**{**vars(opened.cfg), "workdir": str(tmp_path)})
+    cfg = opened.config.__class__(**{**vars(opened.config), "workdir": str(tmp_path)})
     speed(opened.readers["instruct"], cfg, "instruct", [0], 0.2)
     (told,) = json.loads((tmp_path / "data_speed.json").read_text())
     assert told["workers"] == 0 and told["images_per_second"] > 0 and told["tokens_per_second"] > 0
@@ -249,9 +249,9 @@ def test_rows_of_which_none_can_be_used(tmp_path):
     opened = open_data(config_lib.check(runs.small(tmp_path, tmp_path / "run", set={"data.mix": {}})))
     reader = opened.readers["instruct"]
     for command in (
-        lambda: preview(reader, opened.cfg, "instruct", 1),
-        lambda: speed(reader, opened.cfg, "instruct", [0], 1.0),
-        lambda: stats(opened.readers, opened.cfg),
+        lambda: preview(reader, opened.config, "instruct", 1),
+        lambda: speed(reader, opened.config, "instruct", [0], 1.0),
+        lambda: stats(opened.readers, opened.config),
     ):
         with pytest.raises(UserError, match="none of the 2 rows of stage .* can be used: .*rows.json row 0 "):
             command()
@@ -307,7 +307,7 @@ def test_faults_are_skipped_and_counted_exactly(opened, tmp_path):
     walked = walk(reader.split, reader.encode)
     usable = walked.lengths.usable
     plan = make_plan(walked.lengths, reader.split.groups(usable), stage, 1, 0)
-    cfg = dataclasses.replace(opened.cfg, data=dataclasses.replace(opened.cfg.data, workers=2))
+    cfg = dataclasses.replace(opened.config, data=dataclasses.replace(opened.config.data, workers=2))
     bad_samples = BadSamples(str(tmp_path), 0.2)
     bad_samples.add("instruct", walked.bad, len(reader.split))
     batches, rows = train_batches(reader, plan, cfg, (0, 0)), 0
@@ -331,8 +331,8 @@ def test_above_the_limit_the_run_stops(folder, tmp_path):
 
 
 def test_a_run_says_at_its_start_what_is_cut(warned, tmp_path, capsys):
-    cfg, reader, samples = warned.cfg, warned.readers["instruct"], BadSamples(str(tmp_path), 0.0)
-    plan = make_stage_plan("instruct", reader, dataclasses.replace(cfg, workdir=str(tmp_path)), warned.source, samples)
+    cfg, samples = dataclasses.replace(warned.config, workdir=str(tmp_path)), BadSamples(str(tmp_path), 0.0)
+    plan = make_stage_plan("instruct", warned.readers["instruct"], dataclasses.replace(warned, config=cfg), samples)
     assert samples.cut == {"instruct": (2, 1)} and samples.counts() == {}
     span = StageSpan("instruct", cfg.stages["instruct"], 0, 1)
     print_data(warned.source, [span], {"instruct": plan}, samples)

@@ -85,7 +85,7 @@ def alone(pictures, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:2]))
+        patch.setattr(sharding, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:2]))
         train(config_lib.check(runs.small(pictures, folder / "run", set=CHANGES)))
     return folder / "run"
 

@@ -63,7 +63,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_all(dtype):
 @pytest.fixture
 def one_device(monkeypatch):
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:1]))
 
 
 def test_a_run_in_bfloat16(tmp_path, one_device):

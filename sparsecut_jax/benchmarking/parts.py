@@ -21,20 +21,18 @@ import numpy as np
 
 from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
-from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
-from sparsecut_jax.models.parameters import flatten, matrices, split
-from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.models.parameters import split
 from sparsecut_jax.planning import flops
-from sparsecut_jax.planning.answer import prepared
 from sparsecut_jax.planning.compiling import step_of
 from sparsecut_jax.planning.hardware import peak_flops
 from sparsecut_jax.planning.roofline import UPDATE
-from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, init_params, stage_dtypes
-from sparsecut_jax.runs.setup import make_reader, make_tokenizer
-from sparsecut_jax.runtime import backends, sharding
+from sparsecut_jax.runs import setup
+from sparsecut_jax.runs.parameters import init_params
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
@@ -117,19 +115,18 @@ class Bench:
           new: tokens to generate in decode.
           trace: also trace where the time goes.
         """
-        cfg, self.notes = prepared(cfg, name)
+        self.opened = setup.open_here(cfg, name)
+        self.notes, cfg = self.opened.notes, self.opened.config
         self.asked, self.name, self.steps, self.new, self.trace = cfg, name, steps, new, trace
-        self.mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+        self.mesh = setup.mesh_of(cfg)
         sharding.check_mesh(cfg, self.mesh.shape)
-        self.cfg = cfg = backends.resolve(cfg, sharding.platform(self.mesh))
-        self.stage, self.dtype = cfg.stages[name], backends.compute_dtype(cfg)
+        self.shaped = setup.shape(cfg, self.mesh)
+        self.cfg = cfg = self.shaped.config
+        self.model, self.shapes = self.shaped.model, self.shaped.shapes
+        self.stage, self.dtype = cfg.stages[name], self.model.dtype
         self.device = self.mesh.devices.flat[0].device_kind
         # As many images as fit into the sequence, at most the number of slots, at least one.
         self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
-        self.model = build_model(cfg, self.dtype, ("shortcut_ratio",))
-        self.matrices = matrices(boxed_shapes(self.model, cfg.data.max_images))
-        self.abstract = abstract_params(self.model, cfg, self.mesh, stage_dtypes(cfg, name, self.matrices))
-        self.shapes = {path: leaf.shape for path, leaf in flatten(self.abstract).items()}
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
             self.predicted = float(batch.loss_mask.mean())  # share of target positions
@@ -140,7 +137,7 @@ class Bench:
         return self._drawn_params()
 
     def _drawn_params(self) -> Any:
-        return init_params(self.model, self.cfg, self.abstract)
+        return init_params(self.model, self.cfg, self.shaped.abstract_at(self.name))
 
     def time(self, part: str, peak: Peak) -> Timed:
         """Times one of PARTS."""
@@ -166,15 +163,15 @@ class Bench:
         return self._called("forward", "forward to the loss", run, self.params, self.batch)
 
     def _gradient(self) -> Timed:
-        run = jax.jit(make_gradients(self.model, self.matrices, self.stage.accumulate, self.cfg.loss_chunk))
+        run = jax.jit(make_gradients(self.model, self.shaped.matrices, self.stage.accumulate, self.cfg.loss_chunk))
         moving, frozen = split(self.params, self.stage.trainable)
         return self._called("gradient", "forward and backward", run, moving, frozen, self.batch, jax.random.key(0))
 
     def _step(self) -> Timed:
-        step, target = step_of(self.cfg, self.name, self.mesh)
+        step, target = step_of(self.shaped, self.name)
         # Its own parameters, which are donated: if only the step is timed, the memory is that of a run.
         now = state.begin_stage(
-            target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage, self.matrices), 0, 0
+            target, self._drawn_params(), self.stage.trainable, opt.adamw(self.stage, self.shaped.matrices), 0, 0
         )
 
         def run(batch: Batch) -> Any:
@@ -210,7 +207,7 @@ class Bench:
         work = sum(p.flops * (1 + more(p)) * needed(p) for p in products)
         moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in products) * self.dtype.itemsize
         if part == "step":
-            moving, _ = split(self.abstract, stage.trainable)
+            moving, _ = split(self.shaped.abstract_at(self.name), stage.trainable)
             moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
         tokens = stage.batch_size * stage.seq_len / timed.median
         rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
@@ -227,8 +224,7 @@ class Bench:
     @functools.cached_property
     def _answers(self) -> dict[int, list[float]]:
         """{new tokens: seconds per call} for answers of one token and of `new`, with one row per data-parallel group."""
-        here = backends.resolve_for_inference(self.asked, sharding.platform(self.mesh))
-        model, rows = build_model(here, self.dtype), sharding.data_parallel()
+        model, rows = setup.shape_for_inference(self.asked, self.mesh).model, sharding.data_parallel()
         params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
         row = jax.tree.map(lambda x: np.asarray(x)[:rows], self.batch)
         encoded = jax.jit(lambda p, views: model.apply({"params": p}, views, method="encode"))(params, row.views)
@@ -273,9 +269,7 @@ class Bench:
     @functools.cached_property
     def data(self) -> tuple[Any, Any]:
         """Reader and batch plan of the config's data, as in a run. Raises UserError if the data cannot be read."""
-        source = sources.load_source(self.asked)
-        tokenizer = make_tokenizer(self.asked, source, {})
-        reader = make_reader(source, self.name, self.asked, tokenizer, pipeline.Images(self.asked))
+        reader = setup.open_data(self.opened).reader(self.name)
         reader.pictures.forget = True
         stage = dataclasses.replace(self.stage, max_steps=GROUP * (self.steps + 1))
         return reader, stage_plan(self.name, walk(reader.split, reader.encode), reader.split, stage, self.asked)

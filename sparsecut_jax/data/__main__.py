@@ -23,19 +23,17 @@ from absl import flags
 
 from sparsecut_jax import checks
 from sparsecut_jax.commandline import cli, help_text
-from sparsecut_jax.data import pipeline, sources
+from sparsecut_jax.data import sources
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import stats
-from sparsecut_jax.runs.setup import make_reader, make_tokenizer
+from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime.folders import make_folder
 from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError, shown
-from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.claims import adopt, differences
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
@@ -46,27 +44,14 @@ WORDS_OF = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A config's data, ready to be read: all rows are training rows here."""
-
-    cfg: Config
-    source: sources.Source
-    readers: dict[str, pipeline.Reader]  # of every stage
-
-
-def open_data(cfg: Config) -> Opened:
-    parts = weights.open_sources(cfg.init)
-    asked, cfg = cfg, adopt(cfg, parts)
-    checks.check_room(cfg)
-    for line in differences(asked, parts):
+def open_data(cfg: Config) -> setup.Data:
+    """A config's data, all of whose rows are training rows here; the notes on its weight sources are printed."""
+    opened = setup.open_weights(cfg)
+    checks.check_room(opened.config)
+    for line in opened.notes:
         print(line)
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, holdout=0))
-    source = sources.load_source(cfg)
-    tokenizer = make_tokenizer(cfg, source, parts)
-    pictures = pipeline.Images(cfg)
-    readers = {name: make_reader(source, name, cfg, tokenizer, pictures) for name in cfg.run_stages}
-    return Opened(cfg, source, readers)
+    whole = dataclasses.replace(opened.config.data, holdout=0)
+    return setup.open_data(dataclasses.replace(opened, config=dataclasses.replace(opened.config, data=whole)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,19 +99,20 @@ def main(command: str) -> None:
         return
     cfg = cli.typed_config()
     make_folder("config.workdir", cfg.workdir)
-    opened = open_data(cfg)
+    data = open_data(cfg)
+    cfg, readers = data.config, data.readers
     if command == "check":
-        check_rows(opened.readers, FLAGS.look, cfg.workdir, FLAGS.strict)
+        check_rows(readers, FLAGS.look, cfg.workdir, FLAGS.strict)
     elif command == "stats":
-        stats(opened.readers, opened.cfg)
+        stats(readers, cfg)
     else:
-        stage = FLAGS.stage or opened.cfg.run_stages[-1]
-        if stage not in opened.readers:
-            raise UserError(f"--stage={stage!r} is not one of the stages of the run: {', '.join(opened.readers)}")
+        stage = FLAGS.stage or cfg.run_stages[-1]
+        if stage not in readers:
+            raise UserError(f"--stage={stage!r} is not one of the stages of the run: {', '.join(readers)}")
         if command == "preview":
-            preview(opened.readers[stage], opened.cfg, stage, FLAGS.count)
+            preview(readers[stage], cfg, stage, FLAGS.count)
         else:
-            speed(opened.readers[stage], opened.cfg, stage, _counts(FLAGS.workers), FLAGS.seconds)
+            speed(readers[stage], cfg, stage, _counts(FLAGS.workers), FLAGS.seconds)
 
 
 def _counts(given: list[str]) -> list[int]:

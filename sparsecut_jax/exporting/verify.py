@@ -12,13 +12,12 @@ from flax import traverse_util
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.exporting.export import portable
 from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runs.run import Run
+from sparsecut_jax.runs.setup import Shaped, open_weights
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, InitConfig
 from sparsecut_jax.types import Batch, UserError, empty_batch
-from sparsecut_jax.weights import load, pretrained
-from sparsecut_jax.weights.claims import adopt
+from sparsecut_jax.weights import load
 from sparsecut_jax.weights.tensors import read_json
 
 
@@ -35,13 +34,12 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     part = "model" if whole else "llm" if "vocab_size" in config else "vision"
     cfg, expected = portable(run, drop_shortcuts and config["model_type"] == "llava")
     before = build_model(cfg)
-    init = InitConfig(**{part: folder})
-    sources = pretrained.open_sources(init)
-    cfg = adopt(dataclasses.replace(cfg, init=init), sources)
-    after = build_model(cfg)
+    opened = open_weights(dataclasses.replace(cfg, init=InitConfig(**{part: folder})))
+    cfg = opened.config
+    after = Shaped(cfg, run.mesh, build_model(cfg))
     old = traverse_util.flatten_dict(expected, sep="/")
-    abstract = abstract_params(after, cfg, run.mesh, lambda path: old[path].dtype)  # frozen and trained ones differ
-    fillings, _ = load.match(abstract, cfg, sources)
+    abstract = after.abstract(lambda path: old[path].dtype)  # frozen and trained ones differ
+    fillings, _ = load.match(abstract, cfg, opened.weight_sources)
     loaded = load.read(fillings, cfg)
     for path, leaf in loaded.items():
         was, now = np.asarray(old[path]), np.asarray(leaf)
@@ -53,7 +51,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     batch = jax.device_put(batch, sharding.batch_sharding(run.mesh))
     run_model = lambda model, flat: jax.jit(model.apply)({"params": traverse_util.unflatten_dict(flat, sep="/")}, batch)
     was = np.asarray(run_model(before, old)[0])
-    now = np.asarray(run_model(after, {**old, **loaded})[0])[..., : was.shape[-1]]
+    now = np.asarray(run_model(after.model, {**old, **loaded})[0])[..., : was.shape[-1]]
     off = float(np.abs(was - now).max())
     if not off <= 1e-5 * max(1.0, float(np.abs(was).max())):
         raise UserError(f"--verify: the export's logits differ by {off:g} from the run's")

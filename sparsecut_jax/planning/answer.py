@@ -26,11 +26,11 @@ from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.roofline import Collective, Roofline, crossing, roofline
 from sparsecut_jax.planning.search import During, settings_that_fit, step_products
+from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.training.optimizer import checked_rates
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.claims import adopt_here
 
 MOST_ROWS = 10**12
 KNOWN = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
@@ -80,7 +80,8 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
     """
     name, topology = question.stage, question.topology
     platform = topology.chip.platform
-    cfg, notes = prepared(cfg, name)
+    opened = setup.open_here(cfg, name)
+    cfg = opened.config
     steps = steps_of(cfg, name, question.rows)
     cfg = backends.resolve(cfg, platform).with_stage(name, slots=steps.slots)
     sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
@@ -106,25 +107,11 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
         "flops_per_step": {part: dataclasses.asdict(w) for part, w in work.items()},
         "collectives": crossing(collectives, topology) if collectives is not None else {},
         "time": _time(cfg, question, work["total"].model, line, parameters, steps) if line else {},
-        "notes": notes + _share_note(topology, needed) + _time_note(topology),
+        "notes": opened.notes + _share_note(topology, needed) + _time_note(topology),
     }
     if question.search or not fits:
         plan["search"] = settings_that_fit(cfg, name, topology, parameters, question.checked, during)
     return plan
-
-
-def prepared(cfg: Config, name: str) -> tuple[Config, list[str]]:
-    """The config as a run would resolve it, as far as its files are on this machine, and notes on what is assumed."""
-    cfg, claims, _, away = adopt_here(cfg)
-    notes = [" ".join(line.split()) for line in claims]
-    notes += [f"not on this machine, so the config's sizes are used: {', '.join(away)}"] if away else []
-    if not cfg.llm.vocab_size:
-        vocabulary = -(-cfg.tokenizer.vocab_size // 64) * 64
-        notes.append(f"config.llm.vocab_size comes from the tokenizer; {vocabulary} is assumed")
-        cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=vocabulary))
-    cfg = dataclasses.replace(cfg, run_stages=(name,))
-    checks.check_room(cfg)
-    return cfg, notes
 
 
 def _needed(

@@ -18,13 +18,11 @@ from typing import Any
 import jax
 
 from sparsecut_jax.data.batches import spec_of
-from sparsecut_jax.models.parameters import matrices
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning.hardware import GIB, Topology
 from sparsecut_jax.planning.memory import Bytes
 from sparsecut_jax.planning.roofline import Collective, collectives_of
-from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
-from sparsecut_jax.runtime import backends, sharding
+from sparsecut_jax.runs import setup
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
@@ -52,22 +50,18 @@ def lower_step(cfg: Config, name: str, devices: list[Any]) -> jax.stages.Lowered
     Raises:
       UserError: the mesh does not fit the devices or the model, or the platform does not support a setting.
     """
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
-    cfg = backends.resolve(cfg, devices[0].platform)
-    step, target = step_of(cfg, name, mesh)
-    with jax.set_mesh(mesh):
-        return step.lower(target, abstract_batch(cfg, name, mesh))
+    shaped = setup.shape(cfg, setup.mesh_of(cfg, devices))
+    step, target = step_of(shaped, name)
+    with jax.set_mesh(shaped.mesh):
+        return step.lower(target, abstract_batch(shaped.config, name, shaped.mesh))
 
 
-def step_of(cfg: Config, name: str, mesh: jax.sharding.Mesh) -> tuple[Any, TrainState]:
-    """The jitted, donated step of stage `name`, and the shapes of its state. `cfg` has no "auto" settings left."""
-    stage = cfg.stages[name]
-    model = build_model(cfg, backends.compute_dtype(cfg), ("shortcut_ratio",))
-    are_matrices = matrices(boxed_shapes(model, cfg.data.max_images))
-    abstract = abstract_params(model, cfg, mesh, stage_dtypes(cfg, name, are_matrices))
-    tx = opt.adamw(stage, are_matrices)
-    target = state.abstract_state(abstract, stage.trainable, tx, mesh)
-    step = make_train_step(model, are_matrices, stage, tx, opt.schedule(stage, STEPS), 0, cfg.seed, cfg.loss_chunk)
+def step_of(shaped: setup.Shaped, name: str) -> tuple[Any, TrainState]:
+    """The jitted, donated step of stage `name`, and the shapes of its state."""
+    cfg, are_matrices, stage = shaped.config, shaped.matrices, shaped.config.stages[name]
+    tx, rate = opt.adamw(stage, are_matrices), opt.schedule(stage, STEPS)
+    target = state.abstract_state(shaped.abstract_at(name), stage.trainable, tx, shaped.mesh)
+    step = make_train_step(shaped.model, are_matrices, stage, tx, rate, 0, cfg.seed, cfg.loss_chunk)
     return jax.jit(step, donate_argnums=0), target
 
 

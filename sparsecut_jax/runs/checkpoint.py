@@ -8,6 +8,7 @@ half-written one is never seen.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,20 @@ FREE_ON_RESUME = (
     "workdir", "log_every", "profile", "checkpoint", "eval", "data.threads", "data.workers", "data.images",
     "data.follow_links", "data.test", "data.test_images", "data.max_bad_fraction", "init.keep",
 )  # fmt: skip
+
+
+def meta_of(stage: str, asked: Config, cfg: Config, tokenizer: Tokenizer | None, data: str) -> dict[str, Any]:
+    """What a checkpoint holds besides its arrays and its figures (META).
+
+    asked, cfg: the config as it was given, and with all that is known by now; data: the rows' fingerprint.
+    """
+    return {
+        "stage": stage,
+        "asked": json.loads(config_lib.to_json(asked)),
+        "config": json.loads(config_lib.to_json(cfg)),
+        "tokenizer": tokenizer and tokenizer.to_json(),
+        "data": data,
+    }
 
 
 class NotFinite(Exception):

@@ -5,43 +5,37 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax.sharding import Mesh
-
 from sparsecut_jax.data.pipeline import Images
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
-from sparsecut_jax.runs.parameters import abstract_params, initial_params
+from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.runs.parameters import initial_params
 from sparsecut_jax.runs.run import Run
-from sparsecut_jax.runtime import backends, sharding
+from sparsecut_jax.runs.setup import Opened, Shaped, mesh_of, open_weights, shape_for_inference
 from sparsecut_jax.settings import Config, InitConfig
 from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.text.templates import OWN, TEMPLATES
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load
-from sparsecut_jax.weights import pretrained as weights
-from sparsecut_jax.weights.claims import adopt
+from sparsecut_jax.weights.pretrained import WeightSource, source_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What config.init names, before its weights are read.
+    """What config.init names, before its weights are read. The config has the sizes and the dtype of the files."""
 
-    Attributes:
-      config: with the sizes and the dtype of the files.
-      abstract: shapes, dtypes and shardings of the parameters.
-    """
-
-    config: Config
-    sources: dict[str, weights.WeightSource]
+    opened: Opened
     tokenizer: Tokenizer | None
-    mesh: Mesh
-    model: SparseCut
-    abstract: Any
+    shaped: Shaped
+
+    @property
+    def config(self) -> Config:
+        return self.shaped.config
 
     def read(self) -> tuple[Any, load.Report]:
         """The parameters, freshly initialised if no source has them, and a report of where each came from. Raises UserError."""
-        matched = load.match(self.abstract, self.config, self.sources)
-        return initial_params(self.model, self.config, self.abstract, matched)
+        abstract = self.shaped.abstract()
+        matched = load.match(abstract, self.config, self.opened.weight_sources)
+        return initial_params(self.shaped.model, self.config, abstract, matched)
 
 
 def join(cfg: Config) -> Joined:
@@ -52,25 +46,23 @@ def join(cfg: Config) -> Joined:
     Raises:
       UserError: there are none, or they cannot be read or do not fit.
     """
-    sources = weights.open_sources(cfg.init)
-    if not sources:
+    opened = open_weights(cfg)
+    if not opened.weight_sources:
         raise UserError(
             "nothing to convert: give --model, or --vision and --llm (a part that is not given is freshly initialised)"
         )
-    cfg = adopt(cfg, sources)
-    tokenizer = weights.source_tokenizer(cfg, sources)
+    cfg, tokenizer = opened.config, source_tokenizer(opened.config, opened.weight_sources)
     if tokenizer is not None:
         cfg = tokenizer_lib.with_vocabulary(cfg, tokenizer)
     elif not cfg.llm.vocab_size:
         raise UserError(
             "the LLM is freshly initialised and its vocabulary is unknown; give --tokenizer=DIR or --llm=DIR"
         )
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
-    model = build_model(cfg)
+    shaped = Shaped(cfg, mesh_of(cfg), build_model(cfg))
     if cfg.param_dtype == "auto":
-        fillings, _ = load.match(abstract_params(model, cfg, mesh), cfg, sources)
+        fillings, _ = load.match(shaped.abstract(), cfg, opened.weight_sources)
         cfg = dataclasses.replace(cfg, param_dtype=load.files_dtype(fillings))
-    return Joined(cfg, sources, tokenizer, mesh, model, abstract_params(model, cfg, mesh))
+    return Joined(opened, tokenizer, dataclasses.replace(shaped, config=cfg))
 
 
 def load_whole(path: str) -> Run:
@@ -82,14 +74,12 @@ def load_whole(path: str) -> Run:
     joined = join(Config(init=InitConfig(model=path)))
     if joined.tokenizer is None:
         raise UserError(f"{path} has no tokenizer; expected tokenizer.json and tokenizer_config.json in it")
-    cfg = as_written(joined.config, joined.sources["llm"], joined.tokenizer)
-    here = backends.resolve_for_inference(cfg, sharding.platform(joined.mesh))
-    params, _ = joined.read()
-    model = build_model(here, backends.compute_dtype(here))
-    return Run(path, 0, cfg, joined.mesh, model, params, joined.tokenizer, Images(cfg))
+    cfg = as_written(joined.config, joined.opened.weight_sources["llm"], joined.tokenizer)
+    mesh, (params, _) = joined.shaped.mesh, joined.read()
+    return Run(path, 0, cfg, mesh, shape_for_inference(cfg, mesh).model, params, joined.tokenizer, Images(cfg))
 
 
-def as_written(cfg: Config, source: weights.WeightSource, tokenizer: Tokenizer | None) -> Config:
+def as_written(cfg: Config, source: WeightSource, tokenizer: Tokenizer | None) -> Config:
     """The config with the template and the number of images that a whole model was trained with.
 
     `convert to-hf` writes both into config.json. Where they are missing, the template is the tokenizer's own, or Vicuna's

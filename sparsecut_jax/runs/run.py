@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 
 from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.models.parameters import flatten
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs.checkpoint import CONVERTED, open_run
-from sparsecut_jax.runs.parameters import abstract_params
-from sparsecut_jax.runtime import backends, sharding
+from sparsecut_jax.runs.setup import mesh_of, shape_for_inference
+from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
@@ -60,15 +60,16 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
     if text and tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer; convert the weights again with --tokenizer=DIR")
     try:
-        mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
+        mesh = mesh_of(cfg)
     except UserError:
         mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    here = backends.resolve_for_inference(cfg, sharding.platform(mesh))
-    model = build_model(here, backends.compute_dtype(here))
+    shaped = shape_for_inference(cfg, mesh)
     stage = checkpoints.meta(step)["stage"]
-    params = checkpoints.restore_params(step, abstract_params(model, cfg, mesh, checkpoints.dtypes(step)))
+    params = checkpoints.restore_params(step, shaped.abstract(checkpoints.dtypes(step)))
     checkpoints.close()
-    return Run(workdir, step, cfg, mesh, model, params, tokenizer, Images(cfg), _fresh_fusion(cfg, stage, params))
+    return Run(
+        workdir, step, cfg, mesh, shaped.model, params, tokenizer, Images(cfg), _fresh_fusion(cfg, stage, params)
+    )
 
 
 def _fresh_fusion(cfg: Config, stage: str, params: Any) -> bool:

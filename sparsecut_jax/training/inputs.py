@@ -1,9 +1,11 @@
-"""What a run reads: its tokenizer, the rows of its stages as readers and batch plans, and the loss on held-out rows."""
+"""What training reads: the batches of its stages, from a batch plan of their rows, and the held-out rows."""
 
 from __future__ import annotations
 
+import functools
 import os
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -12,7 +14,7 @@ from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.walk import FEW, stage_plan, walk_once
 from sparsecut_jax.models.sparsecut import SparseCut
-from sparsecut_jax.runs.setup import make_reader
+from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime import hosts, placing, sharding
 from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
@@ -21,16 +23,15 @@ from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.losses import summed_loss
 
 
-def make_stage_plan(
-    name: str, reader: pipeline.Reader, cfg: Config, source: sources.Source, bad_samples: BadSamples
-) -> Plan:
+def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_samples: BadSamples) -> Plan:
     """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
+    cfg = data.config
     split = reader.split
     progress = Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
     kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
     update = progress.update if progress else lambda n: None
     with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote
-        walked = walk_once(kept, split, reader.encode, source.fingerprint, update)
+        walked = walk_once(kept, split, reader.encode, data.source.fingerprint, update)
     if progress:
         progress.close()
     bad_samples.add(name, walked.bad, len(split), write=hosts.first())
@@ -38,14 +39,22 @@ def make_stage_plan(
     return stage_plan(name, walked, split, cfg.stages[name], cfg)
 
 
-def make_holdout_loss(
-    model: SparseCut, source: sources.Source, name: str, cfg: Config, tokenizer, pictures: pipeline.Images, mesh: Mesh
-):
+def batches_of(
+    reader: pipeline.Reader, plan: Plan, cfg: Config, span: loop.StageSpan, step: int, mesh: Mesh
+) -> grain.DatasetIterator:
+    """Iterator of (Batch on the devices, bad rows) of a stage, from optimizer step `step` of the run on."""
+    count, placed = span.stage.batch_size, sharding.batch_sharding(mesh)
+    rows = placing.rows_here(placed, count)
+    place = functools.partial(placing.place, placed=placed, rows=rows, count=count)
+    return pipeline.train_batches(reader, plan, cfg, (cfg.seed, span.first), step - span.first, rows, place)
+
+
+def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config, mesh: Mesh):
     """Function from parameters to the mean loss over the held-out rows; None if there are none."""
-    if not cfg.eval.every or not any(map(len, source.holdout.values())):
+    if not cfg.eval.every or not any(map(len, data.source.holdout.values())):
         return None
     stage = cfg.stages[name]
-    reader = make_reader(source, name, cfg, tokenizer, pictures, holdout=True)
+    reader = data.reader(name, holdout=True)
     size, placed = stage.batch_size // stage.accumulate, sharding.batch_sharding(mesh)
     held = placing.rows_here(placed, size)
     batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, held))
