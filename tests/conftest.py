@@ -65,7 +65,7 @@ SLOW = (
     *(
         "test_parity",
         "test_pipeline",
-        "test_plan",
+        "test_batch_plan",
         "test_planning_answer",
         "test_planning_flops",
         "test_planning_memory",

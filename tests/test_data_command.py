@@ -18,9 +18,9 @@ from PIL import Image
 import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data.__main__ import open_data
+from sparsecut_jax.data.batch_plan import make_plan
 from sparsecut_jax.data.check import check_rows
 from sparsecut_jax.data.pipeline import BatchReader, closing, train_batches
-from sparsecut_jax.data.plan import make_plan
 from sparsecut_jax.data.preview import preview
 from sparsecut_jax.data.speed import speed
 from sparsecut_jax.data.stats import bin_edges, stats

@@ -16,10 +16,10 @@ from absl import flags
 from PIL import Image
 
 from sparsecut_jax.data import pipeline, walk
+from sparsecut_jax.data.batch_plan import BatchPlan, make_plan
 from sparsecut_jax.data.batches import collate
 from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.pipeline import Images, Reader, fixed_batches, train_batches
-from sparsecut_jax.data.plan import Plan, make_plan
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
 from sparsecut_jax.text import tokenizer as tokenizers
@@ -77,7 +77,7 @@ def reader_of(split: Split, words, cfg: Config = CONFIG, stage: StageConfig = ST
     return Reader(split, encoder, Images(cfg), cfg.data.flip, cfg.data.shift)
 
 
-def plan_of(reader: Reader, stage: StageConfig = STAGE, seed: int = 1) -> Plan:
+def plan_of(reader: Reader, stage: StageConfig = STAGE, seed: int = 1) -> BatchPlan:
     lengths = walk.walk(reader.split, reader.encode).lengths
     return make_plan(lengths, reader.split.groups(lengths.usable), stage, 1, seed)
 

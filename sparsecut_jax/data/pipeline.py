@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from sparsecut_jax.data import images
+from sparsecut_jax.data.batch_plan import BatchPlan
 from sparsecut_jax.data.batches import Sequence, collate, image_shape
 from sparsecut_jax.data.parts import Part, Split
-from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
 from sparsecut_jax.settings import Config
@@ -128,7 +128,7 @@ class BatchReader:
     """
 
     reader: Reader
-    plan: Plan
+    plan: BatchPlan
     seed: tuple[int, ...]
     here: np.ndarray
 
@@ -144,7 +144,7 @@ class BatchReader:
 
 def train_batches(
     reader: Reader,
-    plan: Plan,
+    plan: BatchPlan,
     cfg: Config,
     seed: tuple[int, ...],
     first: int = 0,

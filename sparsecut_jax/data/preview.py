@@ -9,10 +9,10 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from sparsecut_jax.data.batch_plan import BatchPlan
 from sparsecut_jax.data.glyphs import Run, draw_runs, label, runs_of
 from sparsecut_jax.data.images import canvas
 from sparsecut_jax.data.pipeline import BatchReader, Reader
-from sparsecut_jax.data.plan import Plan
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def _legend() -> list[Word]:
     ]
 
 
-def _sheets(reader: Reader, plan: Plan, cfg: Config, count: int) -> list[Image.Image]:
+def _sheets(reader: Reader, plan: BatchPlan, cfg: Config, count: int) -> list[Image.Image]:
     read = BatchReader(reader, plan, (cfg.seed, 0), np.arange(plan.batch_size))
     sheets: list[Image.Image] = []
     for number in range(len(plan)):

@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from sparsecut_jax.data.batch_plan import Lengths
 from sparsecut_jax.data.pipeline import Reader
-from sparsecut_jax.data.plan import Lengths
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.runtime.figures import plt
 from sparsecut_jax.runtime.folders import write_json

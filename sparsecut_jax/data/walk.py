@@ -20,8 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from sparsecut_jax.data.batch_plan import BatchPlan, Lengths, make_plan
 from sparsecut_jax.data.parts import Part, Split
-from sparsecut_jax.data.plan import Lengths, Plan, make_plan
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.text.conversation import encode_row, images_of
@@ -130,7 +130,7 @@ class Walked:
         return int(self.cut.sum()), int(np.count_nonzero(self.cut))
 
 
-def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> Plan:
+def stage_plan(name: str, walked: Walked, split: Split, stage: StageConfig, cfg: Config) -> BatchPlan:
     """The batch plan of stage `name`, over the usable rows. Raises UserError if there are none."""
     usable = walked.lengths.usable
     if not len(usable):

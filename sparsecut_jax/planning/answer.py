@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sparsecut_jax import checks
-from sparsecut_jax.data.plan import Lengths, make_plan
+from sparsecut_jax.data.batch_plan import Lengths, make_plan
 from sparsecut_jax.data.sources import load_source
 from sparsecut_jax.planning import compiling, flops, memory
 from sparsecut_jax.planning.hardware import Topology

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsecut_jax.data import pipeline, sources
-from sparsecut_jax.data.plan import Plan
+from sparsecut_jax.data.batch_plan import BatchPlan
 from sparsecut_jax.data.walk import FEW, stage_plan, walk_once
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs import setup
@@ -23,7 +23,7 @@ from sparsecut_jax.training.bad_samples import BadSamples
 from sparsecut_jax.training.losses import summed_loss
 
 
-def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_samples: BadSamples) -> Plan:
+def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_samples: BadSamples) -> BatchPlan:
     """Reads the lengths of a stage's rows and plans its batches. Raises UserError if too many are broken or none fits."""
     cfg = data.config
     split = reader.split
@@ -40,7 +40,7 @@ def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_sa
 
 
 def batches_of(
-    reader: pipeline.Reader, plan: Plan, cfg: Config, span: loop.StageSpan, step: int, mesh: Mesh
+    reader: pipeline.Reader, plan: BatchPlan, cfg: Config, span: loop.StageSpan, step: int, mesh: Mesh
 ) -> grain.DatasetIterator:
     """Iterator of (Batch on the devices, bad rows) of a stage, from optimizer step `step` of the run on."""
     count, placed = span.stage.batch_size, sharding.batch_sharding(mesh)
@@ -74,7 +74,7 @@ def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config
 
 
 def print_data(
-    source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, Plan], bad_samples: BadSamples
+    source: sources.Source, spans: list[loop.StageSpan], plans: dict[str, BatchPlan], bad_samples: BadSamples
 ) -> None:
     counts = [sum(map(len, parts.values())) for parts in (source.train, source.holdout, source.tests)]
     print(f"\ndata       {source.name}: {counts[0]:,} rows, {counts[1]:,} held out, {counts[2]:,} test rows")

@@ -22,7 +22,7 @@ MOST = 2**30  # maximum rows of a plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The batches of a stage.
 
     Attributes:
@@ -85,7 +85,7 @@ class Lengths:
 
 def make_plan(
     lengths: Lengths, groups: list[tuple[np.ndarray, float]], stage: StageConfig, max_images: int, seed: int
-) -> Plan:
+) -> BatchPlan:
     """The plan of a stage.
 
     Args:
@@ -142,7 +142,7 @@ def make_plan(
     useful = lengths.tokens[rows].sum(dtype=np.int64) / (padded.sum(dtype=np.int64) * stage.batch_size)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     arrays = [MappedArray(array) for array in (rows, starts, padded.astype(np.int32))]
-    return Plan(*arrays, stage.batch_size, slots, float(useful), lengths.branched)
+    return BatchPlan(*arrays, stage.batch_size, slots, float(useful), lengths.branched)
 
 
 def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, slots: int) -> list[list[int]]:

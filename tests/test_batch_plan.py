@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsecut_jax.data import plan as plans
-from sparsecut_jax.data.plan import Lengths, Plan, make_plan, pack
+from sparsecut_jax.data.batch_plan import BatchPlan, Lengths, make_plan, pack
 from sparsecut_jax.settings import StageConfig
 from tiny import refusal
 
@@ -18,7 +18,7 @@ def lengths_of(tokens: list[int] | np.ndarray, images: list[int] | np.ndarray | 
     return Lengths(tokens, np.broadcast_to(np.array(images, np.int32), tokens.shape))
 
 
-def plan_of(lengths: Lengths, groups=None, seed: int = 0, max_images: int = 1, **stage) -> Plan:
+def plan_of(lengths: Lengths, groups=None, seed: int = 0, max_images: int = 1, **stage) -> BatchPlan:
     return make_plan(lengths, groups or [(lengths.usable, 1.0)], dataclasses.replace(STAGE, **stage), max_images, seed)
 
 
@@ -27,11 +27,11 @@ def drawn(count: int, seed: int = 0) -> Lengths:
     return lengths_of(rng.integers(5, 100, count), rng.integers(0, 2, count))
 
 
-def batches(plan: Plan) -> list[list[list[int]]]:
+def batches(plan: BatchPlan) -> list[list[list[int]]]:
     return [[plan.sequence(k, i) for i in range(plan.batch_size)] for k in range(len(plan))]
 
 
-def rows_of(plan: Plan) -> list[int]:
+def rows_of(plan: BatchPlan) -> list[int]:
     return [row for batch in batches(plan) for sequence in batch for row in sequence]
 
 
