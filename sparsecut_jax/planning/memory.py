@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import flatten, matrices
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import residuals
@@ -145,27 +146,18 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, parameters: Pa
       parameters: those of the stage, if already known.
     """
     stage, constants, parameters = cfg.stages[name], CONSTANTS[platform], parameters or Parameters(cfg, name)
-    ways, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
-    rows, itemsize = stage.batch_size / stage.accumulate / ways, jnp.dtype(cfg.dtype).itemsize
-    slots, views, pixels = slots_of(cfg, name), views_of(cfg.fusion), cfg.vision.image_size**2 * 3
-    images = rows * slots
+    shards, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
+    rows, itemsize = stage.batch_size / stage.accumulate / shards, jnp.dtype(cfg.dtype).itemsize
 
     # kept from forward to backward
-    layer = residuals.llm_layer(cfg, name, stage.seq_len, tensor)
-    activations = cfg.llm.layers * (layer.each * rows + layer.copies / sizes["fsdp"])
     joined = parameters.trains("fusion") or parameters.trains("vision")
-    activations += residuals.fusion(cfg, name).each * images * joined
-    if parameters.trains("vision"):
-        block = residuals.vision_block(cfg, name, tensor)
-        activations += parameters.shapes["vision/blocks/norm1/scale"][0] * (
-            block.each * views * images + block.copies / sizes["fsdp"]
-        )
-    bank = len(build_model(cfg).plan.levels) * images * cfg.tokens_per_image * cfg.llm.width * itemsize
-    activations += (1 + joined) * bank  # and its cotangent
+    activations = (1 + joined) * residuals.bank(cfg, name) * rows  # and its cotangent
+    for kept in (residuals.decoder(cfg, name, stage.seq_len, tensor), residuals.encoder(cfg, name, tensor)):
+        activations += kept.each * rows + kept.copies / sizes["fsdp"]
 
     # the peak of the backward pass: in an LLM layer, in the loss, or in a block of the tower
     copies = lambda remat: constants.kept if remat == "none" else constants.layer
-    whole = residuals.llm_layer(cfg, name, stage.seq_len, tensor, "none").each * rows
+    whole = residuals.layer(cfg, name, stage.seq_len, tensor).each * rows
     weights = parameters.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers
     in_layer = copies(cfg.llm.remat) * whole + constants.weights * weights
     words = cfg.llm.vocab_size * cfg.llm.width * itemsize / tensor
@@ -175,18 +167,17 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, parameters: Pa
     in_loss += constants.last * whole
     in_block = 0.0
     if parameters.trains("vision"):
-        block = residuals.vision_block(cfg, name, tensor, "none").each
-        in_block = copies(cfg.vision.remat) * block * views * images
+        in_block = copies(cfg.vision.remat) * residuals.block(cfg, name, tensor).each * rows
     working = max(in_layer, in_loss, in_block)
 
     trained = parameters.local(sizes, parameters.trained)
     gradients = trained * (2 if stage.accumulate > 1 else 1)
     update = max(0.0, constants.update * trained - gradients - activations - working)
-    ints = stage.seq_len * (3 * 4 + 1) + slots * 4
+    batch = spec_of(cfg, stage.batch_size, stage.seq_len, slots_of(cfg, name))
     return Bytes(
         parameters=parameters.local(sizes),
         optimizer=2 * trained,
-        batch=stage.batch_size / ways * (slots * views * pixels + ints),
+        batch=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) / shards,
         gradients=gradients,
         activations=activations,
         working=working + update,

@@ -1,6 +1,8 @@
-"""What a layer keeps between forward and backward pass, read off JAX's own differentiation by shapes alone.
+"""What the model keeps between forward and backward pass, read off JAX's own differentiation by shapes alone.
 
-Remat policy, attention backend and frozen weights count as they do in the real step. Nothing is compiled.
+The real model is traced, in two halves: from pixels to fused images, and from embeddings to the decoder's last layer. So
+remat policies, attention backends, frozen weights and any way of fusing count as they do in the real step. Nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -17,15 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.attention import Packed
-from sparsecut_jax.models.fusion import Fusion, views_of
-from sparsecut_jax.models.llm import Context, Layer
 from sparsecut_jax.models.parameters import flatten, unflatten
-from sparsecut_jax.models.remat import rematted
-from sparsecut_jax.models.shortcuts import Plan
-from sparsecut_jax.models.sparsecut import build_model
-from sparsecut_jax.models.vit import Block
-from sparsecut_jax.settings import Config, FusionConfig, LLMConfig, LoraConfig, VisionConfig
+from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.planning.flops import slots_of
+from sparsecut_jax.runs.parameters import boxed_shapes
+from sparsecut_jax.settings import Config
+from sparsecut_jax.types import Batch
 
 # cuDNN's function queries the GPU, so splash stands in for it: it keeps arrays of the same shapes.
 TRACED = {"cudnn": "splash"}
@@ -33,131 +34,183 @@ TRACED = {"cudnn": "splash"}
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps: `each` per sequence, view or image, and `copies` of weights in the compute dtype."""
+    """Bytes that are kept: `each` per sequence, and `copies` of weights in the compute dtype."""
 
     each: float
     copies: float
 
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(self.each + other.each, self.copies + other.copies)
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Settings that every kind of layer depends on."""
-
-    dtype: str
-    attention: str
-    trainable: tuple[str, ...]
-    remat: str
+    def __sub__(self, other: Kept) -> Kept:
+        return Kept(self.each - other.each, self.copies - other.copies)
 
 
-def llm_layer(cfg: Config, name: str, seq_len: int, tensor: int = 1, remat: str = "") -> Kept:
-    """What a decoder layer keeps per sequence in stage `name`, its heads and hidden units sharded `tensor` ways.
+def decoder(cfg: Config, name: str, seq_len: int, tensor: int = 1, remat: str = "") -> Kept:
+    """What the decoder's layers keep per sequence in stage `name`, their heads and hidden units sharded `tensor` ways.
 
     cfg: with no "auto" settings left. remat: a policy other than the config's.
     """
-    m, policy = cfg.llm, remat or cfg.llm.remat
+    policy = remat or cfg.llm.remat
     if policy == "offload":  # to the host
         return Kept(0.0, 0.0)
-    local = dataclasses.replace(
-        m, heads=m.heads // tensor, kv_heads=max(1, m.kv_heads // tensor), mlp_dim=m.mlp_dim // tensor, remat=policy
+    return _kept(_with_llm(cfg, tensor, policy), name, seq_len, _decode, stacked=cfg.llm.layers)
+
+
+def layer(cfg: Config, name: str, seq_len: int, tensor: int = 1) -> Kept:
+    """What a layer of the decoder makes per sequence for the backward pass, with what is the same in all layers."""
+    layers = cfg.llm.layers
+    kept = lambda remat, **which: _kept(_with_llm(cfg, tensor, remat), name, seq_len, _decode, **which)
+    all_layers, outside = kept("none", stacked=layers), kept("full") - kept("full", stacked=layers)
+    shared = kept("none") - all_layers - outside
+    return shared + Kept(all_layers.each / layers, all_layers.copies / layers)
+
+
+def encoder(cfg: Config, name: str, tensor: int = 1) -> Kept:
+    """What the tower's blocks and the fusion keep per sequence."""
+    one = _with_vision(cfg, 1, cfg.vision.remat)
+    fusion = _kept(one, name, 1, _encode) - _kept(one, name, 1, _see)
+    return fusion + _kept(_with_vision(cfg, tensor, cfg.vision.remat), name, 1, _see, stacked=_depth(cfg))
+
+
+def block(cfg: Config, name: str, tensor: int = 1) -> Kept:
+    """What a block of the tower keeps per sequence if nothing is computed again."""
+    depth = _depth(cfg)
+    blocks = _kept(_with_vision(cfg, tensor, "none"), name, 1, _see, stacked=depth)
+    return Kept(blocks.each / depth, blocks.copies / depth)
+
+
+def bank(cfg: Config, name: str) -> float:
+    """Bytes of a sequence's bank of fused images, which the layers of the decoder read."""
+    return _size(jax.tree.leaves(_bank(_model(_with_llm(cfg, 1, "none")), *_sequence(cfg, name, 1))))
+
+
+def _depth(cfg: Config) -> int:
+    """Blocks of the tower that the model has."""
+    shapes = _shapes(_model(_with_llm(cfg, 1, "none")))
+    return next(leaf.shape[0] for path, leaf in shapes.items() if path.startswith("vision/blocks/"))
+
+
+# The half that is not looked at gets settings that do not change, so that each half is traced as seldom as possible.
+
+
+def _with_llm(cfg: Config, tensor: int, remat: str) -> Config:
+    m = cfg.llm
+    local = {"heads": m.heads // tensor, "kv_heads": max(1, m.kv_heads // tensor), "mlp_dim": m.mlp_dim // tensor}
+    others = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in ("vision", "fusion")}
+    return dataclasses.replace(cfg, llm=dataclasses.replace(m, remat=remat, **local), **others)
+
+
+def _with_vision(cfg: Config, tensor: int, remat: str) -> Config:
+    vision = dataclasses.replace(cfg.vision, mlp_dim=cfg.vision.mlp_dim // tensor, remat=remat)
+    return dataclasses.replace(cfg, vision=vision, llm=dataclasses.replace(cfg.llm, remat="none"))
+
+
+# --- the halves of the model, each a function of (model, inputs, what exists anyway) ---
+
+
+def _decode(model: SparseCut, inputs: tuple[jax.Array, jax.Array | None], batch: Batch) -> jax.Array:
+    x, sources = inputs
+    sight = Packed(batch.segments, None, batch.positions, 1)
+    return model.llm(x, batch.positions, sight, sources, batch.image_start)[0]
+
+
+def _encode(model: SparseCut, inputs: tuple[()], batch: Batch) -> tuple:
+    encoded = model.encode(batch.views)
+    return encoded.tokens, encoded.bank
+
+
+def _see(model: SparseCut, inputs: tuple[()], batch: Batch) -> jax.Array:
+    return model.levels(batch.views)
+
+
+# --- tracing ---
+
+
+def _model(cfg: Config) -> SparseCut:
+    attention = TRACED.get(cfg.attention, cfg.attention)
+    return build_model(dataclasses.replace(cfg, attention=attention), jnp.dtype(cfg.dtype))
+
+
+def _sequence(cfg: Config, name: str, seq_len: int) -> tuple[tuple, Any]:
+    """Leaves and structure of a batch of one sequence; a batch itself cannot be hashed."""
+    leaves, structure = jax.tree.flatten(spec_of(cfg, 1, seq_len, slots_of(cfg, name), most_segments=1))
+    return tuple(leaves), structure
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model: SparseCut) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape of a parameter}."""
+    parts = {part: dataclasses.replace(getattr(model, part), remat="none") for part in ("vision_config", "llm_config")}
+    return flatten(nn.meta.unbox(boxed_shapes(model.clone(attention="xla", dtype=jnp.float32, **parts), 1)))
+
+
+@functools.lru_cache(maxsize=64)
+def _bank(model: SparseCut, leaves: tuple, structure: Any) -> jax.ShapeDtypeStruct | None:
+    """[R, B, M, S, D], the sources of one sequence."""
+    encode = lambda params, batch: model.apply({"params": params}, batch.views, method="encode")
+    return jax.eval_shape(encode, unflatten(_shapes(model)), jax.tree.unflatten(structure, leaves)).bank
+
+
+def _kept(cfg: Config, name: str, seq_len: int, half: Callable, stacked: int = 0) -> Kept:
+    """What a half of the model keeps.
+
+    stacked: count only what its layers keep, so many of them. What is outside, as norms before and after them, XLA
+    computes again.
+    """
+    sequence = _sequence(cfg, name, seq_len)
+    sources = _bank(_model(_with_llm(cfg, 1, "none")), *sequence) if half is _decode else None
+    drops = bool(cfg.lora.rank and cfg.lora.dropout)
+    return _compared(_model(cfg), cfg.stages[name].trainable, half, drops, *sequence, sources, stacked)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compared(model: SparseCut, *inputs: Any) -> Kept:
+    """Compares two batches to tell what grows with their sequences from what does not."""
+    *inputs, stacked = inputs
+    rows = max(model.llm_config.layers, model.vision_config.layers) + 1  # so that no axis of rows is as long as a stack
+    fewer, more = (
+        _size([leaf for leaf in _traced(model, *inputs, count) if not stacked or leaf.shape[:1] == (stacked,)])
+        for count in (rows, 2 * rows)
     )
-    return _llm_layer(_setting(cfg, name, policy), local, cfg.lora, build_model(cfg).plan, cfg.tokens_per_image, seq_len)  # fmt: skip
-
-
-def vision_block(cfg: Config, name: str, tensor: int = 1, remat: str = "") -> Kept:
-    """What a block of the tower keeps per view."""
-    v = cfg.vision
-    return _vision_block(_setting(cfg, name, remat or v.remat), dataclasses.replace(v, mlp_dim=v.mlp_dim // tensor))
-
-
-def fusion(cfg: Config, name: str) -> Kept:
-    """What the fusion of all levels keeps per image."""
-    levels = 1 + len(build_model(cfg).plan.levels)
-    setting = dataclasses.replace(
-        _setting(cfg, name, cfg.fusion.remat), attention="tiled"
-    )  # other backends keep as much
-    return _fusion(setting, cfg.fusion, levels, cfg.tokens_per_image, cfg.vision.width, cfg.llm.width)
-
-
-def _setting(cfg: Config, name: str, remat: str) -> Setting:
-    return Setting(cfg.dtype, TRACED.get(cfg.attention, cfg.attention), cfg.stages[name].trainable, remat)
-
-
-def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+    return Kept((more - fewer) / rows, 2 * fewer - more)
 
 
 @functools.lru_cache(maxsize=256)
-def _llm_layer(setting: Setting, m: LLMConfig, lora: LoraConfig, plan: Plan, tokens: int, seq_len: int) -> Kept:
-    layer = rematted(Layer, setting.remat)(m, lora, plan.position, (), setting.attention)
-    dtype, sources = jnp.dtype(setting.dtype), len(plan.levels)
-
-    def leaves(rows: int) -> list[Any]:
-        ints = of(jnp.int32, rows, seq_len)
-        context = Context(
-            table=(of(jnp.float32, rows, seq_len, 1, m.head_dim // 2),) * 2,
-            sight=Packed(ints, None, ints, 1),
-            bank=of(dtype, sources, rows, 1, tokens, m.width) if sources else None,
-            image_start=of(jnp.int32, rows, 1),
-        )
-
-        def run(params: Any, x: jax.Array, context: Context, index: jax.Array, route: jax.Array):
-            rngs = {"dropout": jax.random.key(0)} if lora.rank and lora.dropout else {}
-            return layer.apply({"params": params}, (x, None), index, route, context, rngs=rngs)[0][0]
-
-        def init(x: jax.Array, context: Context, index: jax.Array, route: jax.Array):
-            return layer.init(jax.random.key(0), (x, None), index, route, context)
-
-        x, rest = of(dtype, rows, seq_len, m.width), (of(jnp.int32), of(jnp.int32, plan.route.shape[1]))
-        return _leaves(setting, "llm/layers/", init, run, x, context, *rest)
-
-    return _kept(leaves)
-
-
-@functools.lru_cache(maxsize=256)
-def _vision_block(setting: Setting, v: VisionConfig) -> Kept:
-    block = rematted(Block, setting.remat)(v, setting.attention)
-    dtype, positions = jnp.dtype(setting.dtype), (v.image_size // v.patch_size) ** 2 + v.class_token
-
-    def leaves(views: int) -> list[Any]:
-        def run(params: Any, x: jax.Array, row: jax.Array):
-            return block.apply({"params": params}, (x, x[None]), row)[0][0]
-
-        init = lambda x, row: block.init(jax.random.key(0), (x, x[None]), row)
-        return _leaves(setting, "vision/blocks/", init, run, of(dtype, views, positions, v.width), of(jnp.int32))
-
-    return _kept(leaves)
-
-
-@functools.lru_cache(maxsize=256)
-def _fusion(setting: Setting, config: FusionConfig, levels: int, tokens: int, channels: int, width: int) -> Kept:
-    module = Fusion(config, width, setting.attention)
-
-    def leaves(images: int) -> list[Any]:
-        x = of(setting.dtype, levels, images, views_of(config), tokens, channels)
-        run = lambda params, x: module.apply({"params": params}, x)[0]
-        return _leaves(setting, "fusion/", lambda x: module.init(jax.random.key(0), x), run, x)
-
-    return _kept(leaves)
-
-
-def _leaves(setting: Setting, prefix: str, init: Callable, run: Callable, x: Any, *rest: Any) -> list[Any]:
-    """What the backward pass of run(params, x, *rest) needs, other than parameters and `rest`, which exist anyway."""
-    flat = flatten(nn.meta.unbox(jax.eval_shape(init, x, *rest)["params"]))
-    trained = lambda path: any(re.fullmatch(pattern, prefix + path) for pattern in setting.trainable)
-    moving = {path: leaf for path, leaf in flat.items() if trained(path)}
+def _traced(
+    model: SparseCut,
+    trainable: tuple[str, ...],
+    half: Callable,
+    drops: bool,
+    leaves: tuple,
+    structure: Any,
+    sources: jax.ShapeDtypeStruct | None,
+    rows: int,
+) -> list[jax.ShapeDtypeStruct]:
+    """What the backward pass of half(model, inputs, batch) needs for `rows` sequences, other than what exists anyway."""
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    batch = jax.tree.unflatten(structure, [of(leaf.dtype, rows, *leaf.shape[1:]) for leaf in leaves])
+    trained = lambda path: any(re.fullmatch(pattern, path) for pattern in trainable)
+    moving = {path: leaf for path, leaf in _shapes(model).items() if trained(path)}
     frozen = {
-        path: of(setting.dtype if leaf.ndim > 1 else leaf.dtype, *leaf.shape)
-        for path, leaf in flat.items()
+        path: of(model.dtype if leaf.ndim > 1 else leaf.dtype, *leaf.shape)
+        for path, leaf in _shapes(model).items()
         if path not in moving
     }
+    sources = sources and of(sources.dtype, sources.shape[0], rows, *sources.shape[2:])
+    x = of(model.dtype, *batch.tokens.shape, model.llm_config.width)
+    inputs = (x, sources) if half is _decode else ()
 
-    def backward(moving: dict, frozen: dict, x: Any, *rest: Any):
-        return jax.vjp(lambda moving, x: run(unflatten({**frozen, **moving}), x, *rest), moving, x)[1]
+    def backward(moving: dict, frozen: dict, inputs: tuple, batch: Batch) -> Any:
+        rngs = {"dropout": jax.random.key(0)} if drops else {}
+        params = lambda moving: {"params": unflatten({**frozen, **moving})}
+        run = lambda moving, inputs: model.apply(params(moving), inputs, batch, rngs=rngs, method=half)
+        return jax.vjp(run, moving, inputs)[1]
 
-    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, moving, frozen, x, *rest)) if leaf.size]
+    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, moving, frozen, inputs, batch)) if leaf.size]
     residuals = [leaf for leaf in residuals if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     signature = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))
-    existing = collections.Counter(signature(leaf) for leaf in jax.tree.leaves((moving, frozen, rest)))
+    existing = collections.Counter(map(signature, jax.tree.leaves((moving, frozen, sources, batch))))
     new = []
     for leaf in residuals:
         if existing[signature(leaf)]:
@@ -167,8 +220,5 @@ def _leaves(setting: Setting, prefix: str, init: Callable, run: Callable, x: Any
     return new
 
 
-def _kept(leaves: Callable[[int], list[Any]]) -> Kept:
-    """Compares the leaves for batches of one and two to tell what grows with the batch from what does not."""
-    size = lambda count: sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves(count))
-    one, two = size(1), size(2)
-    return Kept(float(two - one), float(2 * one - two))
+def _size(leaves: list[Any]) -> float:
+    return float(sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves))
