@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparsecut_jax.data import plan as plans
+from sparsecut_jax.data import batch_plan as plans
 from sparsecut_jax.data.batch_plan import BatchPlan, Lengths, make_plan, pack
 from sparsecut_jax.settings import StageConfig
 from tiny import refusal
