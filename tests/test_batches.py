@@ -88,3 +88,11 @@ def test_examples_of_a_sequence_follow_one_another():
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0], [0] * 8]
     assert batch.image_start.tolist() == [[1, 5, -1], [-1, -1, -1]]
     assert (batch.views[0, 0] == 1).all() and (batch.views[0, 1] == 3).all() and not batch.views[0, 2].any()
+
+
+def test_the_question_of_each_image_is_padded():
+    view = np.zeros((1, 2, 2, 3), np.uint8)
+    example = Example(*(np.zeros(6, np.int32),) * 4, image_start=[1, 4], questions=[[7, 8], []])
+    batch = collate([[(example, [view, view])], []], batch_spec(2, 6, 3, (1, 2, 2, 3), question=3))
+    none = [-1, -1, -1]
+    assert batch.extras["question"].tolist() == [[[7, 8, -1], none, none], [none, none, none]]

@@ -7,7 +7,8 @@ import pytest
 
 from small_tokenizers import byte_level, llama
 from sparsecut_jax.data.canonical import canonical
-from sparsecut_jax.text.conversation import TooLong, encode_prompt, encode_row
+from sparsecut_jax.data.walk import RowEncoder
+from sparsecut_jax.text.conversation import TooLong, alone, encode_prompt, encode_row, with_questions
 from sparsecut_jax.text.templates import TEMPLATES, Template
 from sparsecut_jax.types import BadSample, UserError
 
@@ -409,3 +410,54 @@ def test_special_tokens_of_a_template_and_their_look_alikes():
         "branches": "",
         "positions": "",
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the question about an image
+
+
+def said(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def test_an_image_is_asked_about_by_the_turn_that_shows_it():
+    """Not by later ones, and no answer is part of it."""
+    words, template = byte_level(), TEMPLATES["qa"]
+    row = {"images": ["a", "b"], "conversations": said("<image>\nred?", "yes", "and <image>?", "no")}
+    example = with_questions(encode_row(row, words, template, 2, 100), words, 3)
+    assert example.asked == ["red?", "and ?"]
+    assert example.questions == [list(words.encode(text)[:3]) for text in example.asked]
+    assert encode_row(row, words, TEMPLATES["plain"], 2, 100).asked == [""]
+    short = encode_row(row, words, template, 2, len(example.tokens) - 1)  # the second turn does not fit
+    assert short.asked == ["red?"] and len(short.image_start) == 1
+    assert encode_prompt("red?", 1, words, template, 2).asked == ["red?"]
+
+
+def test_independent_questions_one_by_one():
+    row = {"image": "a", "conversations": said("<image>\nred?", "yes", "\nbig?", "no"), "independent": True}
+    assert [each["conversations"] for each in alone(row)] == [said("<image>\nred?", "yes"), said("<image>\nbig?", "no")]
+    assert not any(each["independent"] for each in alone(row))
+    row["conversations"][1]["loss"] = False
+    assert [each["conversations"] for each in alone(row)] == [said("<image>\nbig?", "no")]
+    assert alone({"conversations": said("red?", "yes", "big?", "no")}) == [
+        {"conversations": said("red?", "yes", "big?", "no")}
+    ]
+
+
+def test_a_row_encoder_takes_one_question_at_a_time():
+    """The next one in order that fits; the length of the row is that of the longest."""
+    words = byte_level()
+    row = {
+        "image": "a",
+        "conversations": said("<image>\nred?", "yes", "\nbig? " * 5, "no", "\nx?", "y"),
+        "independent": True,
+    }
+    encoder = lambda seq_len: RowEncoder(words, "qa", 2, seq_len, question=4)
+    first, second, third = (encoder(100)(row, order) for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]))
+    assert first.asked == ["red?"] and third.asked == ["x?"] and second.asked[0].startswith("big?")
+    assert len(second.questions[0]) == 4 and not second.branches.any()
+    assert encoder(100).length(row) == (len(second.tokens), 1, False, 0)
+    tight = len(first.tokens)
+    assert encoder(tight)(row, [1, 0, 2]).asked == ["red?"]
+    assert encoder(tight).length(row)[0] == tight
+    assert encoder(100).fingerprint() != RowEncoder(words, "qa", 2, 100).fingerprint()

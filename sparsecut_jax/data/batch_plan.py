@@ -51,10 +51,10 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.lengths.values)
 
-    def spec(self, batch: int, rows: int, image_shape: tuple[int, ...]) -> Batch:
-        """The shapes of `rows` sequences of a batch."""
-        length, more = int(self.lengths.values[batch]), {"branched": self.branched, "most_segments": self.most_segments}
-        return batch_spec(rows, length, self.slots, image_shape, **more)
+    def spec(self, batch: int, rows: int, image_shape: tuple[int, ...], question: int = 0) -> Batch:
+        """The shapes of `rows` sequences of a batch. question: see `batch_spec`."""
+        more = {"question": question, "branched": self.branched, "most_segments": self.most_segments}
+        return batch_spec(rows, int(self.lengths.values[batch]), self.slots, image_shape, **more)
 
     def sequence(self, batch: int, i: int) -> list[int]:
         """Row numbers of sequence `i` of a batch."""

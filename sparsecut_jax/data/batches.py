@@ -37,8 +37,11 @@ def collate(sequences: list[Sequence], spec: Batch) -> Batch:
             batch.positions[row, where] = example.positions
             if batch.branches is not None:
                 batch.branches[row, where] = example.branches
-            for start, picture in zip(example.image_start, pictures, strict=True):
+            for i, (start, picture) in enumerate(zip(example.image_start, pictures, strict=True)):
                 batch.image_start[row, slot], batch.views[row, slot] = at + start, picture
+                if "question" in batch.extras:
+                    ids = example.questions[i]
+                    batch.extras["question"][row, slot, : len(ids)] = ids
                 slot += 1
             at = where.stop
     return batch

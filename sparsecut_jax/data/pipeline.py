@@ -93,6 +93,11 @@ class Reader:
             found = [images.augment(views, rng, self.flip, self.shift, self.pictures.grid) for views in found]
         return example, found
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], int]:
+        """(V, S, S, 3) of an image, and Tq of the question about it, 0 if that is not read."""
+        return self.pictures.shape, self.encode.question
+
     def branched(self) -> bool:
         """Whether any row has independent questions."""
         for i in range(len(self.split)):
@@ -139,7 +144,7 @@ class BatchReader:
             found, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
             sequences.append(found)
             bad += broken
-        return collate(sequences, self.plan.spec(batch, len(sequences), self.reader.pictures.shape)), bad
+        return collate(sequences, self.plan.spec(batch, len(sequences), *self.reader.shapes)), bad
 
 
 def train_batches(
@@ -215,7 +220,9 @@ def fixed_batches(
     """
     count = len(reader.split)
     own = size if here is None else len(here)
-    spec = batch_spec(own, seq_len, slots, reader.pictures.shape, branched=reader.branched(), most_segments=1)
+    shape, question = reader.shapes
+    more = {"question": question, "branched": reader.branched(), "most_segments": 1}
+    spec = batch_spec(own, seq_len, slots, shape, **more)
     for first in range(0, count, size):
         numbers = (first + (np.arange(size) if here is None else here)).tolist()
         yield collate([reader.sequence([i] if i < count else [], None)[0] for i in numbers], spec)

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from sparsecut_jax.data.batch_plan import BatchPlan, Lengths, make_plan
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.text.conversation import encode_row, images_of
+from sparsecut_jax.text.conversation import TooLong, alone, encode_row, images_of, with_questions
 from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import BadSample, UserError
@@ -51,32 +51,51 @@ class Bad:
 
 @dataclasses.dataclass(frozen=True)
 class RowEncoder:
-    """Tokenises the rows of a stage: with a tokenizer, a template, N tokens per image and a maximum length."""
+    """Tokenises the rows of a stage: with a tokenizer, a template, N tokens per image and a maximum length.
+
+    question: tokens of the question about each image that are read (Tq). If there are any, an image is encoded with one
+      question, so each epoch takes another one of a row's independent questions.
+    """
 
     tokenizer: Tokenizer
     template: str
     image_tokens: int
     seq_len: int
+    question: int = 0
 
     @classmethod
-    def of(cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer) -> RowEncoder:
+    def of(cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer, question: int = 0) -> RowEncoder:
         get_template(stage.template, tokenizer)  # refuses a template that the tokenizer does not support
-        return cls(tokenizer, stage.template, image_tokens, stage.seq_len)
+        return cls(tokenizer, stage.template, image_tokens, stage.seq_len, question)
 
     def __call__(self, row: dict, order: np.ndarray | None = None):
         """The Example of a row. Raises TooLong if its images and first answer do not fit."""
-        template = get_template(self.template, self.tokenizer)
-        return encode_row(row, self.tokenizer, template, self.image_tokens, self.seq_len, order)
+        how = (self.tokenizer, get_template(self.template, self.tokenizer), self.image_tokens, self.seq_len)
+        if not self.question:
+            return encode_row(row, *how, order)
+        rows = alone(row)
+        for i in range(len(rows)) if order is None else [i for i in order if i < len(rows)]:
+            try:
+                return with_questions(encode_row(rows[i], *how), self.tokenizer, self.question)
+            except TooLong as error:  # another question may fit
+                too_long = error
+        raise too_long
 
     def length(self, row: dict) -> tuple[int, int, bool, int]:
         """Positions and images of a row, whether it has branches, and how many answers never fit; if independent
         questions do not all fit, they may take the whole sequence."""
         example = self(row)
-        positions = len(example.tokens)
+        positions = max(map(len, self._tokens_alone(row))) if self.question else len(example.tokens)
         branches = int(example.branches.max())  # 0 if a template has no questions and thus nothing independent
         if row.get("independent") and 0 < branches < sum(turn.get("loss", True) for turn in row["conversations"][1::2]):
             positions = self.seq_len
         return positions, len(example.image_start), branches > 0, example.cut
+
+    def _tokens_alone(self, row: Row) -> Iterator[np.ndarray]:
+        """The tokens of a row with each of its independent questions alone, of those that fit."""
+        for each in alone(row):
+            with contextlib.suppress(TooLong):
+                yield self(each).tokens
 
     def surely_fits(self, row: Row) -> bool:
         """Whether all of a row fits, judged by its number of characters (an upper bound on tokens of plain ASCII), and is
@@ -95,6 +114,7 @@ class RowEncoder:
     def fingerprint(self) -> str:
         """Identifies everything that lengths depend on."""
         text = f"{self.template} {self.image_tokens} {self.seq_len} {self.tokenizer.to_json()}"
+        text += f" {self.question}" if self.question else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -31,6 +31,8 @@ class Example:
     branches: np.ndarray  # int32[n]
     positions: np.ndarray  # int32[n]
     image_start: list[int]
+    asked: list[str] = dataclasses.field(default_factory=list)  # for each image, the text of the turn that shows it
+    questions: list[list[int]] = dataclasses.field(default_factory=list)  # tokens of `asked`, for ways that read them
     cut: int = 0  # answers cut at the end of a conversation, or independent ones that never fit
 
 
@@ -124,6 +126,22 @@ def encode_prompt(
     return writer.example()
 
 
+def with_questions(example: Example, tokenizer: Tokenizer, longest: int) -> Example:
+    """The example with at most `longest` tokens of the question about each image."""
+    ids = [list(tokenizer.encode(text)[:longest]) for text in example.asked]
+    return dataclasses.replace(example, questions=ids)
+
+
+def alone(row: Row) -> list[Row]:
+    """The independent questions of a row that are trained on, as a row each; the row itself if it is a conversation."""
+    if not row.get("independent"):
+        return [row]
+    turns, shared = row["conversations"], IMAGE * len(images_of(row))
+    pairs = [pair for pair in zip(turns[::2], turns[1::2], strict=True) if pair[1].get("loss", True)]
+    ask = lambda human: {**human, "value": shared + human["value"].replace(IMAGE, "")}
+    return [{**row, "independent": False, "conversations": [ask(human), gpt]} for human, gpt in pairs] or [row]
+
+
 def _as_asked(question: str, template: Template) -> str:
     """A question as in LLaVA: a single image is moved to the first line, several stay where they are."""
     marks = question.count(IMAGE)
@@ -146,6 +164,7 @@ class _Writer:
         self.tokens: list[int] = []
         self.runs: list[tuple[int, int, int, int]] = []  # runs of equal tokens: count, loss, branch, index - position
         self.image_start: list[int] = []
+        self.asked: list[str] = []
         self.pending = ""  # text not tokenised yet
         self.branch = 0
         self.position = 0  # of the next token
@@ -176,6 +195,7 @@ class _Writer:
         """Text of a turn, which may contain `<image>`."""
         first, *others = words.split(IMAGE)
         self.pending += first
+        self.asked += [words.replace(IMAGE, "").strip()] * len(others)
         for piece in others:
             self.flush()
             self.image_start.append(len(self.tokens))
@@ -204,13 +224,14 @@ class _Writer:
 
     def back_to(self, mark: tuple[Any, ...]) -> None:
         length, runs, images, self.pending, self.branch, self.position = mark
-        del self.tokens[length:], self.runs[runs:], self.image_start[images:]
+        del self.tokens[length:], self.runs[runs:], self.image_start[images:], self.asked[images:]
 
     def example(self) -> Example:
         count, *columns = np.array(self.runs, np.int32).reshape(-1, 4).T
         loss, branches, before = np.repeat(columns, count, axis=1)
         positions = np.arange(len(self.tokens), dtype=np.int32) - before
-        return Example(np.array(self.tokens, np.int32), loss.astype(np.uint8), branches, positions, self.image_start)
+        tokens, loss = np.array(self.tokens, np.int32), loss.astype(np.uint8)
+        return Example(tokens, loss, branches, positions, self.image_start, self.asked)
 
     def _add(self, ids: tuple[int, ...], loss: int = 0) -> None:
         if ids:
