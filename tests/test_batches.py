@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from sparsecut_jax.data.batches import collate, spec_of
+from sparsecut_jax.data.batches import collate, image_shape, spec_of
 from sparsecut_jax.text.conversation import Example
 from sparsecut_jax.types import batch_spec, empty_batch
 from tiny import tiny_config
@@ -16,7 +16,7 @@ def shapes(batch) -> dict[str, str]:
 
 
 def test_arrays_of_a_batch():
-    spec = spec_of(tiny_config(), 2, 40, 3, question=4, branched=True, most_segments=6)
+    spec = batch_spec(2, 40, 3, image_shape(tiny_config()), question=4, branched=True, most_segments=6)
     expected = {
         "tokens": "int32[2, 40]",
         "loss_mask": "uint8[2, 40]",
