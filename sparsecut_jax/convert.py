@@ -83,12 +83,12 @@ def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, m
         with jax.set_mesh(run.mesh):
             run = adapter.merged(run) if merge else run
             if kind == "adapter":
-                told = adapter.write_adapter(run, folder)
+                said = adapter.write_adapter(run, folder)
             else:
-                told = export.write(run, folder, kind, drop_shortcuts)
+                said = export.write(run, folder, kind, drop_shortcuts)
             if check:
-                told += "\n" + verify.verify(run, folder, drop_shortcuts)
-    print(told)
+                said += "\n" + verify.verify(run, folder, drop_shortcuts)
+    print(said)
     print(f"written to {out}:")
     for name in sorted(os.listdir(out)):
         print(f"  {os.path.getsize(os.path.join(out, name)):>14,} {name}")

@@ -69,7 +69,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     origin = Origin(cfg) if meta is None and cfg.init_from else None
     steps = {name: cfg.stages[name].max_steps for name in cfg.run_stages}
     if all(steps.values()):
-        loop.plan_stages(cfg, steps)  # a profile behind the last step; where epochs count, the rows decide that below
+        loop.stage_spans(cfg, steps)  # a profile behind the last step; where epochs count, the rows decide that below
     earlier = meta["seconds"] if meta else 0.0
     clock = lambda: earlier + time.monotonic() - began
 
@@ -101,7 +101,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     startup.done("shapes")
     bad_samples = BadSamples(cfg.workdir, cfg.data.max_bad_fraction, hosts.index(), fresh=meta is None)
     plans = {name: inputs.make_stage_plan(name, reader, data, bad_samples) for name, reader in readers.items()}
-    spans = loop.plan_stages(cfg, {name: len(plan) for name, plan in plans.items()})
+    spans = loop.stage_spans(cfg, {name: len(plan) for name, plan in plans.items()})
 
     # ------------------------------------------------------------------ model
     startup.done("rows")

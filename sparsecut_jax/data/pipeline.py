@@ -88,10 +88,10 @@ class Reader:
         """
         order = rng.permutation(len(row["conversations"]) // 2) if rng is not None else None
         example = self.encode(row, order)
-        found = [self.pictures.read(part, entry) for entry in images_of(row)[: len(example.image_start)]]
+        pictures = [self.pictures.read(part, entry) for entry in images_of(row)[: len(example.image_start)]]
         if rng is not None and (self.flip or self.shift):
-            found = [images.augment(views, rng, self.flip, self.shift, self.pictures.grid) for views in found]
-        return example, found
+            pictures = [images.augment(views, rng, self.flip, self.shift, self.pictures.grid) for views in pictures]
+        return example, pictures
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], int]:
@@ -109,16 +109,16 @@ class Reader:
 
     def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Sequence, list[Bad]]:
         """The rows that can be read as one sequence, and the bad ones."""
-        found, bad = [], []
+        sequence, bad = [], []
         for i in rows:
             part, local = self.split.find(i)
             row = {}
             try:
                 row = part.row(local)
-                found.append(self.example(part, row, rng))
+                sequence.append(self.example(part, row, rng))
             except BadSample as error:
                 bad.append(as_bad(part, local, row, error))
-        return found, bad
+        return sequence, bad
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ class BatchReader:
         sequences, bad = [], []
         for i in self.here.tolist():
             rng = np.random.default_rng([*self.seed, batch, i])
-            found, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
-            sequences.append(found)
+            sequence, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
+            sequences.append(sequence)
             bad += broken
         return collate(sequences, self.plan.spec(batch, len(sequences), *self.reader.shapes)), bad
 
@@ -177,7 +177,7 @@ def train_batches(
         batches = batches.map(
             functools.partial(jax.tree.map, lambda x: np.array(x) if isinstance(x, np.ndarray) else x)
         )
-    placed = batches.map(lambda found: (place(found[0]), found[1]))
+    placed = batches.map(lambda read: (place(read[0]), read[1]))
     return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=READY))
 
 

@@ -174,7 +174,7 @@ def example(parts: list[Part]) -> tuple[str, list[str]]:
 
     "PATH" stands for an image that is not a file, such as one in a TFDS dataset.
     """
-    best, found = (-1,), ("what is in the image?", ["PATH"])
+    best, asked = (-1,), ("what is in the image?", ["PATH"])
     for part in parts:
         for i in range(min(len(part), FIRST)):
             try:
@@ -188,10 +188,10 @@ def example(parts: list[Part]) -> tuple[str, list[str]]:
             files = bool(images) and all(map(os.path.exists, images))
             rank = (files, bool(text) and len(text) <= SHORT and "\n" not in text)
             if rank > best:
-                best, found = rank, (text or IMAGE, images)
+                best, asked = rank, (text or IMAGE, images)
             if all(best):
-                return found
-    return found
+                return asked
+    return asked
 
 
 def samples(answered: list[Answered], count: int) -> list[Answered]:

@@ -165,25 +165,25 @@ class Checkpoints:
     def shapes(self, step: int) -> dict[str, str]:
         """{"params/llm/head": "float32[64, 384]", ...}: what the checkpoint holds, without reading it."""
         try:
-            found = self.manager.item_metadata(step)["state"]
-            return _shapes(getattr(found, "tree", found))
+            arrays = self.manager.item_metadata(step)["state"]
+            return _shapes(getattr(arrays, "tree", arrays))
         except Exception as error:
             raise self._damaged(step, error) from error
 
     def dtypes(self, step: int) -> Callable[[str], jnp.dtype]:
         """Function from a parameter's path to the dtype that the checkpoint holds it in; float32 for what it lacks."""
-        found = self.shapes(step)
-        return lambda path: jnp.dtype(found.get(f"params/{path}", "float32[").partition("[")[0])
+        saved = self.shapes(step)
+        return lambda path: jnp.dtype(saved.get(f"params/{path}", "float32[").partition("[")[0])
 
     def compare(self, step: int, target: Any) -> None:
         """Raises UserError naming the first arrays that are not as expected; Orbax itself would flood the log."""
-        found = self.shapes(step)
-        if not found:
+        saved = self.shapes(step)
+        if not saved:
             raise self._damaged(step, ValueError("its list of arrays is missing"))
         wrong = [
-            f"{path}: expected {want}, got {found.get(path, 'nothing')}"
+            f"{path}: expected {want}, got {saved.get(path, 'nothing')}"
             for path, want in _shapes(target).items()
-            if found.get(path) != want
+            if saved.get(path) != want
         ]
         if wrong:
             raise UserError(f"checkpoint {self.folder}/{step} belongs to a different model: {'; '.join(wrong[:3])}")

@@ -54,8 +54,8 @@ class Origin:
             ours, theirs = vars(getattr(cfg, part)), vars(getattr(self.config, part))
             taken = any(path.startswith(f"{part}/") for path in self.wanted)
             for name in ours if taken else ():
-                kept = any(f"{key}.".startswith(f"{part}.{name}.") for key in cfg.init.keep)
-                if name not in left and ours[name] != theirs[name] and not kept:
+                given = any(f"{key}.".startswith(f"{part}.{name}.") for key in cfg.init.keep)
+                if name not in left and ours[name] != theirs[name] and not given:
                     differing.append(f"config.{part}.{name}={theirs[name]!r}, here {ours[name]!r}")
         if differing:
             raise UserError(
@@ -74,9 +74,9 @@ class Origin:
             )
         dtype = lambda path: jnp.dtype(self.saved[path].partition("[")[0])
         taken = {path: leaf for path, leaf in flat.items() if path in self.wanted}
-        found = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
-        self.run.compare(self.step, {"params": unflatten(found)})
-        return found
+        targets = {path: jax.ShapeDtypeStruct(x.shape, dtype(path), sharding=x.sharding) for path, x in taken.items()}
+        self.run.compare(self.step, {"params": unflatten(targets)})
+        return targets
 
     def load(self, cfg: Config, params: Any) -> tuple[Any, str]:
         """Parameters with cfg.init_parts taken from the run, which is closed, and a report of loaded, fresh and unused

@@ -83,8 +83,8 @@ def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[s
     def init(key):
         # One row per data-parallel shard, so that the mesh can shard the batch; its values are never used.
         batch = jax.tree.map(lambda x: jnp.zeros((sharding.data_parallel(), *x.shape[1:]), x.dtype), example)
-        made = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
-        return {path: made[path].astype(leaf.dtype) for path, leaf in wanted.items()}
+        fresh = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
+        return {path: fresh[path].astype(leaf.dtype) for path, leaf in wanted.items()}
 
     shardings = {path: leaf.sharding for path, leaf in wanted.items()}
     return unflatten(jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed)) if wanted else {})

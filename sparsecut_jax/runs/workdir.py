@@ -125,11 +125,11 @@ def _listed(folder: str) -> list[str]:
 
 def update_results(folder: str, step: int, results: dict) -> None:
     """Writes results.json. What it held stays if it is of the same step."""
-    path, found = os.path.join(folder, "results.json"), None
+    path, before = os.path.join(folder, "results.json"), None
     with contextlib.suppress(OSError, ValueError), open(path) as file:
-        found = json.load(file)
-    kept = found if isinstance(found, dict) and found.get("step") == step else {}
-    write_json(path, {**kept, "step": step, **results})
+        before = json.load(file)
+    same_step = before if isinstance(before, dict) and before.get("step") == step else {}
+    write_json(path, {**same_step, "step": step, **results})
 
 
 def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:

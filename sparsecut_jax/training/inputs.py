@@ -28,10 +28,10 @@ def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_sa
     cfg = data.config
     split = reader.split
     progress = Progress(len(split), 0, f"rows of {name}") if len(split) > FEW else None
-    kept = os.path.join(cfg.workdir, f"rows-{name}.npz")
+    file = os.path.join(cfg.workdir, f"rows-{name}.npz")
     update = progress.update if progress else lambda n: None
     with hosts.in_turn(f"rows {name}"):  # the others use the file that process 0 wrote
-        walked = walk_once(kept, split, reader.encode, data.source.fingerprint, update)
+        walked = walk_once(file, split, reader.encode, data.source.fingerprint, update)
     if progress:
         progress.close()
     bad_samples.add(name, walked.bad, len(split), write=hosts.first())
@@ -56,8 +56,8 @@ def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config
     stage = cfg.stages[name]
     reader = data.reader(name, holdout=True)
     size, placed = stage.batch_size // stage.accumulate, sharding.batch_sharding(mesh)
-    held = placing.rows_here(placed, size)
-    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, held))
+    here = placing.rows_here(placed, size)
+    batches = list(pipeline.fixed_batches(reader, size, stage.seq_len, cfg.data.max_images, here))
     if not placing.gather(np.array([batch.loss_mask.any() for batch in batches])).any():
         return None
 
@@ -66,9 +66,9 @@ def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config
         return summed_loss(model, params, batch, cfg.loss_chunk)[:2]
 
     def holdout_loss(params) -> float:
-        on_devices = (placing.place(batch, placed, held, size) for batch in batches)
-        found = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
-        return float(found[:, 0].sum() / found[:, 1].sum())
+        on_devices = (placing.place(batch, placed, here, size) for batch in batches)
+        totals = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
+        return float(totals[:, 0].sum() / totals[:, 1].sum())
 
     return holdout_loss
 

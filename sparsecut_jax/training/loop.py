@@ -34,7 +34,7 @@ class StageSpan:
     last: int
 
 
-def plan_stages(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
+def stage_spans(cfg: Config, batches: dict[str, int]) -> list[StageSpan]:
     """The stages of a run, given the number of batches of each. Raises UserError if config.profile ends after them."""
     spans, first = [], 0
     for name in cfg.run_stages:
