@@ -107,7 +107,7 @@ def test_each_mistake_names_the_next_step(said, line):
 def test_the_commands_are_listed(said):
     code, out, err = said["__main__"]
     assert (code, err) == (0, "")
-    commands = {p.stem for p in Path(cli.__file__).parent.glob("*.py") if "def run() -> None" in p.read_text()}
+    commands = {p.stem for p in Path(cli.__file__).parent.parent.glob("*.py") if "def run() -> None" in p.read_text()}
     listed = {
         line.split()[2].removeprefix("sparsecut_jax.") for line in out.splitlines() if "-m sparsecut_jax." in line
     }

@@ -12,7 +12,7 @@ from sparsecut_jax.types import UserError
 
 def shipped() -> str:
     """Folder of the configs that come with this package: inside it where it is installed, beside it in a checkout."""
-    package = os.path.dirname(os.path.abspath(__file__))
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     inside = os.path.join(package, "configs")
     return inside if os.path.isdir(inside) else os.path.join(os.path.dirname(package), "configs")
 
