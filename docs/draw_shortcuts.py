@@ -9,8 +9,8 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from sparsecut_jax.config import ShortcutConfig  # noqa: E402
-from sparsecut_jax.models.shortcuts import plan_shortcuts  # noqa: E402
-from sparsecut_jax.runs.wiring_plot import draw_plan
+from sparsecut_jax.models.shortcuts import wire_shortcuts  # noqa: E402
+from sparsecut_jax.runs.wiring_plot import draw_shortcuts
 from sparsecut_jax.runtime.figures import plt  # noqa: E402
 
 PLANS = {
@@ -21,7 +21,7 @@ PLANS = {
 
 figure, panels = plt.subplots(1, len(PLANS), figsize=(12, 3.6), dpi=110)
 for axes, (title, shortcuts) in zip(panels, PLANS.items(), strict=True):
-    draw_plan(axes, plan_shortcuts(shortcuts, vit_depth=5, llm_depth=7))
+    draw_shortcuts(axes, wire_shortcuts(shortcuts, vit_depth=5, llm_depth=7))
     axes.set(xlim=(-0.1, 4.1), ylim=(-1.5, 7.1))
     axes.set_title(title, fontsize=10)
 figure.tight_layout()

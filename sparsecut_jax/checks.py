@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.types import UserError
 
@@ -111,6 +112,7 @@ def check_values(cfg: Config) -> None:
         "checkpoint.every": cfg.checkpoint.every,
         "eval.every": cfg.eval.every,
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
+        "eval.prefill_chunk": cfg.eval.prefill_chunk,
         "seed": cfg.seed,
     }.items():
         need(value >= 0, f"config.{key}={value}: expected 0 or more")
@@ -136,10 +138,7 @@ def check_values(cfg: Config) -> None:
         "config.fusion.grid=(1, 1) is one crop of the low-res view's own size, which adds nothing; "
         "config.fusion.name='mlp' reads the low-res view alone",
     )
-    need(
-        cfg.fusion.name != "cross_attention" or v.width % max(1, v.width // 64) == 0,
-        f"config.fusion.name='cross_attention' has width // 64 heads, which does not divide config.vision.width={v.width}",
-    )
+    ways.check(cfg)
     need(len(v.mean) == 3 and len(v.std) == 3, "config.vision.mean and .std: expected three numbers each")
     need(min(v.std) > 0, f"config.vision.std={v.std}: expected positive numbers")
     for key, value in {
@@ -227,7 +226,7 @@ def _check_data(cfg: Config, need: Callable[[bool, str], None]) -> None:
 
 def check_room(cfg: Config) -> None:
     """Raises UserError if a stage's rows are too short for the images."""
-    tokens = cfg.tokens_per_image * cfg.data.max_images
+    tokens = ways.positions(cfg) * cfg.data.max_images
     for name in cfg.run_stages:
         stage = cfg.stages[name]
         if stage.seq_len <= tokens:

@@ -15,12 +15,34 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from sparsecut_jax import effects
+from sparsecut_jax import effects, settings
 from sparsecut_jax.checks import check_values, nearest
-from sparsecut_jax.settings import Config
+from sparsecut_jax.models import ways
 from sparsecut_jax.types import UserError
 
-PARTS = ("vision.", "llm.", "fusion.", "shortcuts.", "data.image_fit")  # settings that say what a part computes
+# The settings of a whole run, with those that each way of fusing and injecting has for itself.
+Config = dataclasses.make_dataclass(
+    "Config",
+    [
+        ("fusion", ways.FusionConfig, dataclasses.field(default=ways.FusionConfig())),
+        ("injecting", ways.InjectingConfig, dataclasses.field(default=ways.InjectingConfig())),
+    ],
+    bases=(settings.Config,),
+    frozen=True,
+    namespace={
+        "__module__": __name__,
+        "__doc__": settings.Config.__doc__,
+        "tokens_per_image": property(lambda cfg: ways.positions(cfg), doc="Positions of an image in the LLM."),
+    },
+)
+PARTS = (
+    "vision.",
+    "llm.",
+    "fusion.",
+    "injecting.",
+    "shortcuts.",
+    "data.image_fit",
+)  # settings that say what a part computes
 
 
 def default() -> ConfigDict:
@@ -59,7 +81,7 @@ def variant_arguments(text: str, **known: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def check(raw: ConfigDict | dict) -> Config:
+def check(raw: ConfigDict | dict) -> settings.Config:
     """ConfigDict -> Config. Raises UserError naming key, expected and got."""
     raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
     cfg = _build(Config, raw, "config")
@@ -67,7 +89,7 @@ def check(raw: ConfigDict | dict) -> Config:
     return cfg
 
 
-def asked(raw: ConfigDict | dict, given: Iterable[str]) -> Config:
+def asked(raw: ConfigDict | dict, given: Iterable[str]) -> settings.Config:
     """`check` for a user's config: refuses settings without effect; values from the command line win over files.
 
     Args:
@@ -83,7 +105,7 @@ def asked(raw: ConfigDict | dict, given: Iterable[str]) -> Config:
     return dataclasses.replace(cfg, init=init)
 
 
-def to_json(cfg: Config) -> str:
+def to_json(cfg: settings.Config) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2)
 
 

@@ -62,9 +62,9 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
         meta = {**meta_of(CONVERTED, cfg, resolved, tokenizer, data=""), "seconds": 0.0}
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
             checkpoints.save_params(params, meta)
-        write_run_files(folder, resolved, tokenizer, shaped.model.plan)
+        write_run_files(folder, resolved, tokenizer, shaped.model.wiring)
     ids = f"{tokenizer.size:,} ids" if tokenizer else "none; give --tokenizer=DIR to ask questions"
-    print(report.heading(shaped.mesh, shaped.model.plan, shaped.abstract(), {}, resolved.param_dtype) + "\n")
+    print(report.heading(shaped.mesh, shaped.model.wiring, shaped.abstract(), {}, resolved.param_dtype) + "\n")
     print("\n".join([*joined.opened.notes, str(came_from), f"tokenizer  {ids}"]))
     print(f"written to {out} as {resolved.param_dtype}; shortcuts.png shows its plan")
     return came_from

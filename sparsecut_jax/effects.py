@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from sparsecut_jax.checks import ROPE_FIELDS
-from sparsecut_jax.settings import Config
+from sparsecut_jax.models import ways
+from sparsecut_jax.settings import Config, ShortcutConfig
 from sparsecut_jax.types import UserError
 
 
@@ -40,6 +41,13 @@ PAIRS = {
     "none": "with config.shortcuts.density='none'",
     "explicit": "with config.shortcuts.density='explicit', whose pairs are vit_levels and llm_layers",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """Settings of a way that has none."""
+
+
 DRAWN = ("easy_vqa", "scenes")  # sources with their own images
 
 
@@ -59,6 +67,28 @@ def _one_fusion(cfg: Config, _: Any) -> str:
     return "" if cfg.fusion.shared else _no_shortcuts(cfg, _)
 
 
+def _ignored(key: str) -> Callable[[Config, Any], str]:
+    def why(cfg: Config, _: Any) -> str:
+        ignored = getattr(ways.FUSING[cfg.fusion.name], "IGNORES", ())
+        drawn = key == "fusion.grid" and "scenes" in _paths(cfg) and not cfg.data.scenes.size  # as large as the grid
+        what = "reads no crops" if key == "fusion.grid" else "does not use it"
+        return f"with config.fusion.name={cfg.fusion.name!r}, which {what}" * (key.startswith(ignored) and not drawn)
+
+    return why
+
+
+def _other_way(name: str) -> Callable[[Config, Any], str]:
+    return lambda cfg, _: f"with config.fusion.name={cfg.fusion.name!r}" * (cfg.fusion.name != name)
+
+
+def _other_injection(name: str) -> Callable[[Config, Any], str]:
+    def why(cfg: Config, _: Any) -> str:
+        used = ways.wiring_of(cfg).injecting
+        return f"with config.fusion.name={cfg.fusion.name!r}, which injects by {used!r}" * (used != name)
+
+    return why
+
+
 def _lists(cfg: Config, _: Any) -> str:
     density = cfg.shortcuts.density
     return "" if density == "explicit" else f"with config.shortcuts.density={density!r}; set that to 'explicit'"
@@ -67,11 +97,6 @@ def _lists(cfg: Config, _: Any) -> str:
 def _main_feature(cfg: Config, _: Any) -> str:
     reverse = cfg.shortcuts.feature_order_reverse
     return "with config.shortcuts.feature_order_reverse=True, whose main feature is the first block's output" * reverse
-
-
-def _grid(cfg: Config, _: Any) -> str:
-    drawn = "scenes" in _paths(cfg) and not cfg.data.scenes.size  # the pictures are as large as the grid
-    return "with config.fusion.name='mlp', which reads no crops" * (cfg.fusion.name == "mlp" and not drawn)
 
 
 def _window(cfg: Config, _: Any) -> str:
@@ -159,7 +184,23 @@ RULES = (
     Rule(("shortcuts.position",), _no_shortcuts, ("shortcuts.density",)),
     Rule(("shortcuts.vit_levels", "shortcuts.llm_layers"), _lists, ("shortcuts.density",)),
     Rule(("fusion.shared",), _one_fusion, ("shortcuts.density",)),
-    Rule(("fusion.grid",), _grid, ("fusion.name",)),
+    *(
+        Rule((key,), _ignored(key), ("fusion.name",), files=key != "shortcuts.count")
+        for key in (
+            *("fusion.grid", "fusion.shared", "vision.select_layer"),
+            *(f"shortcuts.{field.name}" for field in dataclasses.fields(ShortcutConfig)),
+        )
+    ),
+    *(
+        Rule((f"fusion.{name}.{field.name}",), _other_way(name), ("fusion.name",))
+        for name, way in ways.FUSING.items()
+        for field in dataclasses.fields(getattr(way, "Settings", Nothing))
+    ),
+    *(
+        Rule((f"injecting.{name}.{field.name}",), _other_injection(name), ("fusion.name",))
+        for name, way in ways.INJECTING.items()
+        for field in dataclasses.fields(getattr(way, "Settings", Nothing))
+    ),
     Rule(("vision.select_layer",), _main_feature, ("shortcuts.feature_order_reverse",)),
     Rule(("llm.sliding_from",), _window, ("llm.sliding_window", "llm.layers")),
     *(

@@ -58,22 +58,20 @@ class VisionConfig:
         (0.26862954, 0.26130258, 0.27577711), "Standard deviation of red, green and blue, in 0 to 1."
     )
 
-    @property
-    def tokens_per_image(self) -> int:
-        """Patches of one view (N)."""
-        return (self.image_size // self.patch_size) ** 2
-
 
 @dataclass(frozen=True)
 class FusionConfig:
     """How low- and hi-res tokens of a level become tokens of the LLM."""
 
-    name: Literal["channel", "cross_attention", "mlp"] = setting(
-        "channel", "Fusion module; mlp (LLaVA-1.5's projector) reads the low-res view alone."
-    )
+    name: str = setting("channel", "Way of fusing: the name of a file in models/fusing.")
     shared: bool = setting(True, "Use one set of weights for the main feature and all shortcut levels.")
     grid: tuple[int, ...] = setting((2, 2), "Rows and columns of hi-res crops of an image; unused by mlp.")
     remat: Literal["auto", "none", "dots", "full"] = setting("auto", "As vision.remat, for the fusion module.")
+
+
+@dataclass(frozen=True)
+class InjectingConfig:
+    """How sources enter the layers of the LLM; the way of fusing says which of these it uses."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,7 @@ class InitConfig:
             "vision": ("vision.",),
             "llm": ("llm.",),
             "fusion": ("fusion.", "shortcuts.", "vision.select_layer"),
-            "model": ("vision.", "llm.", "fusion.", "shortcuts.", "data.image_fit"),
+            "model": ("vision.", "llm.", "fusion.", "injecting.", "shortcuts.", "data.image_fit"),
         }
         return any(getattr(self, part) and key.startswith(start) for part, start in groups.items())
 
@@ -346,6 +344,9 @@ class EvalConfig:
     every: int = setting(500, "Optimizer steps between evaluations on held-out training rows; 0: never.")
     batch_size: int = setting(256, "Prompts per batch of generation.")
     max_new_tokens: int = setting(0, "Maximum answer length in tokens; 0: the longest test answer plus a margin.")
+    prefill_chunk: int = setting(
+        0, "Positions of a prompt that are read at a time, which bounds the memory of long prompts; 0: all at once."
+    )
     test: bool = setting(True, "Evaluate on the test rows at the end of training.")
 
 
@@ -380,6 +381,7 @@ class Config:
     )
     vision: VisionConfig = VisionConfig()
     fusion: FusionConfig = FusionConfig()
+    injecting: InjectingConfig = InjectingConfig()
     shortcuts: ShortcutConfig = ShortcutConfig()
     llm: LLMConfig = LLMConfig()
     lora: LoraConfig = LoraConfig()
@@ -388,11 +390,6 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Positions that one image takes in the LLM (N)."""
-        return self.vision.tokens_per_image
 
     def with_stage(self, name: str, **changes: Any) -> Config:
         """The config with settings of stage `name` changed."""

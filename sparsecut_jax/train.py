@@ -112,7 +112,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         span.name: state.abstract_state(shaped.abstract_at(span.name), span.stage.trainable, txs[span.name], mesh)
         for span in spans
     }
-    print(report.heading(mesh, model.plan, abstract, states, dtype), flush=True)
+    print(report.heading(mesh, model.wiring, abstract, states, dtype), flush=True)
     inputs.print_data(data.source, spans, plans, bad_samples)
 
     # ------------------------------------------------------------------ stages
@@ -129,7 +129,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
         if hosts.first():
-            write_run_files(cfg.workdir, cfg, data.tokenizer, model.plan)
+            write_run_files(cfg.workdir, cfg, data.tokenizer, model.wiring)
         writer = report.MetricsWriter(cfg.workdir, step)
         names = [span.name for span in spans]
         startup.done("parameters")
@@ -160,7 +160,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
             )
             if step < span.last:
                 with pipeline.closing(batches):
-                    current = loop.run_stage(stage, current, cfg, model.plan, checkpoints, writer, stop, compilations)
+                    current = loop.run_stage(stage, current, cfg, model.wiring, checkpoints, writer, stop, compilations)
             params, step, skipped = current.params, int(current.step), int(current.skipped)
         writer.close()
         stop.restore()

@@ -94,7 +94,7 @@ class Batch:
     positions: jax.Array  # rotary positions
     views: jax.Array  # pixels of the images
     image_start: jax.Array  # first of an image's positions, EMPTY_SLOT if there is no image
-    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # what only some ways of fusing read
+    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # "question" for ways of fusing that read it
     most_segments: int = flax.struct.field(pytree_node=False, default=0)  # maximum per sequence; 0: unknown
 
 
@@ -137,6 +137,8 @@ def empty_batch(spec: Batch) -> Batch:
     """A batch of numpy arrays in the shapes of `spec`: padding alone, without images or questions."""
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
     batch.image_start.fill(EMPTY_SLOT)
+    for tokens in batch.extras.values():
+        tokens.fill(NO_TOKEN)
     for question in batch.extras.values():
         question.fill(NO_TOKEN)
     return batch

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsecut_jax import config
-from sparsecut_jax.models.shortcuts import plan_shortcuts
+from sparsecut_jax.models.shortcuts import wire_shortcuts
 from sparsecut_jax.weights.claims import adopt, differences
 from sparsecut_jax.weights.pretrained import open_sources
 from test_pretrained import CLIP, LLAMA, LLAVA, LLM, PROJECTOR, SPARSECUT, VISION, WHOLE, checkpoint
@@ -39,7 +39,7 @@ def asked(tmp_path, kind: str, flags: dict, file: dict | None = None):
 def plan_of(tmp_path, kind: str, flags: dict, file: dict | None = None):
     cfg, sources, _ = asked(tmp_path, kind, flags, file)
     cfg = adopt(cfg, sources)
-    return plan_shortcuts(cfg.shortcuts, 5, 6, cfg.vision.select_layer)
+    return wire_shortcuts(cfg.shortcuts, 5, 6, cfg.vision.select_layer)
 
 
 BESIDE = ((0, 1), (2, 4))  # what the projector's config.json says

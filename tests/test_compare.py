@@ -12,10 +12,11 @@ from PIL import Image
 
 import runs
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.config import Config
 from sparsecut_jax.data.sources import open_tests
 from sparsecut_jax.evaluation import comparison, comparison_page
 from sparsecut_jax.evaluation.answered import Answered, write_answers
-from sparsecut_jax.settings import Config, DataConfig, ScenesConfig
+from sparsecut_jax.settings import DataConfig, ScenesConfig
 from sparsecut_jax.types import UserError
 from tiny import refusal
 

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from sparsecut_jax.checks import check_room
-from sparsecut_jax.config import check, check_override, default, to_json, variant_arguments
-from sparsecut_jax.settings import Config, StageConfig
+from sparsecut_jax.config import Config, check, check_override, default, to_json, variant_arguments
+from sparsecut_jax.models import ways
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.types import UserError
 
 
@@ -312,9 +313,9 @@ def test_what_is_just_right():
     assert cfg.stages["align"] == StageConfig(seq_len=17, warmup=0.0, epochs=0.0, max_steps=1)
 
 
-def test_tokens_per_image():
-    assert Config().tokens_per_image == 16
-    assert check(changed(("vision.image_size", 336), ("vision.patch_size", 14))).tokens_per_image == 576
+def test_positions_of_an_image():
+    assert ways.positions(Config()) == 16
+    assert ways.positions(check(changed(("vision.image_size", 336), ("vision.patch_size", 14)))) == 576
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def config_of(file, arguments=""):
 
 
 def plan_of(arguments):
-    return build_model(config_of(sparsecut, arguments)).plan.pairs
+    return build_model(config_of(sparsecut, arguments)).wiring.shortcuts.pairs
 
 
 @pytest.mark.parametrize(("file", "arguments"), RUNS)
@@ -87,7 +87,7 @@ def test_the_baseline_has_one_view_and_no_shortcuts():
     """And is like SparseCut in all else."""
     cfg, ours = config_of(llava, "size=7b,stage=finetune"), config_of(sparsecut, "size=7b,stage=finetune")
     assert (cfg.fusion.name, ours.fusion.name) == ("mlp", "channel")
-    assert build_model(cfg).plan.pairs == ()
+    assert build_model(cfg).wiring.shortcuts.pairs == ()
     same = dict(fusion=ours.fusion, shortcuts=ours.shortcuts, workdir=ours.workdir, init_from=ours.init_from)
     assert dataclasses.replace(cfg, **same) == ours
 

@@ -66,8 +66,8 @@ def test_what_comes_back_is_bit_equal(converted):
     folder, _ = converted
     for key in "ae":
         runs = [load_run(str(folder / f"{key}.{step}"), text=False) for step in ("run", "again")]
-        assert runs[0].model.plan.pairs == runs[1].model.plan.pairs
-        assert runs[0].model.plan.main_level == runs[1].model.plan.main_level == 4
+        assert runs[0].model.wiring.shortcuts.pairs == runs[1].model.wiring.shortcuts.pairs
+        assert runs[0].model.wiring.shortcuts.main_level == runs[1].model.wiring.shortcuts.main_level == 4
         first, again = (traverse_util.flatten_dict(run.params, sep="/") for run in runs)
         assert set(first) == set(again)
         for path, leaf in first.items():

@@ -58,6 +58,17 @@ def test_a_row_is_not_touched_by_the_others(tiny, prompts):
     np.testing.assert_array_equal(swapped, np.asarray(ids)[order])
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_prompts_in_chunks(tiny, prompts, chunk):
+    """Wherever a chunk ends, also within an image."""
+    batch, length, encoded = prompts
+    inputs = (tiny.model, tiny.params, batch.tokens, length, batch.image_start, encoded, 3)
+    ids, logits = generate(*inputs, return_logits=True)
+    chunked, near = generate(*inputs, return_logits=True, chunk=chunk)
+    np.testing.assert_array_equal(chunked, ids)
+    np.testing.assert_allclose(near, logits, rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def longrope():
     return Tiny.build(llm=dict(layers=3, rope=LONGROPE))

@@ -4,8 +4,7 @@ import pytest
 
 from configs import base, own, sparsecut
 from sparsecut_jax import effects
-from sparsecut_jax.config import asked, default
-from sparsecut_jax.settings import Config
+from sparsecut_jax.config import Config, asked, default
 from tiny import refusal
 
 

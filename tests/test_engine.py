@@ -8,6 +8,7 @@ import pytest
 
 from small_tokenizers import byte_level
 from sparsecut_jax.data.pipeline import Images
+from sparsecut_jax.inference import engine as engine_lib
 from sparsecut_jax.inference.engine import Engine, Request
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import sharding
@@ -70,3 +71,23 @@ def test_sampling_follows_the_seed(run, views):
     first, again, other = draw(1), draw(1), draw(2)
     assert first == again and first != other
     assert first[0] != first[1]  # in batches of their own
+
+
+def test_pictures_are_encoded_with_each_question_where_a_way_reads_it(run, views, monkeypatch):
+    """The same way of fusing, as if it read four tokens of the question: it is given them, once for every prompt."""
+    wiring = dataclasses.replace(run.model.wiring, question=4)
+    reading = dataclasses.replace(run, model=run.model.clone(wiring=wiring))
+    encoded, encode = [], engine_lib.encode_images
+
+    def note(model, params, views, question=None):
+        encoded.append(None if question is None else np.asarray(question)[:, 0].tolist())
+        return encode(run.model, params, views)
+
+    monkeypatch.setattr(engine_lib, "encode_images", note)
+    plain, asking = Engine(run, rows=2, size=3), Engine(reading, rows=2, size=2)
+    expected = plain.answers(views, requests(plain, *ASKED), NEW)
+    said = asking.answers(views, requests(asking, *ASKED), NEW)
+    ids = lambda text: [*run.tokenizer.encode(text)[:4], *[-1] * 4][:4]
+    first, second, third = (ids(text) for text, _ in ASKED)
+    assert encoded == [None, [first, second], [third, [-1] * 4]]
+    assert said == expected

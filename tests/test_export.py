@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity_cases import FOLDER, join, numbers, text_batch
-from sparsecut_jax.exporting import export, verify
+from sparsecut_jax.exporting import export, tensors, verify
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.run import Run
@@ -20,7 +21,6 @@ from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import encode_prompt
 from sparsecut_jax.text.templates import TEMPLATES
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.fusions import FUSIONS
 from tiny import tiny_config
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -141,14 +141,14 @@ def test_every_fusion_and_plan_survives(tmp_path):
     assert told == "runs/x, step 7, as sparsecut in float32"
     assert "multi_modal_projector.2.attn.in_proj_weight" in load_file(tmp_path / "model.safetensors")
     again = join(model=tmp_path)
-    assert build_model(again.cfg).plan.pairs == run.model.plan.pairs
+    assert build_model(again.cfg).wiring.shortcuts.pairs == run.model.wiring.shortcuts.pairs
     assert again.cfg.shortcuts.position == "post"
     assert "differ by at most 0" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
 def test_a_fusion_that_no_table_names_survives(tmp_path, monkeypatch):
     """Its parameters go out as they are, stacks whole, and come back bit by bit, from a whole model and beside an adapter."""
-    monkeypatch.setitem(FUSIONS, "cross_attention", {})
+    monkeypatch.delattr(ways.FUSING["cross_attention"], "RULES")
     settings = {"fusion.name": "cross_attention", "fusion.shared": False, "vision.width": 64}
     run = as_run(join(llm=FOLDER / "llama2", settings=settings))
     fusion = {path: np.asarray(leaf) for path, leaf in flatten(run.params).items() if path.startswith("fusion/")}
@@ -194,7 +194,7 @@ def test_a_sharded_model_is_written_and_verified(tmp_path):
 
 
 def test_large_models_are_cut_into_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(tensors, "SHARD_SIZE", "40KB")
     run = as_run(join(llm=FOLDER / "smollm2"))
     export.write(run, str(tmp_path), "llm", drop_shortcuts=False)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -247,7 +247,7 @@ def test_a_raw_prompt_has_the_same_ids_in_transformers(template, tmp_path):
         "llm.vocab_size": 320, "fusion.name": "mlp", "shortcuts.density": "none", "stages.instruct.template": template,
     }  # fmt: skip
     run = as_run(join(settings=settings), tokenizers.train(["what color is it?"], 300))
-    n, around = run.config.tokens_per_image, TEMPLATES[template]
+    n, around = ways.positions(run.config), TEMPLATES[template]
     raw = f"{around.start}{'<image>' * n}\nwhat color is it?{around.answer}"
     for folder in (tmp_path / "once", tmp_path / "twice"):
         folder.mkdir()

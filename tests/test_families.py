@@ -2,10 +2,10 @@
 
 import pytest
 
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.rules import LINEAR, Rule
 from sparsecut_jax.weights import families
 from sparsecut_jax.weights.families import part_and_name, rules_of
-from sparsecut_jax.weights.fusions import FUSIONS
 from tiny import tiny_config
 
 
@@ -56,7 +56,7 @@ def test_tables(table, path, name):
 
 def test_no_table_names_a_parameter_twice():
     tables = [*families.TOWERS.values(), *families.LLMS.values()]
-    tables += [table for way in FUSIONS.values() for table in way.values()]
+    tables += [table for way in ways.FUSING for table in families.tables_of(way).values()]
     for table in tables:
         assert len({rule.path for rule in table}) == len(table)
 
@@ -101,7 +101,7 @@ def test_names_of_a_fusion(shared, names, fc1, ffn):
 
 
 def test_a_way_without_tables_is_stored_as_it_is(monkeypatch):
-    monkeypatch.setitem(FUSIONS, "mlp", {})
+    monkeypatch.delattr(ways.FUSING["mlp"], "RULES")
     cfg = tiny_config(fusion=dict(name="mlp", shared=False))
     assert rules_of("fusion", cfg, [GATE, FC1]) == [
         Rule(GATE, "fusion.inject.gate"),

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 import reference
-from sparsecut_jax.data.images import views
-from sparsecut_jax.models.fusion import Fusion, crops_to_cells, views_of
-from sparsecut_jax.settings import FusionConfig
-from tiny import params_of
+from sparsecut_jax.data import images
+from sparsecut_jax.models import ways
+from sparsecut_jax.models.fusion import Fusion
+from sparsecut_jax.models.levels import crops_to_cells
+from sparsecut_jax.models.ways import view_count, wiring_of
+from tiny import params_of, tiny_config
 
 WIDTH = 10  # of the LLM
 
@@ -19,6 +21,24 @@ WIDTH = 10  # of the LLM
 def levels_of(count, images, views, side, channels):
     rng = np.random.default_rng(1)
     return rng.standard_normal((count, images, views, side * side, channels)).astype(np.float32)
+
+
+def fusion_of(name: str, count: int = 1, **settings) -> Fusion:
+    """The fusion of `count` levels into WIDTH channels."""
+    density = dict(density="none") if count == 1 else dict(density="sparse", count=count - 1)
+    cfg = tiny_config(fusion=dict(name=name, **settings), shortcuts=density, llm=dict(width=WIDTH))
+    return Fusion(cfg.fusion, wiring_of(cfg), cfg.llm)
+
+
+def stacked(fused) -> np.ndarray:
+    """[K, I, S, D]: the main feature and the sources."""
+    tokens = fused.tokens.reshape(1, -1, *fused.tokens.shape[-2:])
+    return tokens if fused.bank is None else np.concatenate([tokens, fused.bank.reshape(-1, *tokens.shape[1:])])
+
+
+def cells_of(crops: np.ndarray, grid: tuple[int, int]) -> list:
+    cells = crops_to_cells(crops, grid)
+    return cells.reshape(cells.shape[0], -1).tolist()
 
 
 def test_crops_to_cells():
@@ -32,13 +52,13 @@ def test_crops_to_cells():
     """
     crops = np.array([[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34], [41, 42, 43, 44]])[..., None]
     expected = [[11, 12, 13, 14], [21, 22, 23, 24], [31, 32, 33, 34], [41, 42, 43, 44]]
-    assert crops_to_cells(crops, (2, 2)).tolist() == expected
+    assert cells_of(crops, (2, 2)) == expected
 
 
 def test_crops_to_cells_of_an_odd_side():
     """3 x 3 tokens per crop: the middle row and column of low-res tokens lie over two crops."""
     crops = np.array([[c + i for i in range(1, 10)] for c in (10, 20, 30, 40)])[..., None]
-    assert crops_to_cells(crops, (2, 2)).tolist() == [
+    assert cells_of(crops, (2, 2)) == [
         [11, 12, 14, 15], [13, 21, 16, 24], [22, 23, 25, 26],
         [17, 18, 31, 32], [19, 27, 33, 41], [28, 29, 42, 43],
         [34, 35, 37, 38], [36, 44, 39, 47], [45, 46, 48, 49],
@@ -55,8 +75,8 @@ def test_crops_to_cells_of_other_grids():
                          23 24
     """
     crops = np.array([[11, 12, 13, 14], [21, 22, 23, 24]])[..., None]
-    assert crops_to_cells(crops, (1, 2)).tolist() == [[11, 12], [21, 22], [13, 14], [23, 24]]
-    assert crops_to_cells(crops, (2, 1)).tolist() == [[11, 13], [12, 14], [21, 23], [22, 24]]
+    assert cells_of(crops, (1, 2)) == [[11, 12], [21, 22], [13, 14], [23, 24]]
+    assert cells_of(crops, (2, 1)) == [[11, 13], [12, 14], [21, 23], [22, 24]]
 
 
 def test_crops_to_cells_of_a_grid_of_2_rows_and_3_columns():
@@ -67,7 +87,7 @@ def test_crops_to_cells_of_a_grid_of_2_rows_and_3_columns():
     43 44 | 53 54 | 63 64
     """
     crops = np.array([[c + i for i in (1, 2, 3, 4)] for c in (10, 20, 30, 40, 50, 60)])[..., None]
-    assert crops_to_cells(crops, (2, 3)).tolist() == [
+    assert cells_of(crops, (2, 3)) == [
         [11, 12, 21, 13, 14, 23], [22, 31, 32, 24, 33, 34],
         [41, 42, 51, 43, 44, 53], [52, 61, 62, 54, 63, 64],
     ]  # fmt: skip
@@ -79,7 +99,7 @@ def test_tokens_and_pixels_line_up(grid):
     rows, columns = grid
     y, x = np.mgrid[: 3 * rows, : 3 * columns].astype(np.uint8)
     picture = Image.fromarray(np.stack([y, x, 0 * x], -1))
-    crops = views(picture, 3, grid, "squash")[1:].reshape(-1, 9, 3)
+    crops = images.views(picture, 3, grid, "squash")[1:].reshape(-1, 9, 3)
     cells = crops_to_cells(crops, grid).reshape(3, 3, rows, columns, 3)
     for y, x, i, j in np.ndindex(3, 3, rows, columns):
         assert cells[y, x, i, j].tolist() == [rows * y + i, columns * x + j, 0]
@@ -88,9 +108,9 @@ def test_tokens_and_pixels_line_up(grid):
 def test_crops_to_cells_keeps_channels_and_leading_axes():
     crops = np.arange(2 * 3 * 4 * 4 * 5).reshape(2, 3, 4, 4, 5)
     cells = crops_to_cells(crops, (2, 2))
-    assert cells.shape == (2, 3, 4, 20)
+    assert cells.shape == (2, 3, 4, 4, 5)
     # token 2 covers the third row's first two cells: the BL crop's tokens 0 and 1, then 2 and 3
-    assert cells[1, 2, 2].tolist() == crops[1, 2, 2].reshape(-1).tolist()
+    assert cells[1, 2, 2].reshape(-1).tolist() == crops[1, 2, 2].reshape(-1).tolist()
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -101,11 +121,12 @@ def test_crops_to_cells_keeps_channels_and_leading_axes():
 def test_fusion_equals_the_reference(name, side, channels, shared):
     """Per level, each row of `levels` with its own slice of the weights; 128 channels are two heads."""
     levels = levels_of(3, 2, 1 if name == "mlp" else 5, side, channels)
-    module = Fusion(FusionConfig(name=name, shared=shared), WIDTH)
+    module = fusion_of(name, 3, shared=shared)
     params = params_of(module, levels)
-    fused, aux_loss = jax.jit(module.apply)({"params": params}, levels)
+    out = jax.jit(module.apply)({"params": params}, levels)
+    fused = stacked(out)
     assert fused.shape == (3, 2, side * side, WIDTH)
-    assert aux_loss == 0
+    assert out.aux_loss == 0
     weights = reference.double(params["fuse"])
     for k in range(3):
         own = weights if shared else reference.layer_of(weights, k)
@@ -131,11 +152,10 @@ def channel(p, views, grid):
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (3, 3)])
 @pytest.mark.parametrize("name", ["channel", "cross_attention"])
 def test_fusion_of_any_grid_equals_the_reference(name, grid):
-    config = FusionConfig(name=name, grid=grid)
     levels = levels_of(2, 2, 1 + grid[0] * grid[1], 3, 6)
-    module = Fusion(config, WIDTH)
+    module = fusion_of(name, 2, grid=grid)
     params = params_of(module, levels)
-    fused, _ = jax.jit(module.apply)({"params": params}, levels)
+    fused = stacked(jax.jit(module.apply)({"params": params}, levels))
     weights = reference.double(params["fuse"])
     for k, i in np.ndindex(2, 2):
         inputs = (weights, levels[k, i].astype(np.float64))
@@ -145,10 +165,9 @@ def test_fusion_of_any_grid_equals_the_reference(name, grid):
 
 def test_number_of_views():
     grids = [(2, 2), (1, 2), (2, 1), (3, 3), (8, 8)]
-    count = lambda name: [views_of(FusionConfig(name=name, grid=grid)) for grid in grids]
+    count = lambda name: [ways.views(tiny_config(fusion=dict(name=name, grid=grid))) for grid in grids]
     assert count("channel") == count("cross_attention") == [5, 3, 3, 10, 65]
     assert count("mlp") == [1] * 5
-    assert views_of(FusionConfig()) == 5
 
 
 @pytest.mark.parametrize(
@@ -156,16 +175,16 @@ def test_number_of_views():
     [("channel", (2, 2), 1), ("channel", (2, 2), 4), ("cross_attention", (2, 2), 1), ("mlp", (2, 2), 5), ("channel", (3, 3), 5)],
 )  # fmt: skip
 def test_wrong_number_of_views(name, grid, views):
-    config = FusionConfig(name=name, grid=grid)
-    with pytest.raises(ValueError, match=f"fusion '{name}' reads {views_of(config)} views, got {views}"):
-        Fusion(config, WIDTH).init(jax.random.key(0), levels_of(1, 1, views, 2, 6))
+    module = fusion_of(name, grid=grid)
+    with pytest.raises(ValueError, match=f"fusion '{name}' reads {view_count(module.wiring)} views, got {views}"):
+        module.init(jax.random.key(0), levels_of(1, 1, views, 2, 6))
 
 
 def test_parameters():
     """Shared, there is one set, whatever the number of levels; else a leading axis of levels."""
 
     def shapes(name, shared):
-        params = params_of(Fusion(FusionConfig(name=name, shared=shared), WIDTH), levels_of(3, 1, 5, 2, 128))
+        params = params_of(fusion_of(name, 3, shared=shared), levels_of(3, 1, 5, 2, 128))
         return jax.tree.map(lambda leaf: leaf.shape, params["fuse"])
 
     projector = {"fc1": {"kernel": (640, 10), "bias": (10,)}, "fc2": {"kernel": (10, 10), "bias": (10,)}}
@@ -188,8 +207,8 @@ def test_parameters_of_other_grids():
     """`channel` widens with the grid, the others do not know of it."""
 
     def shapes(name, grid):
-        levels = levels_of(1, 1, views_of(FusionConfig(name=name, grid=grid)), 2, 6)
-        params = params_of(Fusion(FusionConfig(name=name, grid=grid), WIDTH), levels)
+        module = fusion_of(name, grid=grid)
+        params = params_of(module, levels_of(1, 1, view_count(module.wiring), 2, 6))
         return jax.tree.map(lambda leaf: leaf.shape, params["fuse"])
 
     assert {grid: shapes("channel", grid)["projector"]["fc1"]["kernel"] for grid in [(2, 2), (1, 2), (2, 1), (3, 3)]} == {
@@ -204,11 +223,12 @@ def test_parameters_of_other_grids():
 def test_remat_is_the_same_function(name, remat):
     """Values and gradients."""
     levels = levels_of(3, 2, 5, 4, 64)
-    plain, remade = (Fusion(FusionConfig(name=name, remat=policy), WIDTH) for policy in ("none", remat))
+    plain, remade = (fusion_of(name, 3, remat=policy) for policy in ("none", remat))
     params = params_of(plain, levels)
 
     def gradients(module):
-        total = lambda params, levels: (module.apply({"params": params}, levels)[0] ** 2).sum()
+        out = lambda params, levels: module.apply({"params": params}, levels)
+        total = lambda params, levels: sum((x**2).sum() for x in jax.tree.leaves(out(params, levels)))
         return jax.jit(jax.grad(total, (0, 1)))(params, levels)
 
     for got, expected in zip(*map(jax.tree.leaves, (gradients(remade), gradients(plain))), strict=True):

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparsecut_jax.config import Config
 from sparsecut_jax.generate import notes
 from sparsecut_jax.inference.engine import Answer
 from sparsecut_jax.runs.run import _fresh_fusion
 from sparsecut_jax.runs.workdir import print_written
-from sparsecut_jax.settings import Config, InitConfig
+from sparsecut_jax.settings import InitConfig
 
 PARAMS = {"fusion": {"main": {"kernel": 0}}, "llm": {"head": 0}}
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.levels import wiring_of_shortcuts
+from sparsecut_jax.models.shortcuts import Shortcuts
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
@@ -119,7 +120,7 @@ def test_table():
 def test_heading():
     mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
     params, states = tiny_states((1, 2, 2, 2), ("fusion/.*",))
-    lines = heading(mesh, Plan(((4, 0),), 3, 5, 7), params, states, "float32").splitlines()
+    lines = heading(mesh, wiring_of_shortcuts(Shortcuts(((4, 0),), 3, 5, 7), 9), params, states, "float32").splitlines()
     assert lines[:4] == [
         "devices    8 x cpu (cpu), 1 process",
         "mesh       data=2 x fsdp=2 x tensor=2, computing in float32",
@@ -132,6 +133,6 @@ def test_heading():
     ]  # fmt: skip
     assert lines[15] == "shortcuts  1, added before the layer; main feature: output of ViT block 3"
     many = sharding.make_mesh(dict(replica=2, data=1, fsdp=2, tensor=2))
-    assert heading(many, Plan((), 3, 5, 7), params, {}, "float32").splitlines()[1:3] == [
+    assert heading(many, wiring_of_shortcuts(Shortcuts((), 3, 5, 7), 9), params, {}, "float32").splitlines()[1:3] == [
         "mesh       replica=2 x data=1 x fsdp=2 x tensor=2, computing in float32", "",
     ]  # fmt: skip

@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 
 import reference
+from sparsecut_jax.models.interfaces import Sources
+from sparsecut_jax.models.levels import wiring_of_shortcuts
 from sparsecut_jax.models.llm import Decoder, empty_cache
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.shortcuts import Shortcuts
 from tiny import N, random_params, tiny_config
 
 B, M, T = 2, 2, 24
 CFG = tiny_config().llm
 # two sources meet in layer 3; source 0 enters twice; the first and the last layer have one
 PAIRS = ((4, 0), (4, 3), (1, 3), (0, 6))
-PLAN = Plan(PAIRS, main_level=3, vit_depth=5, llm_depth=7)
+SHORTCUTS = Shortcuts(PAIRS, main_level=3, vit_depth=5, llm_depth=7)
+WIRING = wiring_of_shortcuts(SHORTCUTS, N)
 SOURCES = ((0, 0), (0, 3), (1, 3), (2, 6))  # the same as (row of the bank, layer)
 START = np.array([[2, 15], [5, -1]], np.int32)
+
+
+def wired(**changes):
+    return wiring_of_shortcuts(dataclasses.replace(SHORTCUTS, **changes), N)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +35,7 @@ def inputs():
         x=rng.standard_normal((B, T, 32)).astype(np.float32),
         positions=np.stack([np.arange(T), np.arange(T) + 5]).astype(np.int32),
         sight=np.tril(np.ones((B, T, T), bool)),
-        bank=rng.standard_normal((3, B, M, N, 32)).astype(np.float32),
-        image_start=START,
+        sources=Sources(rng.standard_normal((3, B, M, N, 32)).astype(np.float32), START),
     )
 
 
@@ -38,31 +44,31 @@ def logits_of(decoder, x, *args, **kwargs):
     return decoder.logits(hidden), cache, seen
 
 
-def params_for(cfg, plan, inputs):
-    decoder = Decoder(cfg, plan)
+def params_for(cfg, wiring, inputs):
+    decoder = Decoder(cfg, wiring)
     shapes = jax.eval_shape(lambda inputs: decoder.init(jax.random.key(0), **inputs, method=logits_of), inputs)
     return random_params(shapes["params"])
 
 
 @pytest.fixture(scope="module")
 def params(inputs):
-    return params_for(CFG, PLAN, inputs)
+    return params_for(CFG, WIRING, inputs)
 
 
-def run(cfg, plan, params, inputs, intermediates=()):
-    decoder = Decoder(cfg, plan, intermediates)
+def run(cfg, wiring, params, inputs, intermediates=()):
+    decoder = Decoder(cfg, wiring, intermediates)
     logits, _, seen = jax.jit(lambda p, i: decoder.apply({"params": p}, **i, method=logits_of))(params, inputs)
     return logits, seen
 
 
 def expected(cfg, params, inputs, position="pre"):
-    shortcuts = [(layer, inputs["bank"][row]) for row, layer in SOURCES]
+    shortcuts = [(layer, inputs["sources"].bank[row]) for row, layer in SOURCES]
     return reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], cfg, shortcuts, START, position)
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_decoder_equals_the_reference(params, inputs, position):
-    logits, seen = run(CFG, dataclasses.replace(PLAN, position=position), params, inputs, ("hidden", "shortcut_ratio"))
+    logits, seen = run(CFG, wired(position=position), params, inputs, ("hidden", "shortcut_ratio"))
     right, layer_inputs = expected(CFG, params, inputs, position)
     np.testing.assert_allclose(logits, right, rtol=1e-5, atol=5e-5)
     np.testing.assert_allclose(seen["hidden"], layer_inputs, rtol=1e-5, atol=5e-5)
@@ -81,7 +87,7 @@ def test_before_and_after_a_layer_differ(params, inputs):
 def test_decoder_without_shortcuts(params, inputs):
     """No bank, no slots: the same parameters, the plain decoder."""
     plain = {name: inputs[name] for name in ("x", "positions", "sight")}
-    logits, seen = run(CFG, dataclasses.replace(PLAN, pairs=()), params, plain, ("hidden", "shortcut_ratio"))
+    logits, seen = run(CFG, wired(pairs=()), params, plain, ("hidden", "shortcut_ratio"))
     right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], CFG)
     np.testing.assert_allclose(logits, right, rtol=1e-5, atol=5e-5)
     assert set(seen) == {"hidden"}
@@ -90,32 +96,34 @@ def test_decoder_without_shortcuts(params, inputs):
 def test_tied_embeddings(inputs):
     """The head is the embedding's transpose and no parameter."""
     cfg = dataclasses.replace(CFG, layers=2, tie_embeddings=True)
-    plan = dataclasses.replace(PLAN, pairs=((4, 0), (1, 1)), llm_depth=2)
-    params = params_for(cfg, plan, inputs)
+    wiring = wired(pairs=((4, 0), (1, 1)), llm_depth=2)
+    params = params_for(cfg, wiring, inputs)
     assert set(params) == {"embedding", "layers", "norm"}
-    logits, _ = run(cfg, plan, params, inputs)
-    shortcuts = [(0, inputs["bank"][0]), (1, inputs["bank"][1])]
+    logits, _ = run(cfg, wiring, params, inputs)
+    shortcuts = [(0, inputs["sources"].bank[0]), (1, inputs["sources"].bank[1])]
     right, _ = reference.decoder(params, inputs["x"], inputs["positions"], inputs["sight"], cfg, shortcuts, START)
     np.testing.assert_allclose(logits, right, rtol=1e-5, atol=5e-5)
 
 
 SMALL = dataclasses.replace(CFG, layers=3)
-SMALL_PLAN = dataclasses.replace(PLAN, pairs=((4, 0), (4, 2), (1, 2)), llm_depth=3)
+SMALL_WIRING = wired(pairs=((4, 0), (4, 2), (1, 2)), llm_depth=3)
 
 
 @pytest.fixture(scope="module")
 def gradients(inputs):
     """Function of a config -> (loss, gradients of the parameters and of the bank)."""
-    params = params_for(SMALL, SMALL_PLAN, inputs)
+    params = params_for(SMALL, SMALL_WIRING, inputs)
     target = np.random.default_rng(1).standard_normal((B, T, 64)).astype(np.float32)
 
     def loss(params, bank, cfg):
-        decoder = Decoder(cfg, SMALL_PLAN)
-        logits, _, _ = decoder.apply({"params": params}, **{**inputs, "bank": bank}, method=logits_of)
+        decoder = Decoder(cfg, SMALL_WIRING)
+        logits, _, _ = decoder.apply(
+            {"params": params}, **{**inputs, "sources": Sources(bank, START)}, method=logits_of
+        )
         return (logits * target).mean()
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
-    return lambda cfg: run(params, inputs["bank"], cfg)
+    return lambda cfg: run(params, inputs["sources"].bank, cfg)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +149,12 @@ def test_every_used_source_and_every_layer_has_a_gradient(plain_gradients):
 def test_cache_in_pieces_equals_one_pass(params, inputs):
     """The first 17 positions with the shortcuts of the first slot, then 4, then one by one, without any."""
     start = np.array([[2, -1], [5, -1]], np.int32)
-    whole, _ = run(CFG, PLAN, params, {**inputs, "image_start": start})
-    decoder = Decoder(CFG, PLAN)
+    whole, _ = run(CFG, WIRING, params, {**inputs, "sources": inputs["sources"].replace(image_start=start)})
+    decoder = Decoder(CFG, WIRING)
 
     @jax.jit
     def step(params, x, positions, mask, cache, bank=None):
-        slots = {} if bank is None else dict(bank=bank, image_start=start)
+        slots = {} if bank is None else dict(sources=Sources(bank, start))
         logits, cache, _ = decoder.apply({"params": params}, x, positions, mask, cache=cache, method=logits_of, **slots)
         return logits, cache
 
@@ -162,7 +170,7 @@ def test_cache_in_pieces_equals_one_pass(params, inputs):
             inputs["positions"][:, at],
             mask[:, at],
             cache,
-            inputs["bank"] if begin == 0 else None,
+            inputs["sources"].bank if begin == 0 else None,
         )
         assert cache.length == end
         pieces.append(logits)

@@ -95,6 +95,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sys.path.insert(0, "tests")
 from parity_cases import FOLDER, join
 from sparsecut_jax.runtime import sharding
+from sparsecut_jax.training import state
 from sparsecut_jax.weights import load
 read = []
 original = load._one
@@ -245,6 +246,22 @@ def test_fresh_parts_are_those_of_a_run_without_sources(llama):
     for path, leaf in flat(params).items():
         same = np.array_equal(leaf, flat(llama.params if path.startswith("llm/") else alone)[path])
         assert same, path
+
+
+def test_the_one_set_of_an_official_projector_serves_every_level(tmp_path):
+    """Where the model has a set for each: all begin with the file's."""
+    rng, shapes = (
+        np.random.default_rng(0),
+        {"0.weight": (32, 32), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)},
+    )
+    tensors = {f"mm_projector.{k}": rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    save_file(tensors, tmp_path / "mm_projector.safetensors")
+    settings = {"fusion.name": "mlp", "fusion.shared": False, "llm.vocab_size": 96}
+    loaded = flat(join(fusion=tmp_path / "mm_projector.safetensors", settings=settings).params["fusion"])
+    assert loaded["fuse/projector/fc1/kernel"].shape == (3, 32, 32)
+    for level in range(3):
+        np.testing.assert_array_equal(loaded["fuse/projector/fc1/kernel"][level], tensors["mm_projector.0.weight"].T)
+        np.testing.assert_array_equal(loaded["fuse/projector/fc2/bias"][level], tensors["mm_projector.2.bias"])
 
 
 def test_vocabulary_grows_only_where_asked(tmp_path):

@@ -17,11 +17,12 @@ import formats
 import tiny
 from encoded_images import encoded
 from formats import NAMES
+from sparsecut_jax.config import Config
 from sparsecut_jax.data.build import build
 from sparsecut_jax.data.opening import is_shards, open_rows
 from sparsecut_jax.data.parts import Split
 from sparsecut_jax.data.sources import load_source
-from sparsecut_jax.settings import Config, DataConfig, SourceConfig
+from sparsecut_jax.settings import DataConfig, SourceConfig
 from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.types import BadSample
 from test_pipeline import assert_equal, iterate

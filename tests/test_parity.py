@@ -9,9 +9,11 @@ import pytest
 
 from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax.inference.decoding import generate
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.sparsecut import Encoded
 from sparsecut_jax.models.vit import VisionTower
+from sparsecut_jax.models.ways import wiring_of
 
 TOWERS = ("clip", "clip_vision", "siglip", "siglip2", "dinov2")
 LLMS = ("llama2", "llama2_linear", "llama3", "mistral", "qwen2", "qwen3", "phi3", "phi3_longrope", "smollm2")
@@ -49,7 +51,7 @@ def test_pixels_beside_whole_patches_are_cut_off():
     """As the convolution of SigLIP so400m does with 384 pixels and patches of 14."""
     io = numbers("siglip")
     loaded = join(vision=FOLDER / "siglip", image_size=30)
-    assert loaded.cfg.tokens_per_image == 16
+    assert ways.positions(loaded.cfg) == 16
     pixels = np.pad(io["pixel_values"], ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=3.0)
     close(blocks(loaded, pixels), io["hidden_states"][1:])
 
@@ -81,8 +83,10 @@ def test_official_cross_attention():
     loaded = join(fusion=file, settings=settings)
     assert set(loaded.report.loaded) == {"fusion"}
     levels = np.concatenate([io["low"][:, None], io["crops"]], 1)[None]
-    fused, _ = Fusion(loaded.cfg.fusion, 32).apply({"params": loaded.params["fusion"]}, levels)
-    close(fused[0], io["out"])
+    fused = Fusion(loaded.cfg.fusion, wiring_of(loaded.cfg), loaded.cfg.llm).apply(
+        {"params": loaded.params["fusion"]}, levels
+    )
+    close(fused.tokens[:, 0], io["out"])
 
 
 @pytest.mark.parametrize("name", LLMS)

@@ -15,13 +15,15 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from sparsecut_jax.config import Config
 from sparsecut_jax.data import pipeline, walk
 from sparsecut_jax.data.batch_plan import BatchPlan, make_plan
 from sparsecut_jax.data.batches import collate
 from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.pipeline import Images, Reader, fixed_batches, train_batches
 from sparsecut_jax.data.walk import RowEncoder
-from sparsecut_jax.settings import Config, DataConfig, FusionConfig, StageConfig, VisionConfig
+from sparsecut_jax.models import ways
+from sparsecut_jax.settings import DataConfig, FusionConfig, StageConfig, VisionConfig
 from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import Example, encode_row
 from sparsecut_jax.text.templates import get_template
@@ -73,7 +75,7 @@ def words():
 
 
 def reader_of(split: Split, words, cfg: Config = CONFIG, stage: StageConfig = STAGE) -> Reader:
-    encoder = RowEncoder.of(stage, cfg.tokens_per_image, words)
+    encoder = RowEncoder.of(stage, ways.positions(cfg), words)
     return Reader(split, encoder, Images(cfg), cfg.data.flip, cfg.data.shift)
 
 

@@ -6,7 +6,6 @@ import pytest
 from flax import linen as nn
 
 from sparsecut_jax import config
-from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.layers import fan_in, weight, zeros
 from sparsecut_jax.models.llm import Mlp
 from sparsecut_jax.models.sparsecut import build_model
@@ -128,9 +127,7 @@ class Odd(nn.Module):
     one another, one with a weight that is made of two, and a convolution."""
 
     width: int
-    grid: tuple[int, int]
-    attention: str = "xla"
-    reads_crops = True
+    grid: tuple[int, ...]
 
     @nn.compact
     def __call__(self, level):
@@ -149,7 +146,7 @@ class Odd(nn.Module):
 
 
 def test_an_unknown_fusion_is_counted_within_three_percent(monkeypatch):
-    monkeypatch.setitem(FUSIONS, "channel", Odd)
+    monkeypatch.setattr("sparsecut_jax.models.fusing.channel.Channel", Odd)
     cfg = config_of(llm=dict(vocab_size=1088))
     compiled = lower_step(cfg, NAME, jax.devices()[:1]).compile().cost_analysis()["flops"]
     work = counted(cfg)

@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from planning_cases import BYTES, CASES
 from planning_configs import load
-from sparsecut_jax.models.fusion import FUSIONS
 from sparsecut_jax.models.layers import fan_in, weight
 from sparsecut_jax.planning import memory, residuals
 from sparsecut_jax.planning.compiling import lower_step
@@ -108,9 +107,7 @@ class Odd(nn.Module):
     """A fusion that nobody knows: two matrices, 100 numbers a token between them."""
 
     width: int
-    grid: tuple[int, int]
-    attention: str = "xla"
-    reads_crops = True
+    grid: tuple[int, ...]
 
     @nn.compact
     def __call__(self, level):
@@ -122,10 +119,10 @@ class Odd(nn.Module):
 
 def test_any_fusion(monkeypatch):
     """It keeps the inputs of its matrices, in float32; the bank has a row for each level but the main one."""
-    monkeypatch.setitem(FUSIONS, "channel", Odd)
+    monkeypatch.setattr("sparsecut_jax.models.fusing.channel.Channel", Odd)
     cfg, stage = load("base", llm__vocab_size=520, fusion__remat="none", stage__trainable=("fusion/.*",))
     cfg = backends.resolve(cfg, "cpu")
-    levels, tokens = 1 + cfg.shortcuts.count, cfg.tokens_per_image
+    levels, tokens = 1 + cfg.shortcuts.count, (cfg.vision.image_size // cfg.vision.patch_size) ** 2
     assert residuals.encoder(cfg, stage) == residuals.Kept(4 * levels * tokens * (cfg.vision.width + 100), 0)
     assert residuals.bank(cfg, stage) == 4 * cfg.shortcuts.count * tokens * cfg.llm.width
     assert memory.estimate(cfg, stage, dict.fromkeys(MESH, 1), "cpu").activations > 0

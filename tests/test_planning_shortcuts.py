@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from planning_configs import load
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.planning import flops, memory
 from sparsecut_jax.planning.compiling import abstract_batch, lower_step
@@ -49,7 +50,7 @@ def test_no_position_and_no_byte_of_the_cache():
         cfg, stage = joined(count)
         batch = abstract_batch(cfg, stage, make_mesh({}, jax.devices()[:1]))
         cache = jax.eval_shape(lambda: empty_cache(cfg.llm, 1, 2048, cfg.dtype))
-        assert cfg.tokens_per_image == 576
+        assert ways.positions(cfg) == 576
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (batch, cache))
 
     assert shapes(1) == shapes(8)

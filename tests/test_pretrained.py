@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from golden_cases import sources_of
 from parity_cases import FOLDER
 from sparsecut_jax import config
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config, FusionConfig, InitConfig
 from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.types import UserError
@@ -395,6 +396,12 @@ NO_WHOLE = (
          "'fusion' or 'shortcuts' is not as convert to-hf writes it: KeyError('position')"),
         (SPARSECUT | {"shortcuts": {"vit_levels": 3, "llm_layers": 4, "position": "pre"}}, True,
          "'fusion' or 'shortcuts' is not as convert to-hf writes it: TypeError(\"'int' object is not iterable\")"),
+        (SPARSECUT | {"fusion": {"name": "hydra", "shared": True}}, True,
+         f"fusion 'hydra' is not supported; supported are {', '.join(ways.FUSING)}"),
+        (SPARSECUT | {"fusion": {"name": "mlp", "shared": True, "mlp": {"heads": 3}}}, True,
+         "fusion.mlp.heads is not a setting; known are none"),
+        (SPARSECUT | {"injecting": {"hydra": {"heads": 3}}}, True,
+         f"injecting 'hydra' is not supported; supported are {', '.join(ways.INJECTING)}"),
     ],
 )  # fmt: skip
 def test_whole_models_that_are_not_supported(settings, class_token, expected):

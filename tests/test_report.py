@@ -7,22 +7,26 @@ import re
 
 import pytest
 
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.levels import wiring_of_shortcuts
+from sparsecut_jax.models.shortcuts import Shortcuts
 from sparsecut_jax.runtime import progress
 from sparsecut_jax.runtime.progress import Progress, busy
 from sparsecut_jax.runtime.tables import table
-from sparsecut_jax.training.report import MetricsWriter, plan_table, read_metrics, shortcut_names
+from sparsecut_jax.training.report import MetricsWriter, read_metrics, source_names, wiring_table
 
-PLAN = Plan(pairs=((4, 0), (2, 3), (0, 6), (1, 6)), main_level=3, vit_depth=5, llm_depth=7)
+WIRING = wiring_of_shortcuts(Shortcuts(((4, 0), (2, 3), (0, 6), (1, 6)), main_level=3, vit_depth=5, llm_depth=7), 9)
 
 
-def test_plan_table():
-    assert plan_table(PLAN).splitlines() == [
+def test_wiring_table():
+    assert wiring_table(WIRING).splitlines() == [
         "shortcuts  4, added before the layer; main feature: output of ViT block 3",
         "  ViT block (of 5)  4  2  0  1",
         "  LLM layer (of 7)  0  3  6  6",
     ]
-    assert plan_table(Plan((), 3, 5, 7)) == "shortcuts  none; main feature: output of ViT block 3 of 5"
+    assert (
+        wiring_table(wiring_of_shortcuts(Shortcuts((), 3, 5, 7), 9))
+        == "shortcuts  none; main feature: output of ViT block 3 of 5"
+    )
 
 
 def test_table_aligns():
@@ -31,8 +35,8 @@ def test_table_aligns():
     ]  # fmt: skip
 
 
-def test_shortcut_names_follow_the_route():
-    assert shortcut_names(PLAN) == [(0, 0, "vit4_llm0"), (3, 0, "vit2_llm3"), (6, 0, "vit0_llm6"), (6, 1, "vit1_llm6")]
+def test_source_names_follow_the_route():
+    assert source_names(WIRING) == [(0, 0, "vit4_llm0"), (3, 0, "vit2_llm3"), (6, 0, "vit0_llm6"), (6, 1, "vit1_llm6")]
 
 
 def test_metrics_of_a_killed_run_are_taken_back(tmp_path):

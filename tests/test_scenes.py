@@ -13,6 +13,7 @@ from sparsecut_jax import config
 from sparsecut_jax.data import scenes
 from sparsecut_jax.data.canonical import canonical
 from sparsecut_jax.data.scenes import TEMPLATES
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import ScenesConfig
 from sparsecut_jax.text import tokenizer
 from sparsecut_jax.types import UserError
@@ -279,7 +280,7 @@ def test_the_config_leaves_left_and_right_alone_and_has_room_for_every_question(
     length = lambda text: len(words.encode(text))
     turns = train[17]["conversations"]
     asked = sum(length(h["value"]) + length(" " + g["value"]) + 1 for h, g in zip(turns[::2], turns[1::2], strict=True))
-    around = cfg.tokens_per_image + 2
+    around = ways.positions(cfg) + 2
     assert around + length(CAPTION) <= cfg.stages["align"].seq_len
     assert around + asked <= cfg.stages["instruct"].seq_len
 

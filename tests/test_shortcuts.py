@@ -6,13 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from sparsecut_jax.models.shortcuts import evenly, inject, plan_shortcuts, read_slots, write_slots
+from sparsecut_jax.models.injecting.add import add
+from sparsecut_jax.models.interfaces import Here
+from sparsecut_jax.models.levels import wiring_of_shortcuts
+from sparsecut_jax.models.shortcuts import evenly, wire_shortcuts
+from sparsecut_jax.models.slots import belonging, read_slots, write_slots
 from sparsecut_jax.settings import ShortcutConfig
 from sparsecut_jax.types import UserError
 
 
 def plan(vit_depth, llm_depth, select_layer=-2, **settings):
-    return plan_shortcuts(ShortcutConfig(**settings), vit_depth, llm_depth, select_layer)
+    return wire_shortcuts(ShortcutConfig(**settings), vit_depth, llm_depth, select_layer)
+
+
+def route_of(shortcuts):
+    """int32[L, A], as the LLM gets it."""
+    return wiring_of_shortcuts(shortcuts, positions=9).route
 
 
 # --- plans ---
@@ -87,16 +96,16 @@ def test_several_levels_meet_in_a_layer():
         {11, 10}, {9}, {8, 7}, {6}, {5, 4}, {3}, {2, 1}, {0},
     ]  # fmt: skip
     assert [{level for level, at in made.pairs if at == layer} for layer in range(16)] == expected
-    assert made.route.shape == (16, 2)
-    assert [{made.levels[row] for row in rows if row >= 0} for rows in made.route] == expected
+    assert route_of(made).shape == (16, 2)
+    assert [{made.levels[row] for row in rows if row >= 0} for rows in route_of(made)] == expected
 
 
 def test_route():
     """A row for each layer: which rows of the bank enter it. The bank's rows follow `levels`."""
     made = plan(5, 7, count=3)
     assert made.levels == (4, 2, 0)
-    assert made.route.tolist() == [[0], [-1], [-1], [1], [-1], [-1], [2]]
-    assert made.route.dtype == np.int32
+    assert route_of(made).tolist() == [[0], [-1], [-1], [1], [-1], [-1], [2]]
+    assert route_of(made).dtype == np.int32
 
 
 def test_route_of_a_level_that_enters_twice():
@@ -104,13 +113,13 @@ def test_route_of_a_level_that_enters_twice():
     made = plan(5, 4, density="explicit", vit_levels=(3, 1, 3), llm_layers=(3, 1, 1))
     assert made.pairs == ((1, 1), (3, 1), (3, 3))
     assert made.levels == (1, 3)
-    assert made.route.tolist() == [[-1, -1], [0, 1], [-1, -1], [1, -1]]
+    assert route_of(made).tolist() == [[-1, -1], [0, 1], [-1, -1], [1, -1]]
 
 
 def test_no_shortcuts():
     made = plan(5, 4, density="none")
     assert made.pairs == made.levels == ()
-    assert made.route.tolist() == [[-1], [-1], [-1], [-1]]
+    assert route_of(made).tolist() == [[-1], [-1], [-1], [-1]]
 
 
 @pytest.mark.parametrize("select_layer, main", [(-2, 3), (-1, 4), (-5, 0), (1, 0), (5, 4)])
@@ -241,7 +250,11 @@ def test_read_slots(arrays):
             np.testing.assert_array_equal(out[b, m], hidden[b, s : s + N] if s >= 0 else np.zeros((N, D)))
 
 
-# --- inject ---
+# --- add ---
+
+
+def inject(hidden, bank, route, image_start):
+    return add(hidden, Here(bank, route, image_start, None, None, {}, None))
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +302,27 @@ def test_ratio_passes_no_gradient(arrays, bank):
     hidden, _ = arrays
     grads = jax.grad(lambda h, b: inject(h, b, np.array([1], np.int32), START)[1].sum(), (0, 1))(hidden, bank)
     assert not any(np.any(g) for g in grads)
+
+
+# --- parts of a row ---
+
+
+@pytest.mark.parametrize("adding", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 7])
+def test_parts_of_rows_are_written_as_whole_rows(arrays, adding, size):
+    """Wherever a part ends, also within an image."""
+    hidden, values = arrays
+    whole = written(hidden, values, adding)
+    for first in range(0, hidden.shape[1], size):
+        part = slice(first, first + size)
+        out = write_slots(hidden[:, part], values, START, adding, np.int32(first))
+        np.testing.assert_allclose(out, whole[:, part], rtol=0, atol=1e-6)
+
+
+def test_belonging():
+    """Two texts and padding in a row; image 0 of length 2 in the first text, image 1 in the second, slot 2 empty."""
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+    own, behind = belonging(segments, np.array([[1, 4, -1]], np.int32), 2)
+    rows = lambda x: np.asarray(x)[0].T.astype(int).tolist()
+    assert rows(own) == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0], [0] * 8]
+    assert rows(behind) == [[0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0], [0] * 8]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsecut_jax.config import Config
 from sparsecut_jax.data import sources
 from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.rows import JsonRows
 from sparsecut_jax.data.sources import load_source
-from sparsecut_jax.settings import Config, DataConfig, ScenesConfig, SourceConfig, StageConfig
+from sparsecut_jax.settings import DataConfig, ScenesConfig, SourceConfig, StageConfig
 from sparsecut_jax.types import BadSample, UserError
 
 CONVERSATIONS, CAPTIONS = StageConfig(), StageConfig(rows="captions")

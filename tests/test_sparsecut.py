@@ -79,7 +79,7 @@ def test_logits_equal_the_reference(tiny, batch, logits):
 )
 def test_other_models_equal_the_reference(groups, pairs, main, batch):
     other = Tiny.build(**groups)
-    assert other.model.plan.pairs == pairs
+    assert other.model.wiring.shortcuts.pairs == pairs
     expected = reference.model(other.params, batch, other.cfg, pairs, main)
     close(other(batch)[real(batch)], expected[real(batch)], 1e-4)
 
@@ -97,7 +97,7 @@ def scaled(tiny, batch):
         encoded = encoded.replace(tokens=encoded.tokens * scale[0], bank=bank)
         x = model.embed(batch.tokens, batch.image_start, encoded)
         sight = Packed(batch.segments, batch.branches, batch.positions, most=1)
-        x, _, _ = model.llm(x, batch.positions, sight, encoded.bank, batch.image_start)
+        x, _, _ = model.llm(x, batch.positions, sight, model.sources(encoded, batch.image_start, batch.segments))
         return model.llm.logits(x)
 
     return lambda params, scale: tiny.model.apply({"params": params}, batch, jnp.asarray(scale), method=forward)

@@ -25,6 +25,7 @@ from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import generate
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import split
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.compiling import step_of
@@ -91,7 +92,7 @@ class Timed:
 
 def drawn_batch(cfg: Config, name: str, slots: int) -> Batch:
     """A random batch of stage `name`: a few tokens, `slots` images in a row, then text, half of it target tokens."""
-    stage, n, rng = cfg.stages[name], cfg.tokens_per_image, np.random.default_rng(0)
+    stage, n, rng = cfg.stages[name], ways.positions(cfg), np.random.default_rng(0)
     batch = empty_batch(spec_of(cfg, stage.batch_size, stage.seq_len, slots, most_segments=1))
     t = stage.seq_len
     start = np.arange(slots, dtype=np.int32) * n + min(4, t - slots * n)
@@ -126,7 +127,7 @@ class Bench:
         self.stage, self.dtype = cfg.stages[name], self.model.dtype
         self.device = self.mesh.devices.flat[0].device_kind
         # As many images as fit into the sequence, at most the number of slots, at least one.
-        self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // cfg.tokens_per_image))
+        self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // ways.positions(cfg)))
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
             self.predicted = float(batch.loss_mask.mean())  # share of target positions

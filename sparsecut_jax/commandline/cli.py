@@ -26,8 +26,9 @@ from ml_collections import config_flags
 
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.commandline import help_text, parsing
+from sparsecut_jax.config import Config
 from sparsecut_jax.runtime import hosts, platforms, watch
-from sparsecut_jax.settings import Config, DataConfig
+from sparsecut_jax.settings import DataConfig
 from sparsecut_jax.types import Exit, UserError, shown
 
 HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")

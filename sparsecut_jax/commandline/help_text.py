@@ -13,7 +13,7 @@ from typing import Any, Literal
 from absl import flags
 
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.settings import Config
+from sparsecut_jax.config import Config
 from sparsecut_jax.types import UserError
 
 MANY = "NAME"  # stands for the names of a group that has none yet

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax.models.fusion import views_of
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.conversation import Example
 from sparsecut_jax.types import Batch, batch_spec, empty_batch
@@ -16,12 +16,12 @@ Sequence = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequenc
 
 def image_shape(cfg: Config) -> tuple[int, int, int, int]:
     """(V, S, S, 3), the shape of an image."""
-    return views_of(cfg.fusion), cfg.vision.image_size, cfg.vision.image_size, 3
+    return ways.views(cfg), cfg.vision.image_size, cfg.vision.image_size, 3
 
 
 def spec_of(cfg: Config, rows: int, length: int, slots: int, **more: Any) -> Batch:
     """`batch_spec` of a config's images; `more`: its other arguments."""
-    return batch_spec(rows, length, slots, image_shape(cfg), **more)
+    return batch_spec(rows, length, slots, image_shape(cfg), question=ways.wiring_of(cfg).question, **more)
 
 
 def collate(sequences: list[Sequence], spec: Batch) -> Batch:

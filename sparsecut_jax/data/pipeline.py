@@ -23,6 +23,7 @@ from sparsecut_jax.data.batches import Sequence, collate, image_shape
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.conversation import Example, images_of
 from sparsecut_jax.types import BadSample, Batch, UserError, batch_spec
@@ -38,7 +39,7 @@ class Images:
         self.size, self.fit = cfg.vision.image_size, cfg.data.image_fit
         self.border = images.border_colour(cfg.vision.mean)
         self.shape = image_shape(cfg)
-        self.grid = cfg.fusion.grid if self.shape[0] > 1 else None
+        self.grid = ways.wiring_of(cfg).grid
         self.forget = False  # True disables the cache, to measure reading
         self._remember()
 

@@ -14,6 +14,7 @@ from sparsecut_jax.data.glyphs import Run, draw_runs, label, runs_of
 from sparsecut_jax.data.images import canvas
 from sparsecut_jax.data.pipeline import BatchReader, Reader
 from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import Batch, shown
@@ -78,7 +79,7 @@ def _sheets(reader: Reader, plan: BatchPlan, cfg: Config, count: int) -> list[Im
         for item in bad:
             print(f"left out: {shown(item.reason)}")
         for i in range(min(plan.batch_size, count - len(sheets))):
-            sheets.append(_sheet(batch, i, reader, cfg.tokens_per_image))
+            sheets.append(_sheet(batch, i, reader, ways.positions(cfg)))
         if len(sheets) >= count:
             break
     return sheets

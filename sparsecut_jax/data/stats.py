@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from sparsecut_jax.data.batch_plan import Lengths
 from sparsecut_jax.data.pipeline import Reader
 from sparsecut_jax.data.walk import stage_plan, walk
+from sparsecut_jax.models import ways
 from sparsecut_jax.runtime.figures import plt
 from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.runtime.progress import Progress
@@ -37,7 +38,7 @@ def stats(readers: dict[str, Reader], cfg: Config) -> None:
             filled[batching] = {"useful": plan.useful, "batches": len(plan), "slots": plan.slots}
         usable = walked.lengths.usable
         kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
-        text = kept.tokens - kept.images * cfg.tokens_per_image
+        text = kept.tokens - kept.images * ways.positions(cfg)
         told = {
             "rows": len(split),
             "left_out": len(split) - len(usable),

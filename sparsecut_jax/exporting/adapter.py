@@ -10,7 +10,7 @@ import re
 import numpy as np
 from flax import traverse_util
 
-from sparsecut_jax.exporting.export import save_tensors, tensors_of, write_tensors
+from sparsecut_jax.exporting.tensors import save_tensors, tensors_of, write_tensors
 from sparsecut_jax.models.lora import is_adapter, merge
 from sparsecut_jax.models.rules import Rule
 from sparsecut_jax.runs.run import Run

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import defaultdict
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.numpy import save_file
 
-from sparsecut_jax.models.fusion import views_of
-from sparsecut_jax.models.rules import Rule
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.exporting.tensors import tensors_of, write_tensors
+from sparsecut_jax.models import levels, ways
+from sparsecut_jax.models.interfaces import Wiring
+from sparsecut_jax.models.rules import LLAVA
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.settings import Config, ShortcutConfig
@@ -23,33 +23,11 @@ from sparsecut_jax.text.templates import begins_with_bos
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.config_json import llm_config_json, vision_config_json
-from sparsecut_jax.weights.families import rules_of
-from sparsecut_jax.weights.names import to_theirs
+from sparsecut_jax.weights.families import tables_of
 from sparsecut_jax.weights.resize import grow_rows
-from sparsecut_jax.weights.tensors import INDEX
 
 KINDS = ("auto", "sparsecut", "llava", "llm", "vision", "adapter")
 IMAGE_TOKEN = "<image>"
-SHARD_SIZE = "5GB"
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A parameter, or one layer of a stacked one, as part of a tensor; fetched from the devices only when it is written."""
-
-    rule: Rule
-    leaf: jax.Array | np.ndarray
-    layer: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
-
-    def fetch(self) -> np.ndarray:
-        leaf = self.leaf
-        if self.layer is not None:  # as an operand, so that one compilation serves all layers
-            leaf = jax.lax.dynamic_index_in_dim(leaf, np.int32(self.layer), keepdims=False)
-        return to_theirs(np.asarray(leaf), self.rule)
 
 
 def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
@@ -62,15 +40,15 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     Raises:
       UserError: the format cannot represent the model.
     """
-    plan = run.model.plan
+    wiring = run.model.wiring
     if run.config.lora.rank and kind != "vision":
         raise UserError(
             f"{run.workdir} has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
         )
     if kind == "auto":
-        kind = "llava" if drop_shortcuts or not _not_llava(run.config, plan) else "sparsecut"
+        kind = "llava" if drop_shortcuts or not _not_llava(run.config, wiring, False) else "sparsecut"
     if kind == "llava":
-        reason = _not_llava(run.config, dataclasses.replace(plan, pairs=()) if drop_shortcuts else plan)
+        reason = _not_llava(run.config, wiring, drop_shortcuts)
         if reason:
             raise UserError(f"this model cannot be written as llava: {reason}")
     cfg, params = portable(run, drop_shortcuts and kind == "llava")
@@ -80,7 +58,8 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
         cfg, params = _with_room(cfg, params, image_id)
     flat = traverse_util.flatten_dict(params, sep="/")
     text = {} if kind == "vision" else llm_config_json(cfg.llm, _special_ids(tokenizer))
-    vision = {} if kind == "llm" else vision_config_json(cfg.vision, cfg.vision.layers)
+    depth = _depth(params) if kind == "vision" else cfg.vision.layers
+    vision = {} if kind == "llm" else vision_config_json(cfg.vision, depth)
     config = text | vision if kind in ("llm", "vision") else _whole_config(cfg, text, vision, image_id)
     config["dtype"] = str(flat["llm/embedding"].dtype)
     write_tensors(tensors_of(flat, cfg, kind), folder)
@@ -98,19 +77,29 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
             "image_token": IMAGE_TOKEN,
         }
         write_json(os.path.join(folder, "processor_config.json"), processor)
-    lost = f"; without its {len(plan.pairs)} shortcuts, a different model" if plan.pairs and kind == "llava" else ""
+    entries = sum(map(len, wiring.entering))
+    lost = f"; without its {entries} shortcuts, a different model" if entries and kind == "llava" else ""
     return f"{run.workdir}, step {run.step}, as {config['model_type']} in {config['dtype']}{lost}"
 
 
-def _not_llava(cfg: Config, plan: Plan) -> str:
+def _not_llava(cfg: Config, wiring: Wiring, drop_shortcuts: bool) -> str:
     """Why transformers' LLaVA cannot represent this model; "" if it can."""
-    if views_of(cfg.fusion) > 1:
-        return f"its fusion {cfg.fusion.name!r} reads hi-res views, which LLaVA does not have; use --as=sparsecut"
-    if plan.pairs:
+    fusion, patches, entries = f"its fusion {cfg.fusion.name!r}", levels.patches(cfg), sum(map(len, wiring.entering))
+    if wiring.grid:
+        return f"{fusion} reads hi-res views, which LLaVA does not have; use --as=sparsecut"
+    if wiring.question:
+        return f"{fusion} reads the question, which LLaVA's does not; use --as=sparsecut"
+    if wiring.positions != patches:
+        return f"an image takes {wiring.positions} positions, in LLaVA one for each of its {patches} patches; use --as=sparsecut"
+    if entries and not wiring.shortcuts:
+        return f"{fusion} injects into layers of the LLM, which LLaVA's does not; use --as=sparsecut"
+    if entries and not drop_shortcuts:
         return (
-            f"it has {len(plan.pairs)} shortcuts, and without them it would be a different model; use --as=sparsecut, or "
+            f"it has {entries} shortcuts, and without them it would be a different model; use --as=sparsecut, or "
             "--drop-shortcuts to leave them out"
         )
+    if LLAVA not in tables_of(cfg.fusion.name):
+        return f"{fusion} is not LLaVA's projector; use --as=sparsecut"
     if not cfg.fusion.shared:
         return "its fusion has separate weights for each level (config.fusion.shared=False); use --as=sparsecut"
     if cfg.vision.family not in ("clip", "siglip"):
@@ -119,80 +108,36 @@ def _not_llava(cfg: Config, plan: Plan) -> str:
 
 
 def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
-    """Config and parameters with the tower's real depth and the plan as explicit pairs; without shortcuts if asked."""
-    cfg, plan, params = run.config, run.model.plan, run.params
-    depth = params["vision"]["blocks"]["norm1"]["scale"].shape[0]
-    pairs = () if drop_shortcuts else plan.pairs
+    """Config and parameters with the tower's real depth and the shortcuts as explicit pairs; without shortcuts if asked.
+
+    The config of a fusion that follows no shortcuts stays as it is: its sources may depend on the depth of the whole tower.
+    """
+    cfg, shortcuts, params = run.config, run.model.wiring.shortcuts, run.params
+    if shortcuts is None:
+        return cfg, params
+    depth = _depth(params)
+    pairs = () if drop_shortcuts else shortcuts.pairs
     if drop_shortcuts:
-        depth = plan.main_level + 1
+        depth = shortcuts.main_level + 1
         blocks = jax.tree.map(lambda leaf: leaf[:depth], params["vision"]["blocks"])
         params = {**params, "vision": {**params["vision"], "blocks": blocks}}
-    shortcuts = ShortcutConfig(
+    explicit = ShortcutConfig(
         density="explicit" if pairs else "none",
         vit_levels=tuple(level for level, _ in pairs),
         llm_layers=tuple(layer for _, layer in pairs),
-        position=plan.position,
+        position=shortcuts.position,
     )
-    vision = dataclasses.replace(cfg.vision, layers=depth, select_layer=plan.main_level - depth)
-    return dataclasses.replace(cfg, vision=vision, shortcuts=shortcuts), params
+    vision = dataclasses.replace(cfg.vision, layers=depth, select_layer=shortcuts.main_level - depth)
+    return dataclasses.replace(cfg, vision=vision, shortcuts=explicit), params
 
 
-def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, list[Piece]]:
-    """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
-    pieces: dict[str, list[Piece]] = defaultdict(list)
-    inner = "" if cfg.vision.family == "dinov2" else "vision_model."
-    prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": ""}
-    if kind in ("llm", "vision"):
-        flat = {path: leaf for path, leaf in flat.items() if path.startswith(kind)}
-        prefix = {"vision": inner, "llm": ""}
-    rules = {rule.path: rule for part in prefix for rule in rules_of(part, cfg, flat)}
-    order = {path: i for i, path in enumerate(rules)}  # in which parameters share a tensor
-    for path, leaf in flat.items():
-        part = path.split("/", 1)[0]
-        if path not in rules:
-            raise UserError(f"a {getattr(cfg, part).family} model has no tensor for {path}")
-        rule = rules[path]
-        for i in range(leaf.shape[0] if rule.stacked else 1):
-            name = prefix[part] + rule.name.format(i=i)
-            pieces[name].append(Piece(rule, leaf, i if rule.stacked else None))
-    like = flat.get("vision/blocks/norm1/scale")
-    if like is not None:
-        # Readers expect a norm after the last block, which is not used here: it is written as the identity.
-        name = prefix["vision"] + ("layernorm" if cfg.vision.family == "dinov2" else "post_layernorm")
-        pieces[f"{name}.weight"] = [Piece(Rule("", ""), np.ones(like.shape[1:], like.dtype))]
-        pieces[f"{name}.bias"] = [Piece(Rule("", ""), np.zeros(like.shape[1:], like.dtype))]
-    return {name: sorted(parts, key=lambda piece: order.get(piece.rule.path, 0)) for name, parts in pieces.items()}
-
-
-def write_tensors(tensors: dict[str, list[Piece]], folder: str, file: str = "model") -> None:
-    """Writes `file`.safetensors, or shards and their index, with one shard in memory at a time."""
-    shards = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda pieces: sum(piece.nbytes for piece in pieces),
-        get_storage_id=lambda pieces: None,
-        filename_pattern=file + "{suffix}.safetensors",
-        max_shard_size=SHARD_SIZE,
-    )
-    for file, names in shards.filename_to_tensors.items():
-        values = {}
-        for name in names:
-            rows = [piece.fetch() for piece in tensors[name]]
-            values[name] = np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
-        save_tensors(values, os.path.join(folder, file))
-    if shards.is_sharded:
-        write_json(os.path.join(folder, INDEX), {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-
-
-def save_tensors(values: dict[str, np.ndarray], path: str) -> None:
-    """Writes a safetensors file with the mode that the user's umask gives; safetensors itself makes it 0600."""
-    with open(path, "wb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-    save_file(values, path, {"format": "pt"})
-    os.chmod(path, mode)
+def _depth(params: dict[str, Any]) -> int:
+    """Blocks of the tower that have parameters."""
+    return params["vision"]["blocks"]["norm1"]["scale"].shape[0]
 
 
 def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -> dict[str, Any]:
-    """config.json of the whole model: LLaVA's keys, plus fusion and plan for a sparsecut model."""
+    """config.json of the whole model: LLaVA's keys, plus fusion and shortcuts for a sparsecut model."""
     config = {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
@@ -202,24 +147,34 @@ def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -
         "multimodal_projector_bias": True,
         "vision_feature_layer": cfg.vision.select_layer,
         "vision_feature_select_strategy": "default" if cfg.vision.class_token else "full",
-        "image_seq_length": cfg.tokens_per_image,
+        "image_seq_length": ways.positions(cfg),
         "tie_word_embeddings": cfg.llm.tie_embeddings,
         "prompt": {"template": cfg.stages[cfg.run_stages[-1]].template, "max_images": cfg.data.max_images},
     }
     if image_id is not None:
         return config | {"image_token_index": image_id}
-    plan = cfg.shortcuts
-    return config | {
-        "model_type": "sparsecut",
-        "architectures": ["SparseCutForConditionalGeneration"],
-        "image_fit": cfg.data.image_fit,
-        "fusion": {"name": cfg.fusion.name, "shared": cfg.fusion.shared, "grid": list(cfg.fusion.grid)},
-        "shortcuts": {
-            "vit_levels": list(plan.vit_levels),
-            "llm_layers": list(plan.llm_layers),
-            "position": plan.position,
-        },
-    }
+    wiring, shortcuts = ways.wiring_of(cfg), dataclasses.asdict(cfg.shortcuts)
+    if wiring.shortcuts:  # explicit ones, see `portable`
+        shortcuts = {key: shortcuts[key] for key in ("vit_levels", "llm_layers", "position")}
+    fusion = {"name": cfg.fusion.name, "shared": cfg.fusion.shared, "grid": list(cfg.fusion.grid)}
+    injecting = _own_settings(cfg.injecting, wiring.injecting, ways.INJECTING)
+    return (
+        config
+        | {
+            "model_type": "sparsecut",
+            "architectures": ["SparseCutForConditionalGeneration"],
+            "image_fit": cfg.data.image_fit,
+            "fusion": fusion | _own_settings(cfg.fusion, cfg.fusion.name, ways.FUSING),
+            "shortcuts": shortcuts,
+        }
+        | ({"injecting": injecting} if injecting else {})
+    )
+
+
+def _own_settings(group: Any, way: str, known: Mapping[str, ModuleType]) -> dict[str, Any]:
+    """{way: its own settings}; {} if it has none."""
+    own = ways.own_settings(group, way, known)
+    return {} if own is None else {way: dataclasses.asdict(own)}
 
 
 def _image_processor(cfg: Config) -> dict[str, Any]:

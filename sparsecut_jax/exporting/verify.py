@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.exporting.export import portable
+from sparsecut_jax.models import ways
 from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runs.setup import Shaped, open_weights
@@ -34,8 +35,11 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
     part = "model" if whole else "llm" if "vocab_size" in config else "vision"
     cfg, expected = portable(run, drop_shortcuts and config["model_type"] == "llava")
     before = build_model(cfg)
-    opened = open_weights(dataclasses.replace(cfg, init=InitConfig(**{part: folder})))
+    depth, opened = cfg.vision.layers, open_weights(dataclasses.replace(cfg, init=InitConfig(**{part: folder})))
     cfg = opened.config
+    if not whole:
+        # A tower alone is written with the blocks that it has, and the fusion may count those of the whole one.
+        cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, layers=depth))
     after = Shaped(cfg, run.mesh, build_model(cfg))
     old = traverse_util.flatten_dict(expected, sep="/")
     abstract = after.abstract(lambda path: old[path].dtype)  # frozen and trained ones differ
@@ -60,7 +64,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
 
 def _example(cfg: Config, words: int, rows: int) -> Batch:
     """Rows of random ids; every second one has an image near its start."""
-    batch, rng = empty_batch(spec_of(cfg, rows, cfg.tokens_per_image + 16, 1)), np.random.default_rng(0)
+    batch, rng = empty_batch(spec_of(cfg, rows, ways.positions(cfg) + 16, 1)), np.random.default_rng(0)
     batch.segments[:] = 1
     batch.positions[:] = np.arange(batch.tokens.shape[1])
     batch.image_start[::2] = 1

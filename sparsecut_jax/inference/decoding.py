@@ -18,12 +18,12 @@ from sparsecut_jax.types import EMPTY_SLOT
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def encode_images(model: SparseCut, params: Any, views: jax.Array) -> Encoded:
-    """uint8[B, M, V, S, S, 3] -> Encoded."""
-    return model.apply({"params": params}, views, method="encode")
+def encode_images(model: SparseCut, params: Any, views: jax.Array, question: jax.Array | None = None) -> Encoded:
+    """uint8[B, M, V, S, S, 3] -> Encoded. question: int32[B, M, Tq], for ways of fusing that read it."""
+    return model.apply({"params": params}, views, question, method="encode")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "return_logits"))
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "return_logits", "chunk"))
 def generate(
     model: SparseCut,
     params: Any,
@@ -36,6 +36,7 @@ def generate(
     temperature: jax.Array | float = 0.0,
     key: jax.Array | None = None,
     return_logits: bool = False,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Continues every row until an end token or `max_new_tokens`.
 
@@ -48,9 +49,10 @@ def generate(
 
     Args:
       tokens: int32[B, T], prompts padded on the right; length: int32[B], tokens of each.
-      image_start: int32[B, M]; encoded: images, one row per prompt. Shortcuts act on the prompt only.
+      image_start: int32[B, M]; encoded: images, one row per prompt. a plain add acts on the prompt only.
       stop: int32[] or int32[E], ids that end a row, -1 for none; after the end, a row is filled with the first of them.
       temperature: 0 takes the most likely token; above 0, tokens are sampled with `key`.
+      chunk: positions of the prompts that are read at a time; 0: all.
 
     Returns:
       int32[B, max_new_tokens], and float32[B, max_new_tokens, W] logits with `return_logits`, else None.
@@ -62,7 +64,8 @@ def generate(
     may_outgrow = rope.kind == "longrope" and t + max_new_tokens > rope.original_length
     cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
     slots = jnp.arange(t + max_new_tokens)
-    first, cache = model.apply({"params": params}, tokens, length, image_start, encoded, cache, method="prefill")
+    inputs = (tokens, length, image_start, encoded, cache, chunk)
+    first, cache = model.apply({"params": params}, *inputs, method="prefill")
 
     def pick(logits: jax.Array, i: jax.Array) -> jax.Array:
         drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6))
@@ -97,7 +100,7 @@ def generate(
         positions = jnp.where(slots < t, slots, length[:, None] + slots - t)
         inputs = (text, positions, visible, jnp.full(b, last), lengths, image_start, encoded)
         empty = cache.replace(length=jnp.zeros_like(cache.length))
-        new_logits, new = model.apply({"params": params}, *inputs, empty, method="read")
+        new_logits, new = model.apply({"params": params}, *inputs, empty, chunk, method="read")
         choose = lambda new, old: jnp.where(rows[:, None, None, None], new, old)
         cache = cache.replace(k=choose(new.k, cache.k), v=choose(new.v, cache.v))
         return jnp.where(rows[:, None], new_logits, logits), cache

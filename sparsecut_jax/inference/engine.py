@@ -11,8 +11,9 @@ import numpy as np
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import placing, sharding
-from sparsecut_jax.text.conversation import Example, encode_prompt
+from sparsecut_jax.text.conversation import Example, encode_prompt, with_questions
 from sparsecut_jax.text.templates import get_template, stop_ids
+from sparsecut_jax.types import NO_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Engine:
 
     def prompt(self, text: str, images: int, system: str = "") -> Example:
         """The tokens of a question about `images` pictures, without its answer. Raises UserError; see `encode_prompt`."""
-        return encode_prompt(text, images, self.run.tokenizer, self.template, self.run.config.tokens_per_image, system)
+        wiring, tokenizer = self.run.model.wiring, self.run.tokenizer
+        prompt = encode_prompt(text, images, tokenizer, self.template, wiring.positions, system)
+        return with_questions(prompt, tokenizer, wiring.question) if wiring.question else prompt
 
     def no_pictures(self) -> np.ndarray:
         """uint8[n, M, V, S, S, 3], zeros: room for the pictures of the rows `here`."""
@@ -71,7 +74,10 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[Answer]:
-        """The answers to requests, in their order. Pictures are encoded once, however many prompts are about them.
+        """The answers to requests, in their order.
+
+        Pictures are encoded once, however many prompts are about them; once for every prompt, if their encoding depends on
+        the question.
 
         Args:
           views: uint8[n, M, V, S, S, 3], pictures of the rows `here`.
@@ -79,21 +85,27 @@ class Engine:
         """
         run, slots, answered = self.run, self.run.config.data.max_images, []
         with jax.set_mesh(run.mesh):
-            encoded = encode_images(run.model, run.params, placing.place(views, self.placed, self.here, self.rows))
+            views = placing.place(views, self.placed, self.here, self.rows)
+            once = None if run.model.wiring.question else encode_images(run.model, run.params, views)
             for first in range(0, len(requests), self.size):
                 batch = requests[first : first + self.size]  # the last one is filled up with empty prompts
                 row = np.zeros(self.size, np.int32)
                 row[: len(batch)] = [request.row for request in batch]
-                arrays = (*pad_prompts([request.prompt for request in batch], self.size, slots), row)
+                examples = [request.prompt for request in batch]
+                questions = pad_questions(examples, self.size, slots, run.model.wiring.question)
+                arrays = (*pad_prompts(examples, self.size, slots), questions, row)
                 own = tuple(x[self.asking] for x in arrays)
-                *prompts, row = placing.place(own, self.placed, self.asking, self.size)
+                *prompts, questions, row = placing.place(own, self.placed, self.asking, self.size)
+                encoded = (
+                    once.rows(row) if once is not None else encode_images(run.model, run.params, views[row], questions)
+                )
                 how = (
                     max_new_tokens,
                     np.array(self.stop),
                     temperature,
                     self._key(seed, first) if temperature else None,
                 )
-                ids, _ = generate(run.model, run.params, *prompts, encoded.rows(row), *how)
+                ids, _ = generate(run.model, run.params, *prompts, encoded, *how, chunk=run.config.eval.prefill_chunk)
                 answered += [self._answer(each, max_new_tokens) for each in placing.fetch(ids)[: len(batch)]]
         return answered
 
@@ -105,3 +117,12 @@ class Engine:
     def _answer(self, ids: np.ndarray, max_new_tokens: int) -> Answer:
         said = until(ids, self.stop)
         return Answer(self.run.tokenizer.decode(said).strip(), cut=len(said) == max_new_tokens)
+
+
+def pad_questions(prompts: Sequence[Example], rows: int, slots: int, longest: int) -> np.ndarray:
+    """int32[rows, slots, longest], the tokens of the question about each image; NO_TOKEN where there is none."""
+    questions = np.full((rows, slots, longest), NO_TOKEN, np.int32)
+    for row, prompt in enumerate(prompts):
+        for slot, ids in enumerate(prompt.questions):
+            questions[row, slot, : len(ids)] = ids
+    return questions

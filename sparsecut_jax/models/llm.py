@@ -1,22 +1,26 @@
-"""Llama-style decoder whose layers take shortcuts from a bank of image features.
+"""Llama-style decoder into whose layers a bank of image features is injected.
 
 Source: Llama (arXiv 2302.13971), Hugging Face `LlamaForCausalLM`; grouped-query attention (arXiv 2305.13245). Mistral,
 Qwen2, Qwen3 and Phi-3 are the same decoder with other settings. The layers are scanned: parameters have a leading layer
-axis, and an int per layer and source selects the row of the bank that enters there. This costs one masked add per layer,
-and only one layer is compiled.
+axis, and an int per layer and source selects the row of the bank that enters there. With a plain add this costs one masked
+add per layer, and only one layer is compiled.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsecut_jax.models.attention import Packed, attention
+from sparsecut_jax.models.interfaces import Here, Sources, Wiring
 from sparsecut_jax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -30,9 +34,9 @@ from sparsecut_jax.models.layers import (
 )
 from sparsecut_jax.models.lora import add_adapter, matrices, narrow
 from sparsecut_jax.models.remat import LAYER_INPUT, rematted
-from sparsecut_jax.models.shortcuts import Plan, inject
+from sparsecut_jax.models.ways import INJECTING, own_settings
 from sparsecut_jax.runtime.sharding import constrain, constrain_weight, ways
-from sparsecut_jax.settings import LLMConfig, LoraConfig
+from sparsecut_jax.settings import InjectingConfig, LLMConfig, LoraConfig
 
 INTERMEDIATES = ("hidden", "shortcut_ratio")
 
@@ -44,12 +48,16 @@ class Cache:
     k, v: [L, B, G, S, H], the axis order in which matmuls read them without a transpose.
     positions: int32[B, S], the rotary position of each entry.
     length: int32[], how many of the S entries are filled.
+    sources: what a way of injecting that acts on generated tokens keeps, [J, B, ...] each; None for other ways.
+    filled: bool[B, M], the image slots that hold an image.
     """
 
     k: jax.Array
     v: jax.Array
     positions: jax.Array
     length: jax.Array
+    sources: Any = None
+    filled: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -59,22 +67,72 @@ class Context:
     table: rotary cos and sin of the T positions.
     sight: the attention mask: Packed, or bool[B, T, S] with S the length of the cache, or T without one.
     distance: int32[B, T, S], from each query back to each key; None with Packed, or if no layer has a window.
-    bank: [R, B, M, N, D] or None; image_start: int32[B, M].
+    sources: what is injected; None without images, or where nothing is.
     start: int32[], where in the cache the T positions are written; None without a cache.
+    fill: whether the memory of the sources is put into the cache, rather than read from it.
     """
 
     table: tuple[jax.Array, jax.Array]
     sight: jax.Array | Packed
     distance: jax.Array | None = None
-    bank: jax.Array | None = None
-    image_start: jax.Array | None = None
+    sources: Sources | None = None
     start: jax.Array | None = None
+    fill: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+class Injection:
+    """A way of injecting, in one layer: which of its functions act, and on what.
+
+    Attributes:
+      way: module in models/injecting; settings: its own.
+      here: the sources in this layer.
+      site: int32[], the layer's number among those that have sources, -1 for the others.
+    """
+
+    def __init__(self, wiring: Wiring, config: InjectingConfig, sources: Sources, index: jax.Array, route: jax.Array):
+        self.way = INJECTING[wiring.injecting]
+        self.settings = own_settings(config, wiring.injecting, INJECTING)
+        self.site = jnp.asarray(wiring.sites)[index] if sources.weights else None
+        row = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(self.site, 0), keepdims=False)
+        weights = {name: row(x) for name, x in sources.weights.items()}
+        self.here = Here(
+            sources.bank,
+            route,
+            sources.image_start,
+            sources.own,
+            sources.after,
+            weights,
+            sources.first,
+            wiring.position,
+        )
+
+    def at(self, where: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x after the way's function "before" or "after", and its ratios; x itself if it has none."""
+        function = getattr(self.way, where, None)
+        return (x, None) if function is None else function(self.settings, x, self.here)
+
+    def attends(self) -> bool:
+        return hasattr(self.way, "attend")
+
+    def attend(self, q: jax.Array, kv: Callable, cache: Cache | None, fill: bool) -> tuple[jax.Array, Any]:
+        """What is added to attention's output, [B, T, Q, H], and the layer's memory.
+
+        Layers without sources compute it too and get zeros: one body serves all layers.
+        """
+        if fill:
+            memory = self.way.memory(self.settings, kv, self.here)
+        else:
+            site = jnp.maximum(self.site, 0)
+            memory = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, site, keepdims=False), cache.sources)
+        out = self.way.attend(self.settings, q, memory, self.here)
+        return jnp.where(self.site >= 0, out, 0), memory
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
-    x: [B, T, D] -> ([B, T, D], the cache with layer `index`, int32[], extended by the T positions; None without one).
+    x: [B, T, D] -> ([B, T, D], the cache with layer `index`, int32[], extended by the T positions; None without one), and
+    what a way of injecting leaves: "ratio", float32[], of what it added, and its "memory"; {} if it adds nothing here.
     """
 
     config: LLMConfig
@@ -82,23 +140,31 @@ class Attention(nn.Module):
     backend: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context, cache: Cache | None, index: jax.Array):
+    def __call__(
+        self, x: jax.Array, context: Context, cache: Cache | None, index: jax.Array, injection: Injection | None = None
+    ):
         cfg = self.config
 
-        def project(name: str, heads: int, axis: str) -> jax.Array:
+        def projection(name: str, heads: int, axis: str) -> Callable[[jax.Array], jax.Array]:
+            """A function from [B, T, D] to [B, T, heads, H], by the layer's own matrix."""
             shape, axes = (cfg.width, heads, cfg.head_dim), ("embed", axis, "head_dim")
-            y = jnp.einsum("BTD,DQH->BTQH", x, weight(self, name, shape, axes, fan_in(cfg.width), x.dtype))
-            y = add_adapter(self, self.lora, f"llm/layers/attention/{name}", x, y, shape, axes)
-            if cfg.qkv_bias:
-                y += weight(self, f"{name}_bias", shape[1:], axes[1:], zeros, x.dtype)
-            return constrain(y, "batch", "length", f"act_{axis}", None)
+            kernel = weight(self, name, shape, axes, fan_in(cfg.width), x.dtype)
+            adapter = matrices(self, self.lora, f"llm/layers/attention/{name}", shape, axes)
+            bias = weight(self, f"{name}_bias", shape[1:], axes[1:], zeros, x.dtype) if cfg.qkv_bias else None
 
-        kv = "kv_heads" if cfg.replicate_kv else "heads"
-        q, k, v = project("q", cfg.heads, "heads"), project("k", cfg.kv_heads, kv), project("v", cfg.kv_heads, kv)
-        if cfg.qk_norm:
-            q = RMSNorm(cfg.norm_eps, name="q_norm")(q)
-            k = RMSNorm(cfg.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, context.table), rotate(k, context.table)
+            def project(x: jax.Array) -> jax.Array:
+                y = add_adapter(self, self.lora, x, jnp.einsum("BTD,DQH->BTQH", x, kernel), adapter)
+                return constrain(y if bias is None else y + bias, "batch", "length", f"act_{axis}", None)
+
+            return project
+
+        kv_axis = "kv_heads" if cfg.replicate_kv else "heads"
+        to_q = projection("q", cfg.heads, "heads")
+        to_k, to_v = (projection(name, cfg.kv_heads, kv_axis) for name in "kv")
+        q_norm, k_norm = (
+            (RMSNorm(cfg.norm_eps, name=f"{name}_norm") for name in "qk") if cfg.qk_norm else [lambda y: y] * 2
+        )
+        q, k, v = rotate(q_norm(to_q(x)), context.table), rotate(k_norm(to_k(x)), context.table), to_v(x)
         if cache is not None:
             at = (index, 0, 0, context.start, 0)
             new = lambda x, y: jax.lax.dynamic_update_slice(x, y.swapaxes(1, 2)[None].astype(x.dtype), at)
@@ -115,11 +181,22 @@ class Attention(nn.Module):
                 jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None
             )
             k, v = each(k), each(v)
-        out = attention(q, k, v, sight, window, self.backend)
+        out, left = attention(q, k, v, sight, window, self.backend), {}
+        if injection is not None and injection.attends():
+            added, memory = injection.attend(q, lambda x: (k_norm(to_k(x)), to_v(x)), cache, context.fill)
+            left = {"ratio": norm_ratio(added, out), "memory": memory}
+            out += added.astype(out.dtype)
         shape, axes = (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
         kernel = weight(self, "out", shape, axes, fan_in(cfg.heads * cfg.head_dim), x.dtype)
+        adapter = matrices(self, self.lora, "llm/layers/attention/out", shape, axes, inputs=2)
         y = jnp.einsum("BTQH,QHD->BTD", out, kernel)
-        return add_adapter(self, self.lora, "llm/layers/attention/out", out, y, shape, axes, inputs=2), cache
+        return add_adapter(self, self.lora, out, y, adapter), cache, left
+
+
+def norm_ratio(added: jax.Array, to: jax.Array) -> jax.Array:
+    """float32[]: L2 norm of `added` over that of `to`."""
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
+    return norm(added) / jnp.maximum(norm(to), 1e-30)
 
 
 class Mlp(nn.Module):
@@ -134,7 +211,8 @@ class Mlp(nn.Module):
 
         def linear(name: str, x: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
             y = Linear(features, axes, use_bias=False, name=name)(x)
-            return add_adapter(self, self.lora, f"llm/layers/mlp/{name}", x, y, (x.shape[-1], features), axes)
+            shape = (x.shape[-1], features)
+            return add_adapter(self, self.lora, x, y, matrices(self, self.lora, f"llm/layers/mlp/{name}", shape, axes))
 
         # All positions as rows of one matrix; otherwise XLA writes a transposed copy of `hidden` for a kernel's gradient.
         rows = x.reshape(-1, x.shape[-1])
@@ -145,51 +223,64 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: [shortcuts,] attention, MLP [, shortcuts].
+    """One decoder layer: attention and MLP, with what is injected before, inside or after them.
 
     carry: (hidden[B, T, D], Cache or None); per layer: index int32[], route int32[A].
-    Returns the carry and the named intermediates; "hidden" is the layer's input before any shortcut.
+    Returns the carry, the named intermediates ("hidden" is the layer's input before anything is injected), and the memory
+    of what is injected, if that is to be put into the cache.
     """
 
     config: LLMConfig
     lora: LoraConfig
-    position: str
+    wiring: Wiring
+    injecting: InjectingConfig
     intermediates: tuple[str, ...]
     attention: str
 
     @nn.compact
     def __call__(self, carry, index: jax.Array, route: jax.Array, context: Context):
-        cfg, (x, cache), seen = self.config, carry, {}
+        cfg, (x, cache), seen, ratios = self.config, carry, {}, []
         x = checkpoint_name(x, LAYER_INPUT)
         if "hidden" in self.intermediates:
             seen["hidden"] = x
-        if context.bank is not None and self.position == "pre":
-            x, seen["shortcut_ratio"] = inject(x, context.bank, route, context.image_start)
+        injection = None
+        if context.sources is not None:
+            injection = Injection(self.wiring, self.injecting, context.sources, index, route)
+            x, ratio = injection.at("before", x)
+            ratios.append(ratio)
         y = RMSNorm(cfg.norm_eps, name="norm1")(x)
-        y, cache = Attention(cfg, self.lora, self.attention, name="attention")(y, context, cache, index)
+        attend = Attention(cfg, self.lora, self.attention, name="attention")
+        y, cache, left = attend(y, context, cache, index, injection)
+        ratios.append(left.get("ratio"))
         x = constrain(x + y, "batch", "length", "act_embed")
         x = x + Mlp(cfg, self.lora, name="mlp")(RMSNorm(cfg.norm_eps, name="norm2")(x))
-        if context.bank is not None and self.position == "post":
-            x, seen["shortcut_ratio"] = inject(x, context.bank, route, context.image_start)
+        if injection is not None:
+            x, ratio = injection.at("after", x)
+            ratios.append(ratio)
+        if ratios := [ratio for ratio in ratios if ratio is not None]:
+            seen["shortcut_ratio"] = jnp.broadcast_to(functools.reduce(jnp.maximum, ratios), route.shape)
         x = constrain(x, "batch", "length", "act_embed")
-        return (x, cache), {name: seen[name] for name in self.intermediates if name in seen}
+        seen = {name: seen[name] for name in self.intermediates if name in seen}
+        return (x, cache), (seen, left.get("memory") if cache is not None and context.fill else None)
 
 
 class Decoder(nn.Module):
     """Embeddings in, logits out.
 
     Attributes:
-      plan: the shortcuts; its route is compiled in as data, so that all layers share one body.
+      wiring: which sources enter which layer; compiled in as data, so that all layers share one body.
       intermediates: names from INTERMEDIATES to return, per layer, from the same forward pass.
       attention: backend for packed sequences, see models/attention.py.
       lora: adapters of the LLM's weight matrices.
+      injecting: the settings of the ways of injecting.
     """
 
     config: LLMConfig
-    plan: Plan
+    wiring: Wiring
     intermediates: tuple[str, ...] = ()
     attention: str = "xla"
     lora: LoraConfig = LoraConfig()
+    injecting: InjectingConfig = InjectingConfig()
 
     def setup(self) -> None:
         cfg = self.config
@@ -207,7 +298,7 @@ class Decoder(nn.Module):
             length=cfg.layers,
             unroll=1 if cfg.scan_layers else cfg.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.lora, self.plan.position, self.intermediates, self.attention)
+        )(cfg, self.lora, self.wiring, self.injecting, self.intermediates, self.attention)
         self.norm = RMSNorm(cfg.norm_eps)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -223,10 +314,10 @@ class Decoder(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         sight: jax.Array | Packed,
-        bank: jax.Array | None = None,
-        image_start: jax.Array | None = None,
+        sources: Sources | None = None,
         cache: Cache | None = None,
         lengths: jax.Array | None = None,
+        fill: bool = True,
     ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         """Runs all layers.
 
@@ -234,10 +325,11 @@ class Decoder(nn.Module):
           x: [B, T, D] embeddings, image positions already filled.
           positions: int32[B, T], rotary positions.
           sight: the attention mask: Packed, or bool[B, T, S] with S = T or the length of the cache.
-          bank, image_start: the shortcuts' sources [R, B, M, N, D] and where they go; None for no shortcuts.
+          sources: what is injected; None for nothing.
           cache: to read and extend, in generation.
           lengths: int32[B, 1] or [B, T], length of the text at each position, which selects the factors of longrope
             (`rotary_table`); None: the length of each segment, or of each row of x.
+          fill: whether the memory of the sources is put into the cache; False: it is there.
 
         Returns:
           hidden [B, T, D] after the final norm (for `logits`), the cache, and {name: [L, ...]} of the intermediates.
@@ -254,14 +346,17 @@ class Decoder(nn.Module):
             table=rotary_table(positions, cfg.head_dim, cfg.rope_theta, cfg.rope, lengths),
             sight=sight,
             distance=None if isinstance(sight, Packed) or not cfg.sliding_window else distance,
-            bank=bank,
-            image_start=image_start,
+            sources=sources,
             start=None if cache is None else cache.length,
+            fill=fill,
         )
-        route = jnp.asarray(self.plan.route)
-        (x, cache), seen = self.layers((x, cache), jnp.arange(cfg.layers), route, context)
+        route = jnp.asarray(self.wiring.route)
+        (x, cache), (seen, memory) = self.layers((x, cache), jnp.arange(cfg.layers), route, context)
         if cache is not None:
             cache = cache.replace(length=cache.length + x.shape[1])
+        if memory is not None:
+            layers = np.flatnonzero(self.wiring.sites >= 0)
+            cache = cache.replace(sources=jax.tree.map(lambda x: x[layers], memory), filled=sources.filled)
         return self.norm(x), cache, seen
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -58,21 +58,11 @@ def narrow(module: nn.Module, lora: LoraConfig, x: jax.Array, a: jax.Array) -> j
     return constrain(y, "batch", *[None] * (y.ndim - 1))
 
 
-def add_adapter(
-    module: nn.Module,
-    lora: LoraConfig,
-    path: str,
-    x: jax.Array,
-    y: jax.Array,
-    shape: tuple,
-    axes: tuple,
-    inputs: int = 1,
-) -> jax.Array:
-    """y, the output of the linear layer at `path` for input x, plus the output of its adapter; see `matrices`."""
-    found = matrices(module, lora, path, shape, axes, inputs)
-    if found is None:
+def add_adapter(module: nn.Module, lora: LoraConfig, x: jax.Array, y: jax.Array, adapter: Matrices | None) -> jax.Array:
+    """y, the output of a linear layer for input x, plus the output of its adapter, if there is one (`matrices`)."""
+    if adapter is None:
         return y
-    a, b = found
+    a, b = adapter
     return y + jnp.tensordot(narrow(module, lora, x, a), b.astype(x.dtype), 1)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 LINEAR = "o i -> i o"
 HEADS_IN, HEADS_BIAS, HEADS_OUT = "(q h) c -> c q h", "(q h) -> q h", "c (q h) -> q h c"
 LLAVA = "multi_modal_projector"  # prefix of llava-hf's projector, and of ours
+LLAVA_OFFICIAL = "mlp2x_gelu"  # its `mm_projector_type` in official files
 
 
 @dataclass(frozen=True)

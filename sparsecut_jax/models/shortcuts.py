@@ -1,25 +1,22 @@
-"""Sparse shortcuts: which tower level enters which decoder layer, and how.
+"""Sparse shortcuts: which tower level enters which decoder layer, as a pure function of the two depths and the config.
 
-A plan is a pure function of the two depths and the config. `inject` adds fused levels from the bank to the image positions
-of the hidden state. Source: SparseCut (arXiv 2602.00505).
+Source: SparseCut (arXiv 2602.00505).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sparsecut_jax.settings import ShortcutConfig
-from sparsecut_jax.types import EMPTY_SLOT, UserError
+from sparsecut_jax.types import UserError
 
 Pair = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Shortcuts:
     """The shortcuts of a model.
 
     Attributes:
@@ -41,11 +38,10 @@ class Plan:
         return tuple(dict.fromkeys(level for level, _ in self.pairs))
 
     @property
-    def route(self) -> np.ndarray:
-        """int32[L, A], A >= 1: rows of the bank that enter each layer, -1 for none."""
-        entering = [[self.levels.index(v) for v, layer in self.pairs if layer == i] for i in range(self.llm_depth)]
-        widest = max(1, *(len(rows) for rows in entering)) if entering else 1
-        return np.array([rows + [-1] * (widest - len(rows)) for rows in entering], np.int32)
+    def entering(self) -> tuple[tuple[int, ...], ...]:
+        """For each layer of the LLM, the places in `levels` of the levels that enter it."""
+        rows = self.levels.index
+        return tuple(tuple(rows(v) for v, layer in self.pairs if layer == i) for i in range(self.llm_depth))
 
 
 def evenly(count: int, n: int) -> list[int]:
@@ -53,8 +49,8 @@ def evenly(count: int, n: int) -> list[int]:
     return [int(i) for i in np.floor(np.linspace(0, n - 1, count) + 0.5)]
 
 
-def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_layer: int = -2) -> Plan:
-    """Plan for a tower of `vit_depth` blocks and an LLM of `llm_depth` layers.
+def wire_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_layer: int = -2) -> Shortcuts:
+    """Shortcuts from a tower of `vit_depth` blocks to an LLM of `llm_depth` layers.
 
     Args:
       select_layer: HF index of the main feature; -2 is the output of the second-to-last block.
@@ -80,7 +76,7 @@ def plan_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
         raise UserError(
             f"vision.select_layer={select_layer} is no block's output: {depths}; expected -{vit_depth} to -1 or 1 to {vit_depth}"
         )
-    return Plan(tuple(sorted(pairs, key=lambda p: (p[1], p[0]))), main, vit_depth, llm_depth, cfg.position)
+    return Shortcuts(tuple(sorted(pairs, key=lambda p: (p[1], p[0]))), main, vit_depth, llm_depth, cfg.position)
 
 
 def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> tuple[list[int], list[int]]:
@@ -110,73 +106,3 @@ def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> 
         first = 0 if cfg.distribution == "bottom" else llm_depth - count
         layers = [first + i for i in range(count)]
     return (levels[::-1] if cfg.order == "u" else levels), layers
-
-
-def write_slots(hidden: jax.Array, values: jax.Array, image_start: jax.Array, add: bool) -> jax.Array:
-    """Writes (or adds) the tokens of every image to its run of positions.
-
-    Uses one windowed update per slot rather than a scatter: under a mesh, a scatter made XLA all-gather the activations.
-    An empty slot writes back what it read.
-
-    Args:
-      hidden: [B, T, D].
-      values: [B, M, N, D].
-      image_start: int32[B, M], first position of each run, -1 for an empty slot.
-      add: whether to add to the hidden state rather than overwrite it.
-
-    Returns:
-      [B, T, D] in the dtype of `hidden`; unchanged if T < N, as in a short text without image.
-    """
-    if hidden.shape[1] < values.shape[2]:
-        return hidden
-    for m in range(values.shape[1]):
-        hidden = jax.vmap(_write_slot, in_axes=(0, 0, 0, None))(
-            hidden, values[:, m].astype(hidden.dtype), image_start[:, m], add
-        )
-    return hidden
-
-
-def _write_slot(row: jax.Array, value: jax.Array, start: jax.Array, add: bool) -> jax.Array:
-    filled = start != EMPTY_SLOT
-    start = jnp.maximum(start, 0)
-    old = jax.lax.dynamic_slice_in_dim(row, start, value.shape[0], 0)
-    new = old + value if add else value
-    return jax.lax.dynamic_update_slice_in_dim(row, jnp.where(filled, new, old), start, 0)
-
-
-def read_slots(hidden: jax.Array, image_start: jax.Array, length: int) -> jax.Array:
-    """[B, T, D] -> [B, M, N, D], N = length: the runs that `write_slots` writes to; zeros for empty slots."""
-    read = jax.vmap(jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, length, 0), (None, 0)))
-    runs = read(hidden, jnp.maximum(image_start, 0))
-    return jnp.where((image_start != EMPTY_SLOT)[..., None, None], runs, 0)
-
-
-def inject(hidden: jax.Array, bank: jax.Array, route: jax.Array, image_start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """hidden[image positions] += the sources of this layer. A plain add as in the reference: no gate, no weights.
-
-    Args:
-      hidden: [B, T, D].
-      bank: [R, B, M, N, D].
-      route: int32[A], rows of the bank for this layer, -1 for none.
-      image_start: int32[B, M].
-
-    Returns:
-      hidden, and float32[A]: norm of the added values over norm of the values before, over the whole batch (0 where
-      nothing was added).
-    """
-    ratios = []
-    if hidden.shape[1] < bank.shape[-2]:  # too short to contain an image
-        return hidden, jnp.zeros(route.shape[0])
-    for a in range(route.shape[0]):
-        on = route[a] >= 0
-        source = jnp.where(on, bank[jnp.maximum(route[a], 0)], 0)
-        filled = (image_start != EMPTY_SLOT)[..., None, None]
-        stood = read_slots(jax.lax.stop_gradient(hidden), image_start, source.shape[-2])
-        added = jnp.where(filled, jax.lax.stop_gradient(source), 0)
-        ratios.append(_norm(added) / jnp.maximum(_norm(stood), 1e-30))
-        hidden = write_slots(hidden, source, image_start, add=True)
-    return hidden, jnp.stack(ratios)
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))

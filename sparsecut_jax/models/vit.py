@@ -2,8 +2,8 @@
 
 Source: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343; no class token, no pre-norm) and DINOv2 (arXiv 2304.07193;
 LayerScale), as computed by the Hugging Face models of these names. Level i is the output of block i, 0-based (HF
-`hidden_states[i + 1]`), without class token and post-layernorm. Blocks above the highest requested level do not exist:
-they have no parameters and cost nothing.
+`hidden_states[i + 1]`), without class token and post-layernorm; level -1 is the input of the first block (HF
+`hidden_states[0]`). Blocks above the highest requested level do not exist: they have no parameters and cost nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class VisionTower(nn.Module):
 
     Attributes:
       config: shape of the whole tower.
-      levels: 0-based blocks whose outputs are returned, without duplicates.
+      levels: 0-based blocks whose outputs are returned, without duplicates; -1 is the first block's input.
       attention: backend, see models/attention.py.
     """
 
@@ -89,6 +89,8 @@ class VisionTower(nn.Module):
         spare = len(self.levels)
         rows = jnp.array([self.levels.index(i) if i in self.levels else spare for i in range(depth)])
         bank = constrain(jnp.zeros((spare + 1, *x.shape), x.dtype), "bank", "batch", "length", "act_embed")
+        if -1 in self.levels:
+            bank = bank.at[self.levels.index(-1)].set(x)
         (_, bank), _ = nn.scan(
             rematted(Block, cfg.remat, cfg.scan_layers),
             variable_axes={"params": 0},

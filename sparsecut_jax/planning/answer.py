@@ -21,6 +21,7 @@ import numpy as np
 from sparsecut_jax import checks
 from sparsecut_jax.data.batch_plan import Lengths, make_plan
 from sparsecut_jax.data.sources import load_source
+from sparsecut_jax.models import ways
 from sparsecut_jax.planning import compiling, flops, memory
 from sparsecut_jax.planning.hardware import Topology
 from sparsecut_jax.planning.memory import Bytes, Parameters
@@ -233,7 +234,7 @@ def steps_of(cfg: Config, name: str, rows: int = 0) -> Steps:
     """The steps of stage `name`. rows: rows of its dataset; 0: those of a known file or of the source in config.data."""
     stage = cfg.stages[name]
     count, source = (rows, "--rows") if rows else _count(cfg, name)
-    lengths = _drawn(stage.rows, cfg.tokens_per_image, stage.seq_len)
+    lengths = _drawn(stage.rows, ways.positions(cfg), stage.seq_len)
     once = dataclasses.replace(stage, epochs=1.0, max_steps=0, batch_size=min(stage.batch_size, DRAWN // 8))
     plan = make_plan(lengths, [(np.arange(DRAWN), 1.0)], once, cfg.data.max_images, 0)
     sequences = len(plan) * once.batch_size / DRAWN  # per row

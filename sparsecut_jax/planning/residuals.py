@@ -22,7 +22,7 @@ from flax import linen as nn
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.parameters import flatten, unflatten
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import Encoded, SparseCut, build_model
 from sparsecut_jax.planning.flops import slots_of
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.settings import Config
@@ -110,13 +110,14 @@ def _with_vision(cfg: Config, tensor: int, remat: str) -> Config:
 
 
 def _decode(model: SparseCut, inputs: tuple[jax.Array, jax.Array | None], batch: Batch) -> jax.Array:
-    x, sources = inputs
+    x, bank = inputs
     sight = Packed(batch.segments, None, batch.positions, 1)
-    return model.llm(x, batch.positions, sight, sources, batch.image_start)[0]
+    sources = model.sources(Encoded(x, bank, 0.0), batch.image_start, batch.segments)
+    return model.llm(x, batch.positions, sight, sources)[0]
 
 
 def _encode(model: SparseCut, inputs: tuple[()], batch: Batch) -> tuple:
-    encoded = model.encode(batch.views)
+    encoded = model.encode(batch.views, batch.extras.get("question"))
     return encoded.tokens, encoded.bank
 
 
@@ -148,8 +149,8 @@ def _shapes(model: SparseCut) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=64)
 def _bank(model: SparseCut, leaves: tuple, structure: Any) -> jax.ShapeDtypeStruct | None:
     """[R, B, M, S, D], the sources of one sequence."""
-    encode = lambda params, batch: model.apply({"params": params}, batch.views, method="encode")
-    return jax.eval_shape(encode, unflatten(_shapes(model)), jax.tree.unflatten(structure, leaves)).bank
+    encode = lambda params, batch: model.apply({"params": params}, (), batch, method=_encode)
+    return jax.eval_shape(encode, unflatten(_shapes(model)), jax.tree.unflatten(structure, leaves))[1]
 
 
 def _kept(cfg: Config, name: str, seq_len: int, half: Callable, stacked: int = 0) -> Kept:

@@ -13,9 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from sparsecut_jax.models.fusion import views_of
 from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.models.ways import view_count
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import Batch, batch_spec, empty_batch
@@ -25,8 +25,10 @@ from sparsecut_jax.weights import load
 def example_batch(model: SparseCut, max_images: int) -> Batch:
     """The smallest batch that uses every parameter: one row of one image and one more token."""
     size = model.vision_config.image_size
-    image_shape = (views_of(model.fusion_config), size, size, 3)
-    batch = empty_batch(batch_spec(1, model.vision_config.tokens_per_image + 1, max_images, image_shape))
+    image_shape = (view_count(model.wiring), size, size, 3)
+    batch = empty_batch(
+        batch_spec(1, model.wiring.positions + 1, max_images, image_shape, question=model.wiring.question)
+    )
     return batch.replace(image_start=np.zeros_like(batch.image_start))
 
 

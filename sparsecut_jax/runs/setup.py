@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from sparsecut_jax import checks
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import RowEncoder
-from sparsecut_jax.models import parameters
-from sparsecut_jax.models.shortcuts import plan_shortcuts
+from sparsecut_jax.models import parameters, ways
 from sparsecut_jax.models.sparsecut import SparseCut, build_model
 from sparsecut_jax.runs.checkpoint import as_saved, check_same_data
 from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
@@ -82,7 +81,7 @@ def check_fits(cfg: Config, mesh: Mesh) -> None:
     checks.check_room(cfg)
     sharding.check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))
-    plan_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer)
+    ways.wiring_of(cfg)
 
 
 # ------------------------------------------------------------------ data
@@ -99,8 +98,8 @@ class Data:
 
     def reader(self, name: str, holdout: bool = False) -> pipeline.Reader:
         """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
-        cfg, stage = self.config, self.config.stages[name]
-        encoder = RowEncoder.of(stage, cfg.tokens_per_image, self.tokenizer)
+        cfg, stage, wiring = self.config, self.config.stages[name], ways.wiring_of(self.config)
+        encoder = RowEncoder.of(stage, wiring.positions, self.tokenizer, wiring.question)
         return pipeline.Reader(self.source.stage(stage, holdout), encoder, self.pictures, cfg.data.flip, cfg.data.shift)
 
     @functools.cached_property

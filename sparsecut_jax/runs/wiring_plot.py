@@ -1,4 +1,4 @@
-"""Draws which tower level enters which LLM layer."""
+"""Draws which tower level, or which other source, enters which LLM layer."""
 
 from __future__ import annotations
 
@@ -6,41 +6,67 @@ import os
 
 from matplotlib.patches import FancyBboxPatch
 
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.interfaces import Wiring
+from sparsecut_jax.models.shortcuts import Shortcuts
 from sparsecut_jax.runtime.figures import plt
 
 
-def save_plan(path: str | os.PathLike, plan: Plan, title: str = "") -> None:
-    """Draws the tower on the left, the LLM on the right and an arrow for every shortcut, and writes a PNG file."""
-    figure, axes = plt.subplots(figsize=(6, 1.2 + 0.32 * max(plan.vit_depth, plan.llm_depth)), dpi=120)
-    height = max(plan.vit_depth, plan.llm_depth)
-    draw_plan(axes, plan)
+def save_wiring(path: str | os.PathLike, wiring: Wiring, title: str = "") -> None:
+    """Draws the tower or the sources on the left, the LLM on the right and an arrow for every entry; writes a PNG file."""
+    shortcuts = wiring.shortcuts
+    left = len(wiring.names) if shortcuts is None else shortcuts.vit_depth
+    height = max(left, len(wiring.entering))
+    figure, axes = plt.subplots(figsize=(6, 1.2 + 0.32 * height), dpi=120)
+    draw_shortcuts(axes, shortcuts) if shortcuts is not None else draw_sources(axes, wiring)
     axes.set(xlim=(-0.2, 4.2), ylim=(-1.9, height + 0.4), title=title)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
-def draw_plan(axes: plt.Axes, plan: Plan) -> None:
-    """Draws a plan; y is the index of a block or layer, with the first at the bottom."""
-    colors = plt.get_cmap("viridis")
-
-    def box(x: float, y: float, text: str, color: str, bold: bool = False) -> None:
-        axes.add_patch(FancyBboxPatch((x, y + 0.12), 1.2, 0.62, boxstyle="round,pad=0.02", fc=color, ec="#444", lw=0.8))
-        weight = "bold" if bold else "normal"
-        axes.text(x + 0.6, y + 0.43, text, ha="center", va="center", fontsize=8, weight=weight)
-
-    for level in range(plan.vit_depth):
-        used = level in plan.levels or level == plan.main_level
-        box(0, level, f"ViT {level}", "#dbe9f6" if used else "#f2f2f2", level == plan.main_level)
-    for layer in range(plan.llm_depth):
-        box(2.8, layer, f"LLM {layer}", "#fde5cf" if any(layer == at for _, at in plan.pairs) else "#f2f2f2")
-    box(2.8, -1.3, "embeddings", "#fde5cf", True)
-    arrow = {"arrowstyle": "-|>", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate(
-        "", (2.78, -0.87), (1.22, plan.main_level + 0.43), arrowprops={**arrow, "color": "#555", "linestyle": "--"}
-    )
-    for level, layer in plan.pairs:
-        color = colors(0.1 + 0.75 * level / max(1, plan.vit_depth - 1))
-        axes.annotate("", (2.78, layer + 0.43), (1.22, level + 0.43), arrowprops={**arrow, "color": color})
+def draw_shortcuts(axes: plt.Axes, shortcuts: Shortcuts) -> None:
+    """Draws pairs of tower level and layer; y is the index of a block or layer, with the first at the bottom."""
+    for level in range(shortcuts.vit_depth):
+        main = level == shortcuts.main_level
+        box(axes, 0, level, f"ViT {level}", BLUE if main or level in shortcuts.levels else GREY, main)
+    for layer in range(shortcuts.llm_depth):
+        box(axes, 2.8, layer, f"LLM {layer}", ORANGE if any(layer == at for _, at in shortcuts.pairs) else GREY)
+    box(axes, 2.8, -1.3, "embeddings", ORANGE, True)
+    arrow(axes, shortcuts.main_level, -1.3, color="#555", linestyle="--")
+    for level, layer in shortcuts.pairs:
+        arrow(axes, level, layer, color=shade(level, shortcuts.vit_depth))
     axes.set_axis_off()
+
+
+def draw_sources(axes: plt.Axes, wiring: Wiring) -> None:
+    """Draws sources that are no tower levels, each with an arrow to every layer that it enters."""
+    box(axes, 0, -1.3, "image tokens", BLUE, True)
+    for row, name in enumerate(wiring.names):
+        box(axes, 0, row, name, BLUE)
+    for layer, rows in enumerate(wiring.entering):
+        box(axes, 2.8, layer, f"LLM {layer}", ORANGE if rows else GREY)
+        for row in rows:
+            arrow(axes, row, layer, color=shade(row, len(wiring.names)))
+    box(axes, 2.8, -1.3, "embeddings", ORANGE, True)
+    if wiring.positions:
+        arrow(axes, -1.3, -1.3, color="#555", linestyle="--")
+    axes.set_axis_off()
+
+
+BLUE, ORANGE, GREY = "#dbe9f6", "#fde5cf", "#f2f2f2"
+
+
+def shade(index: int, count: int) -> tuple[float, ...]:
+    return plt.get_cmap("viridis")(0.1 + 0.75 * index / max(1, count - 1))
+
+
+def box(axes: plt.Axes, x: float, y: float, text: str, color: str, bold: bool = False) -> None:
+    axes.add_patch(FancyBboxPatch((x, y + 0.12), 1.2, 0.62, boxstyle="round,pad=0.02", fc=color, ec="#444", lw=0.8))
+    weight = "bold" if bold else "normal"
+    axes.text(x + 0.6, y + 0.43, text, ha="center", va="center", fontsize=8, weight=weight)
+
+
+def arrow(axes: plt.Axes, left: float, right: float, **style: str) -> None:
+    """From the box at height `left` in the left column to the one at `right` in the right column."""
+    shape = {"arrowstyle": "-|>", "lw": 1.2, "shrinkA": 0, "shrinkB": 0, **style}
+    axes.annotate("", (2.78, right + 0.43), (1.22, left + 0.43), arrowprops=shape)

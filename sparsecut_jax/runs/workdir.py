@@ -15,8 +15,8 @@ from typing import IO
 
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.checks import nearest
-from sparsecut_jax.models.shortcuts import Plan
-from sparsecut_jax.runs.wiring_plot import save_plan
+from sparsecut_jax.models.interfaces import Wiring
+from sparsecut_jax.runs.wiring_plot import save_wiring
 from sparsecut_jax.runtime import hosts
 from sparsecut_jax.runtime.folders import make_folder, print_files, write_json
 from sparsecut_jax.settings import Config
@@ -132,14 +132,14 @@ def update_results(folder: str, step: int, results: dict) -> None:
     write_json(path, {**same_step, "step": step, **results})
 
 
-def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, plan: Plan) -> None:
+def write_run_files(workdir: str, cfg: Config, tokenizer: Tokenizer | None, wiring: Wiring) -> None:
     """Writes config.json (resolved), the tokenizer, and shortcuts.png."""
 
     with open(os.path.join(workdir, "config.json"), "w") as file:
         file.write(config_lib.to_json(cfg) + "\n")
     if tokenizer is not None:
         tokenizer.save(os.path.join(workdir, "tokenizer"), begins_with_bos(cfg.stages[cfg.run_stages[-1]].template))
-    save_plan(os.path.join(workdir, "shortcuts.png"), plan)
+    save_wiring(os.path.join(workdir, "shortcuts.png"), wiring)
 
 
 def print_written(workdir: str, seconds: float, question: str, images: list[str]) -> None:
@@ -150,7 +150,7 @@ def print_written(workdir: str, seconds: float, question: str, images: list[str]
         "answers.jsonl": "every test question with its references and the model's answer",
         "metrics.jsonl": "loss, norms and speed by step",
         "loss.png": "the loss curve",
-        "shortcuts.png": "the plan as a picture",
+        "shortcuts.png": "the wiring as a picture",
         "bad_samples.jsonl": "rows that were left out, and why",
         "config.json": "every setting",
         "tokenizer": "for transformers' AutoTokenizer",

@@ -35,6 +35,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "bank": (),
     # weights; replicated over replica and data
     "layers": (),
+    "sites": (),  # layers that have sources
+    "levels": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

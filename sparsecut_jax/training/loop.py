@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from sparsecut_jax.data.pipeline import next_batch
 from sparsecut_jax.data.walk import Bad
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.interfaces import Wiring
 from sparsecut_jax.runs.checkpoint import Checkpoints, NotFinite
 from sparsecut_jax.runtime import hosts
 from sparsecut_jax.runtime.progress import Progress, Startup
@@ -120,7 +120,7 @@ def run_stage(
     stage: Stage,
     state: TrainState,
     cfg: Config,
-    plan: Plan,
+    wiring: Wiring,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     stop: StopSignal,
@@ -135,7 +135,9 @@ def run_stage(
     """
     span, at = stage.span, int(state.step)
     window = [int(x) for x in cfg.profile.split(":")] if cfg.profile else [-1, -1]
-    log = StepLog(cfg, stage, plan, writer, compilations, Progress(span.last - span.first, at - span.first, span.name))
+    log = StepLog(
+        cfg, stage, wiring, writer, compilations, Progress(span.last - span.first, at - span.first, span.name)
+    )
     pending: tuple[int, dict[str, Any], int, int] | None = None  # a step, its metrics, its bad rows, positions of a row
     evaluated: dict[int, float] = {}
     tracing = False

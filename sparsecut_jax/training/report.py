@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sparsecut_jax.models.shortcuts import Plan
+from sparsecut_jax.models.interfaces import Wiring
 from sparsecut_jax.runtime import hosts
 from sparsecut_jax.runtime.tables import size_text, table
 from sparsecut_jax.training.holdings import Holding, holdings
 from sparsecut_jax.types import TrainState
 
 
-def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
-    """Devices, mesh, memory per device and shortcut plan, as text.
+def heading(mesh: Mesh, wiring: Wiring, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
+    """Devices, mesh, memory per device and wiring, as text.
 
     params: shapes and shardings of the parameters at the start; states: those of the train state of every stage.
     """
@@ -37,7 +37,7 @@ def heading(mesh: Mesh, plan: Plan, params: Any, states: dict[str, TrainState], 
         "",
         holdings_table(held, list(states)),
         "",
-        plan_table(plan),
+        wiring_table(wiring),
     ]
     return "\n".join(lines)
 
@@ -57,31 +57,46 @@ def holdings_table(held: dict[str, Holding], stages: list[str]) -> str:
     return table([*head, "per device"], [*rows, row("total", total, "", "")])
 
 
-def plan_table(plan: Plan) -> str:
-    """The shortcuts as a small table."""
-    if not plan.pairs:
-        return f"shortcuts  none; main feature: output of ViT block {plan.main_level} of {plan.vit_depth}"
-    where = "before" if plan.position == "pre" else "after"
-    head = f"shortcuts  {len(plan.pairs)}, added {where} the layer; main feature: output of ViT block {plan.main_level}"
+def wiring_table(wiring: Wiring) -> str:
+    """What enters which layer of the LLM, as a small table."""
+    shortcuts = wiring.shortcuts
+    if shortcuts is None:
+        return _source_table(wiring)
+    if not shortcuts.pairs:
+        return f"shortcuts  none; main feature: output of ViT block {shortcuts.main_level} of {shortcuts.vit_depth}"
+    where = "before" if shortcuts.position == "pre" else "after"
+    head = (
+        f"shortcuts  {len(shortcuts.pairs)}, added {where} the layer; main feature: output of ViT block "
+        f"{shortcuts.main_level}"
+    )
     rows = [
-        [f"ViT block (of {plan.vit_depth})", *(str(level) for level, _ in plan.pairs)],
-        [f"LLM layer (of {plan.llm_depth})", *(str(layer) for _, layer in plan.pairs)],
+        [f"ViT block (of {shortcuts.vit_depth})", *(str(level) for level, _ in shortcuts.pairs)],
+        [f"LLM layer (of {shortcuts.llm_depth})", *(str(layer) for _, layer in shortcuts.pairs)],
     ]
     return head + "\n" + table(rows[0], rows[1:])
+
+
+def _source_table(wiring: Wiring) -> str:
+    blocks = ", ".join("input" if level < 0 else str(level) for level in wiring.levels)
+    head = f"fusion     reads ViT blocks {blocks}; {wiring.positions} positions per image"
+    if not wiring.names:
+        return f"{head}; nothing is injected"
+    entries = [(wiring.names[row], layer) for layer, rows in enumerate(wiring.entering) for row in rows]
+    rows = [["source", *(name for name, _ in entries)], [f"LLM layer (of {len(wiring.entering)})"]]
+    rows[1] += [str(layer) for _, layer in entries]
+    return f"{head}; injected by {wiring.injecting!r}\n{table(rows[0], rows[1:])}"
 
 
 def count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def shortcut_names(plan: Plan) -> list[tuple[int, int, str]]:
-    """(layer, place in the route, "vit3_llm5") of every shortcut."""
-    route = plan.route
+def source_names(wiring: Wiring) -> list[tuple[int, int, str]]:
+    """(layer, place in the route, "vit3_llm5") of every source that enters a layer."""
     return [
-        (layer, a, f"vit{plan.levels[route[layer, a]]}_llm{layer}")
-        for layer in range(route.shape[0])
-        for a in range(route.shape[1])
-        if route[layer, a] >= 0
+        (layer, place, f"{wiring.names[row]}_llm{layer}")
+        for layer, rows in enumerate(wiring.entering)
+        for place, row in enumerate(rows)
     ]
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sparsecut_jax.runtime import placing
-from sparsecut_jax.training.report import shortcut_names
+from sparsecut_jax.training.report import source_names
 from sparsecut_jax.types import Batch, Exit, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
@@ -22,10 +22,10 @@ RECENT = 20  # steps over which the displayed speed is averaged
 class StepLog:
     """Checks the metrics of every step, and prints and writes those of every `log_every`-th."""
 
-    def __init__(self, cfg, stage, plan, writer, compilations, progress):
+    def __init__(self, cfg, stage, wiring, writer, compilations, progress):
         self.cfg, self.stage, self.span = cfg, stage, stage.span
         self.writer, self.compilations, self.progress = writer, compilations, progress
-        self.names = shortcut_names(plan)
+        self.names = source_names(wiring)
         self.now, self.supervised = time.monotonic(), stage.supervised
         self.tokens, self.flops, self.waited, self.seconds = 0, 0.0, 0.0, []  # since the last line of metrics.jsonl
         self.compiled: set[tuple[int, ...]] = set()  # batch shapes for which the step is compiled

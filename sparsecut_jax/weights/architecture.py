@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from sparsecut_jax import checks
-from sparsecut_jax.settings import RopeConfig, VisionConfig
+from sparsecut_jax.models import ways
+from sparsecut_jax.models.rules import LLAVA_OFFICIAL
+from sparsecut_jax.settings import RopeConfig, ShortcutConfig, VisionConfig
 from sparsecut_jax.types import UserError
 
 TOWER_TYPES = {
@@ -29,7 +33,6 @@ ACTIVATIONS = {
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ROPE_NAMES = {"original_length": "original_max_position_embeddings"}
-OFFICIAL_FUSIONS = {"cross_mlp": "channel", "cross_attention": "cross_attention", "mlp2x_gelu": "mlp"}
 PIXELS = {"siglip": HALF, "siglip2": HALF, "dinov2": IMAGENET}  # mean and std if there is no preprocessor_config.json
 
 
@@ -160,10 +163,7 @@ def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, 
     groups: dict[str, dict[str, Any]] = {}
     if "mm_projector_type" in config:
         kind = config["mm_projector_type"]
-        if not isinstance(kind, str) or kind not in OFFICIAL_FUSIONS:
-            known = ", ".join(OFFICIAL_FUSIONS)
-            raise UserError(f"{file}: mm_projector_type {kind!r} is not supported; supported are {known}")
-        groups["fusion"] = {"name": OFFICIAL_FUSIONS[kind]}
+        groups["fusion"] = {"name": _known(kind, official_fusions(), file, "mm_projector_type")}
     if "mm_vision_select_layer" in config:
         groups["vision"] = {"select_layer": config["mm_vision_select_layer"]}
     if "vit_levels" in config and "llm_layers" in config:
@@ -179,8 +179,13 @@ def official_settings(config: dict[str, Any], file: str) -> dict[str, dict[str, 
     return groups
 
 
+def official_fusions() -> dict[str, str]:
+    """{`mm_projector_type` in official files: the way of fusing}."""
+    return {way.OFFICIAL: name for name, way in ways.FUSING.items() if hasattr(way, "OFFICIAL")}
+
+
 def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict[str, dict[str, Any]]:
-    """Fusion and shortcuts of a whole model: `mlp` and none for LLaVA, those in config.json for ours.
+    """Fusion and shortcuts of a whole model: LLaVA's and none for LLaVA, those in config.json for ours.
 
     class_token: whether the tower has a class token, the only one that the LLM does not get.
     """
@@ -198,7 +203,7 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
             )
         none = {"density": "none", "vit_levels": (), "llm_layers": (), "feature_order_reverse": False}
         return {
-            "fusion": {"name": "mlp", "shared": True},
+            "fusion": {"name": official_fusions()[LLAVA_OFFICIAL], "shared": True},
             "shortcuts": none,
             "vision": {"select_layer": select},
         }
@@ -209,21 +214,36 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
         )
     try:
         fusion, shortcuts = config["fusion"], config["shortcuts"]
+        name = _known(fusion["name"], {way: way for way in ways.FUSING}, file, "fusion")
+        common = {"name": name, "shared": fusion["shared"], "grid": fusion.get("grid", (2, 2))}
+        own = {name: fusion[name]} if name in fusion else {}
         levels, layers = tuple(shortcuts["vit_levels"]), tuple(shortcuts["llm_layers"])
+        wired = {"density": "explicit" if levels else "none", "feature_order_reverse": False}
+        wired |= {
+            field.name: shortcuts[field.name] for field in dataclasses.fields(ShortcutConfig) if field.name in shortcuts
+        }
         return {
-            "fusion": {"name": fusion["name"], "shared": fusion["shared"], "grid": fusion.get("grid", (2, 2))},
-            "shortcuts": {
-                "density": "explicit" if levels else "none",
-                "vit_levels": levels,
-                "llm_layers": layers,
-                "position": shortcuts["position"],
-                "feature_order_reverse": False,
-            },
+            "fusion": common | _settings_of_ways(own, ways.FUSING, file, "fusion"),
+            "injecting": _settings_of_ways(config.get("injecting", {}), ways.INJECTING, file, "injecting"),
+            "shortcuts": wired | {"vit_levels": levels, "llm_layers": layers, "position": shortcuts["position"]},
             "vision": {"select_layer": select},
             "data": {"image_fit": config["image_fit"]},
         }
     except (KeyError, TypeError) as error:
         raise UserError(f"{file}: 'fusion' or 'shortcuts' is not as convert to-hf writes it: {error!r}") from error
+
+
+def _settings_of_ways(
+    groups: dict[str, dict[str, Any]], known: Mapping[str, ModuleType], file: str, what: str
+) -> dict[str, dict[str, Any]]:
+    """{way: its own settings} as `convert to-hf` writes them. Raises UserError for an unknown way or setting."""
+    for way, values in groups.items():
+        _known(way, {name: name for name in known}, file, what)
+        kind = getattr(known[way], "Settings", None)
+        names = [field.name for field in dataclasses.fields(kind)] if kind else []
+        for name in values:
+            _need(name in names, file, f"{what}.{way}.{name} is not a setting; known are {', '.join(names) or 'none'}")
+    return groups
 
 
 def refuse_remote_code(config: dict[str, Any], file: str) -> None:

@@ -15,7 +15,8 @@ from flax import traverse_util
 
 from sparsecut_jax import checks, effects
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.settings import Config
+from sparsecut_jax.config import Config
+from sparsecut_jax.models import ways
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights.architecture import llm_settings, official_settings, vision_settings, whole_settings
 from sparsecut_jax.weights.pretrained import PARTS, WeightSource, open_sources
@@ -26,10 +27,10 @@ OF_WEIGHTS = {
                "pre_norm", "layer_scale"),
     "llm": ("family", "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "qkv_bias",
             "qk_norm", "tie_embeddings"),
-    "fusion": ("name", "shared", "grid"),
+    "fusion": ("name", "shared"),  # and what the way of fusing names, OF_WEIGHTS
 }  # fmt: skip
 LISTS = ("shortcuts.vit_levels", "shortcuts.llm_layers")
-PLAN = {"shortcuts.density", "shortcuts.count", "shortcuts.distribution", "shortcuts.order", *LISTS}  # one, together
+WIRING = {"shortcuts.density", "shortcuts.count", "shortcuts.distribution", "shortcuts.order", *LISTS}  # one, together
 HINTS = {"vision.image_size": "; config.init.image_size sets another size"}
 
 
@@ -75,7 +76,7 @@ def differences(cfg: Config, sources: dict[str, WeightSource]) -> list[str]:
     """
     lines, replaced, default = [], {}, Config()
     by_key = {claim.key: claim for claim in claims(cfg, sources)}
-    plan = [key for key in sorted(PLAN & set(cfg.init.keep)) if key not in by_key and "shortcuts.density" in by_key]
+    given = [key for key in sorted(WIRING & set(cfg.init.keep)) if key not in by_key and "shortcuts.density" in by_key]
     for claim in by_key.values():
         if not _differs(claim, cfg):
             continue
@@ -85,7 +86,7 @@ def differences(cfg: Config, sources: dict[str, WeightSource]) -> list[str]:
                 lines.append(f"kept       config.{claim.key}={value!r} as given; {claim.file} says {claim.value!r}")
         elif _value(cfg, claim.key) != _value(default, claim.key):
             replaced.setdefault(claim.file, []).append(f"{claim.key}={claim.value!r}, not {_value(cfg, claim.key)!r}")
-    for key in plan:
+    for key in given:
         file = by_key["shortcuts.density"].file
         lines.append(f"kept       config.{key}={_value(cfg, key)!r} as given; {file} has a plan of its own")
     return lines + [f"replaced   by {file}: {'; '.join(texts)}" for file, texts in replaced.items()]
@@ -136,19 +137,17 @@ def claims(cfg: Config, sources: dict[str, WeightSource]) -> list[Claim]:
 def _wins(key: str, cfg: Config) -> bool:
     """Whether the config's value overrides any file.
 
-    A shortcut plan is a unit: if any part of it is given, all of it comes from the config, except that empty explicit
+    The wiring of shortcuts is a unit: if any part of it is given, all of it comes from the config, except that empty explicit
     lists come from the file.
     """
-    if key in PLAN and not PLAN.isdisjoint(cfg.init.keep):
+    if key in WIRING and not WIRING.isdisjoint(cfg.init.keep):
         return not (key in LISTS and cfg.shortcuts.density == "explicit" and not _value(cfg, key))
     return key in cfg.init.keep and not (key == "llm.vocab_size" and not cfg.llm.vocab_size)
 
 
 def _of_weights(key: str, fusion: str) -> bool:
-    if key == "fusion.grid" and fusion != "channel":  # only `channel` joins the crops' channels
-        return False
     group, _, name = key.partition(".")
-    return name in OF_WEIGHTS.get(group, ())
+    return name in OF_WEIGHTS.get(group, ()) or key in getattr(ways.FUSING[fusion], "OF_WEIGHTS", ())
 
 
 def _value(cfg: Config, key: str) -> Any:

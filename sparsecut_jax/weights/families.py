@@ -6,9 +6,20 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable
 
-from sparsecut_jax.models.rules import HEADS_BIAS, HEADS_IN, HEADS_OUT, LINEAR, LLAVA, Rule, attention, linear, norm
+from sparsecut_jax.models import ways
+from sparsecut_jax.models.rules import (
+    HEADS_BIAS,
+    HEADS_IN,
+    HEADS_OUT,
+    LINEAR,
+    LLAVA,
+    Rule,
+    Tables,
+    attention,
+    linear,
+    norm,
+)
 from sparsecut_jax.settings import Config
-from sparsecut_jax.weights.fusions import FUSIONS
 
 PATCHES = "o i y x -> (y x i) o"
 _BLOCK, _CLIP = "vision/blocks", "encoder.layers.{i}"
@@ -95,9 +106,8 @@ def part_and_name(name: str) -> tuple[str | None, str]:
             rest = name[match.end() :]
             return part, f"model.{rest}" if match[0] == "model.language_model." else rest
     rest = name.removeprefix("model.")
-    if rest.startswith(
-        tuple(f"{prefix}." for prefix in (AS_IT_IS, *(p for tables in FUSIONS.values() for p in tables)))
-    ):
+    prefixes = [AS_IT_IS, *(prefix for way in ways.FUSING for prefix in tables_of(way))]
+    if rest.startswith(tuple(f"{prefix}." for prefix in prefixes)):
         return "fusion", re.sub(r"^mm_projector\.mlp\.", "mm_projector.", rest)
     return None, name
 
@@ -116,9 +126,14 @@ def rules_of(part: str, cfg: Config, paths: Iterable[str] = (), names: Collectio
     return LLMS[cfg.llm.family] if part == "llm" else fusion_rules(cfg, paths, names)
 
 
+def tables_of(way: str) -> Tables:
+    """The tables of a way of fusing; {} if it has none."""
+    return getattr(ways.FUSING[way], "RULES", {})
+
+
 def fusion_rules(cfg: Config, paths: Iterable[str], names: Collection[str] = ()) -> list[Rule]:
     """The rules of a fusion's parameters, by its table for the file, or for writing by LLAVA, or else its first."""
-    tables = FUSIONS[cfg.fusion.name]
+    tables = tables_of(cfg.fusion.name)
     ours = LLAVA if LLAVA in tables else next(iter(tables), "")
     prefix = next((p for p in tables if any(name.startswith(f"{p}.") for name in names)), ours)
     # With a set of weights per level ours have the level in their names; a foreign file's only set serves all of them.

@@ -1,0 +1,23 @@
+"""Trains a small model with any way of fusing on Scenes, all on the same data, steps and seed.
+
+    python -m sparsecut_jax.train --config=configs/fusion.py:way=deepstack
+    python -m sparsecut_jax.train --config=configs/fusion.py:way=dense,smoke
+    python -m sparsecut_jax.train --config=configs/fusion.py:way=dense --config.fusion.dense.kind=sci
+
+`way` is the name of a file in sparsecut_jax/models/fusing; --help=config.fusion lists the settings of each.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import scenes
+from sparsecut_jax.config import variant_arguments
+from sparsecut_jax.models.ways import FUSING
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    ways = ("channel", *(name for name in FUSING if name != "channel"))
+    args = variant_arguments(arguments, way=ways, smoke=False)
+    config = scenes.get_config("smoke" if args.smoke else "")
+    config.fusion.name = args.way
+    config.workdir += f"_{args.way}"
+    return config

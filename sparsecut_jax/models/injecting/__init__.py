@@ -1,0 +1,1 @@
+"""Ways of injecting, one file each; see models/interfaces.py."""

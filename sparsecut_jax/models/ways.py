@@ -1,0 +1,84 @@
+"""Every way of fusing and of injecting, found by its file name, and what a config asks of them.
+
+A file in models/fusing/ or models/injecting/ is a way by being there. What it must have says models/interfaces.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Literal
+
+from sparsecut_jax import settings
+from sparsecut_jax.models import fusing, injecting
+from sparsecut_jax.models.interfaces import Wiring
+from sparsecut_jax.settings import Config, setting
+
+
+def _ways_in(package: ModuleType) -> dict[str, ModuleType]:
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+
+
+FUSING = _ways_in(fusing)
+INJECTING = _ways_in(injecting)
+
+
+def own_settings(group: Any, name: str, ways: Mapping[str, ModuleType]) -> Any:
+    """The settings of way `name` alone, from `config.fusion` or `config.injecting`; None if it has none."""
+    kind = getattr(ways[name], "Settings", None)
+    return None if kind is None else getattr(group, name, kind())
+
+
+def wiring_of(cfg: Config) -> Wiring:
+    """What the config's way of fusing reads and where that goes. Raises UserError if it is impossible."""
+    return _wired(cfg.vision, cfg.fusion, cfg.injecting, cfg.shortcuts, cfg.llm)
+
+
+@functools.lru_cache(maxsize=64)
+def _wired(*groups: Any) -> Wiring:
+    cfg = Config(**dict(zip(("vision", "fusion", "injecting", "shortcuts", "llm"), groups, strict=True)))
+    return FUSING[cfg.fusion.name].wiring(own_settings(cfg.fusion, cfg.fusion.name, FUSING), cfg)
+
+
+def views(cfg: Config) -> int:
+    """Views of an image that are read (V): the low-res one and the crops."""
+    return view_count(wiring_of(cfg))
+
+
+def view_count(wiring: Wiring) -> int:
+    """Views of an image that a way reads (V)."""
+    return 1 + math.prod(wiring.grid) if wiring.grid else 1
+
+
+def positions(cfg: Config) -> int:
+    """Positions of an image in the LLM (S)."""
+    return wiring_of(cfg).positions
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError for settings with which the config's way of fusing can never work."""
+    way = FUSING[cfg.fusion.name]
+    if hasattr(way, "check"):
+        way.check(own_settings(cfg.fusion, cfg.fusion.name, FUSING), cfg)
+
+
+# --- the settings of all ways, for config.py ---
+
+
+def _with_ways(base: type, ways: Mapping[str, ModuleType], fields: list[tuple], name: str) -> type:
+    """`base` with a group of settings for every way that has Settings of its own."""
+    groups = {way: module.Settings for way, module in ways.items() if hasattr(module, "Settings")}
+    fields = [*fields, *((way, kind, dataclasses.field(default=kind())) for way, kind in groups.items())]
+    namespace = {"__module__": __name__, "__doc__": base.__doc__}
+    return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, namespace=namespace)
+
+
+_NAME = setting("channel", "Way of fusing; mlp (LLaVA-1.5's projector) reads the low-res view alone.")
+FusionConfig = _with_ways(settings.FusionConfig, FUSING, [("name", Literal[tuple(FUSING)], _NAME)], "FusionConfig")
+InjectingConfig = _with_ways(settings.InjectingConfig, INJECTING, [], "InjectingConfig")
