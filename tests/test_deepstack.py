@@ -8,7 +8,7 @@ import reference
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.ways import wiring_of
 from sparsecut_jax.types import UserError
-from tiny import IMAGE, Tiny, make_batch, params_of, tiny_config
+from tiny import Tiny, change_with_the_images, params_of, tiny_config
 
 
 def group_of(crops, grid, sampling, group):
@@ -59,7 +59,11 @@ def test_a_layer_that_does_not_exist():
 def test_in_the_whole_model():
     """A row with an image changes with it, a text-only row does not."""
     model = Tiny.build(fusion=dict(name="deepstack"))
-    batch = make_batch([[1, 5, IMAGE, 7, 8], [1, 20, 21]])
-    other = batch.replace(views=255 - batch.views)
-    changed = np.abs(model(batch) - model(other)).max((1, 2))
+    changed = change_with_the_images(model)
     assert changed[0] > 1e-3 and changed[1] == 0
+
+
+def test_settings_of_shortcuts_do_not_matter():
+    """Not even those that are impossible: eight levels of a tower of five blocks, in reverse."""
+    other = dict(count=8, feature_order_reverse=True)
+    assert wiring_of(tiny_config(fusion=dict(name="deepstack"), shortcuts=other)).levels == (3,)

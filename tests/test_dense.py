@@ -8,7 +8,7 @@ import reference
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.ways import wiring_of
 from sparsecut_jax.types import UserError
-from tiny import IMAGE, Tiny, make_batch, params_of, tiny_config
+from tiny import Tiny, change_with_the_images, params_of, tiny_config
 
 
 def config_of(kind, depth=5, **groups):
@@ -63,7 +63,5 @@ def test_tokens_that_cannot_be_averaged():
 def test_the_embeddings_are_a_level():
     """`dci` reads the input of the first block; a row without an image does not change with it."""
     model = Tiny.build(fusion=dict(name="dense"))
-    batch = make_batch([[1, 5, IMAGE, 7, 8], [1, 20, 21]])
-    other = batch.replace(views=255 - batch.views)
-    changed = np.abs(model(batch) - model(other)).max((1, 2))
+    changed = change_with_the_images(model)
     assert changed[0] > 1e-3 and changed[1] == 0

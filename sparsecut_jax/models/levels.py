@@ -10,7 +10,7 @@ from flax import linen as nn
 from sparsecut_jax.models.interfaces import Fused, Seen, Wiring
 from sparsecut_jax.models.layers import ACTIVATIONS, Linear
 from sparsecut_jax.models.remat import rematted
-from sparsecut_jax.models.shortcuts import Shortcuts, wire_shortcuts
+from sparsecut_jax.models.shortcuts import Shortcuts, block_of, depths_text, wire_shortcuts
 from sparsecut_jax.settings import Config, FusionConfig
 
 gelu = ACTIVATIONS["gelu"]  # the exact one
@@ -23,7 +23,8 @@ def patches(cfg: Config) -> int:
 
 def main_level(cfg: Config) -> int:
     """Block whose output is the main feature (`vision.select_layer`). Raises UserError if there is none."""
-    return wire_shortcuts(cfg.shortcuts, cfg.vision.layers, cfg.llm.layers, cfg.vision.select_layer).main_level
+    depth = cfg.vision.layers
+    return block_of(cfg.vision.select_layer, depth, depths_text(depth, cfg.llm.layers))
 
 
 def shortcut_wiring(cfg: Config, grid: tuple[int, ...] | None) -> Wiring:

@@ -49,6 +49,21 @@ def evenly(count: int, n: int) -> list[int]:
     return [int(i) for i in np.floor(np.linspace(0, n - 1, count) + 0.5)]
 
 
+def depths_text(vit_depth: int, llm_depth: int) -> str:
+    """What the errors say of the depths."""
+    return f"the vision tower has {vit_depth} blocks (0 to {vit_depth - 1}) and the LLM {llm_depth} layers (0 to {llm_depth - 1})"
+
+
+def block_of(select_layer: int, vit_depth: int, depths: str) -> int:
+    """The block whose output is HF's `hidden_states[select_layer]`. Raises UserError, with `depths`, if there is none."""
+    block = select_layer - 1 if select_layer > 0 else vit_depth + select_layer
+    if select_layer == 0 or not 0 <= block < vit_depth:
+        raise UserError(
+            f"vision.select_layer={select_layer} is no block's output: {depths}; expected -{vit_depth} to -1 or 1 to {vit_depth}"
+        )
+    return block
+
+
 def wire_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_layer: int = -2) -> Shortcuts:
     """Shortcuts from a tower of `vit_depth` blocks to an LLM of `llm_depth` layers.
 
@@ -59,7 +74,7 @@ def wire_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
       UserError: a level or layer that does not exist, a pair twice, lists of unequal length, more levels than
         layers; the sentence names both depths and the pair.
     """
-    depths = f"the vision tower has {vit_depth} blocks (0 to {vit_depth - 1}) and the LLM {llm_depth} layers (0 to {llm_depth - 1})"
+    depths = depths_text(vit_depth, llm_depth)
     levels, layers = _lists(cfg, vit_depth, llm_depth, depths)
     if cfg.feature_order_reverse:
         levels = [vit_depth - 1 - level for level in levels]
@@ -69,13 +84,9 @@ def wire_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
             raise UserError(f"shortcut (vit level {level}, llm layer {layer}) can never fire: {depths}")
         if pairs.count((level, layer)) > 1:
             raise UserError(f"shortcut (vit level {level}, llm layer {layer}) is there twice: {depths}")
-    main = select_layer - 1 if select_layer > 0 else vit_depth + select_layer
+    main = block_of(select_layer, vit_depth, depths)
     if cfg.feature_order_reverse:
         main = 0  # the output of the tower's first block, as the released code has it
-    if select_layer == 0 or not 0 <= main < vit_depth:
-        raise UserError(
-            f"vision.select_layer={select_layer} is no block's output: {depths}; expected -{vit_depth} to -1 or 1 to {vit_depth}"
-        )
     return Shortcuts(tuple(sorted(pairs, key=lambda p: (p[1], p[0]))), main, vit_depth, llm_depth, cfg.position)
 
 
