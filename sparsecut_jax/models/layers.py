@@ -109,6 +109,12 @@ class MultiHeadAttention(nn.Module):
         return jnp.einsum("BTQH,QHC->BTC", out, kernel) + weight(self, "out_bias", (width,), ("norm",), zeros, x.dtype)
 
 
+def norm_ratio(added: jax.Array, to: jax.Array) -> jax.Array:
+    """float32[], without gradient: L2 norm of `added` over that of `to`."""
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
+    return norm(added) / jnp.maximum(norm(to), 1e-30)
+
+
 def rotary_table(
     positions: jax.Array,
     head_dim: int,

@@ -26,6 +26,7 @@ from sparsecut_jax.models.layers import (
     Linear,
     RMSNorm,
     fan_in,
+    norm_ratio,
     normal,
     rotary_table,
     rotate,
@@ -191,12 +192,6 @@ class Attention(nn.Module):
         adapter = matrices(self, self.lora, "llm/layers/attention/out", shape, axes, inputs=2)
         y = jnp.einsum("BTQH,QHD->BTD", out, kernel)
         return add_adapter(self, self.lora, out, y, adapter), cache, left
-
-
-def norm_ratio(added: jax.Array, to: jax.Array) -> jax.Array:
-    """float32[]: L2 norm of `added` over that of `to`."""
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
-    return norm(added) / jnp.maximum(norm(to), 1e-30)
 
 
 class Mlp(nn.Module):

@@ -195,33 +195,31 @@ class SparseCut(nn.Module):
         t = tokens.shape[1]
         size = min(chunk or t, t)
 
-        def part(cache: Cache, first: jax.Array | int, size: int, fill: bool) -> tuple[jax.Array, Cache]:
+        def part(model: SparseCut, cache: Cache, first: Any, size: int, fill: bool) -> tuple[jax.Array, Cache]:
             """Reads `size` positions from `first` on; returns [B, D] at `last`, if that is among them, and the cache."""
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
             place = first + jnp.arange(size)
             mask = (place[:, None] >= jnp.arange(t)) & real[:, None, :]
             mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[3] - t)))
             start = None if size == t else jnp.asarray(first, jnp.int32)
-            x = self.embed(cut(tokens), image_start, encoded, start)
-            sources = self.sources(encoded, image_start, real.astype(jnp.int32), start, size)
-            x, cache, _ = self.llm(x, cut(positions), mask, sources, cache, length[:, None], fill)
+            x = model.embed(cut(tokens), image_start, encoded, start)
+            sources = model.sources(encoded, image_start, real.astype(jnp.int32), start, size)
+            x, cache, _ = model.llm(x, cut(positions), mask, sources, cache, length[:, None], fill)
             at = jnp.clip(last - first, 0, size - 1)
             return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0], cache
 
         # The first chunk is the odd one; the others, of equal size, are one compiled loop.
         odd = t - (t - 1) // size * size
-        hidden, cache = part(cache, 0, odd, True)
+        hidden, cache = part(self, cache, 0, odd, True)
 
-        def step(carry: tuple, first: jax.Array) -> tuple:
+        def step(model: SparseCut, carry: tuple, first: jax.Array) -> tuple:
             hidden, cache = carry
-            new, cache = part(cache, first, size, False)
+            new, cache = part(model, cache, first, size, False)
             return (jnp.where((last >= first)[:, None], new, hidden), cache), None
 
         if odd < t:
-            body = lambda model, carry, first: step(carry, first)
-            starts = jnp.arange(odd, t, size)
-            over = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
-            (hidden, cache), _ = over(self, (hidden, cache), starts)
+            over = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+            (hidden, cache), _ = over(self, (hidden, cache), jnp.arange(odd, t, size))
         return self.llm.logits(hidden[:, None])[:, 0], cache
 
     def decode(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsecut_jax.models.interfaces import Here
+from sparsecut_jax.models.layers import norm_ratio
 from sparsecut_jax.models.slots import read_slots, write_slots
 from sparsecut_jax.types import EMPTY_SLOT
 
@@ -37,12 +38,6 @@ def add(hidden: jax.Array, here: Here) -> tuple[jax.Array, jax.Array]:
     for place in range(here.rows.shape[0]):
         source = here.source(place)
         stood = read_slots(jax.lax.stop_gradient(hidden), here.image_start, source.shape[-2])
-        added = jnp.where(filled, jax.lax.stop_gradient(source), 0)
-        ratios.append(norm(added) / jnp.maximum(norm(stood), 1e-30))
+        ratios.append(norm_ratio(jnp.where(filled, jax.lax.stop_gradient(source), 0), stood))
         hidden = write_slots(hidden, source, here.image_start, add=True)
     return hidden, jnp.stack(ratios)
-
-
-def norm(x: jax.Array) -> jax.Array:
-    """L2 norm in float32."""
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
