@@ -137,8 +137,6 @@ def empty_batch(spec: Batch) -> Batch:
     """A batch of numpy arrays in the shapes of `spec`: padding alone, without images or questions."""
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
     batch.image_start.fill(EMPTY_SLOT)
-    for tokens in batch.extras.values():
-        tokens.fill(NO_TOKEN)
     for question in batch.extras.values():
         question.fill(NO_TOKEN)
     return batch

@@ -27,7 +27,7 @@ REASON = 1024  # bytes of an error about a broken row that other processes get
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class Asked:
     """A question of a row; `place` is the row's index among those encoded together."""
 
     place: int
@@ -68,7 +68,7 @@ def references(row: dict[str, Any], gpt: dict[str, Any]) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts)
 
 
-def questions(rows: dict[int, dict[str, Any]], engine: Engine) -> list[Question]:
+def questions(rows: dict[int, dict[str, Any]], engine: Engine) -> list[Asked]:
     """The prompts of all questions of some rows, each on its own. `rows`: by their index among those encoded together."""
     asked = []
     for place, row in rows.items():
@@ -77,7 +77,7 @@ def questions(rows: dict[int, dict[str, Any]], engine: Engine) -> list[Question]
             shared = row.get("independent")  # images come before all questions, otherwise where this one has them
             said, images = (text, len(images_of(row))) if shared else (human["value"], human["value"].count(IMAGE))
             prompt, others = engine.prompt(said, images, row.get("system", "")), references(row, gpt)
-            asked.append(Question(place, text, gpt["value"].strip(), others, gpt.get("kind", ""), prompt))
+            asked.append(Asked(place, text, gpt["value"].strip(), others, gpt.get("kind", ""), prompt))
     return asked
 
 

@@ -20,7 +20,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from sparsecut_jax.models.attention import Packed, attention
-from sparsecut_jax.models.interfaces import Here, Sources, Wiring
+from sparsecut_jax.models.injection import Injection
+from sparsecut_jax.models.interfaces import Sources, Wiring
 from sparsecut_jax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -35,7 +36,6 @@ from sparsecut_jax.models.layers import (
 )
 from sparsecut_jax.models.lora import add_adapter, matrices, narrow
 from sparsecut_jax.models.remat import LAYER_INPUT, rematted
-from sparsecut_jax.models.ways import INJECTING, own_settings
 from sparsecut_jax.runtime.sharding import constrain, constrain_weight, ways
 from sparsecut_jax.settings import InjectingConfig, LLMConfig, LoraConfig
 
@@ -79,54 +79,6 @@ class Context:
     sources: Sources | None = None
     start: jax.Array | None = None
     fill: bool = flax.struct.field(pytree_node=False, default=True)
-
-
-class Injection:
-    """A way of injecting, in one layer: which of its functions act, and on what.
-
-    Attributes:
-      way: module in models/injecting; settings: its own.
-      here: the sources in this layer.
-      site: int32[], the layer's number among those that have sources, -1 for the others.
-    """
-
-    def __init__(self, wiring: Wiring, config: InjectingConfig, sources: Sources, index: jax.Array, route: jax.Array):
-        self.way = INJECTING[wiring.injecting]
-        self.settings = own_settings(config, wiring.injecting, INJECTING)
-        self.site = jnp.asarray(wiring.sites)[index] if sources.weights else None
-        row = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(self.site, 0), keepdims=False)
-        weights = {name: row(x) for name, x in sources.weights.items()}
-        self.here = Here(
-            sources.bank,
-            route,
-            sources.image_start,
-            sources.own,
-            sources.after,
-            weights,
-            sources.first,
-            wiring.position,
-        )
-
-    def at(self, where: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """x after the way's function "before" or "after", and its ratios; x itself if it has none."""
-        function = getattr(self.way, where, None)
-        return (x, None) if function is None else function(self.settings, x, self.here)
-
-    def attends(self) -> bool:
-        return hasattr(self.way, "attend")
-
-    def attend(self, q: jax.Array, kv: Callable, cache: Cache | None, fill: bool) -> tuple[jax.Array, Any]:
-        """What is added to attention's output, [B, T, Q, H], and the layer's memory.
-
-        Layers without sources compute it too and get zeros: one body serves all layers.
-        """
-        if fill:
-            memory = self.way.memory(self.settings, kv, self.here)
-        else:
-            site = jnp.maximum(self.site, 0)
-            memory = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, site, keepdims=False), cache.sources)
-        out = self.way.attend(self.settings, q, memory, self.here)
-        return jnp.where(self.site >= 0, out, 0), memory
 
 
 class Attention(nn.Module):
@@ -184,7 +136,12 @@ class Attention(nn.Module):
             k, v = each(k), each(v)
         out, left = attention(q, k, v, sight, window, self.backend), {}
         if injection is not None and injection.attends():
-            added, memory = injection.attend(q, lambda x: (k_norm(to_k(x)), to_v(x)), cache, context.fill)
+            memory = (
+                injection.memory(lambda x: (k_norm(to_k(x)), to_v(x)))
+                if context.fill
+                else injection.stored(cache.sources)
+            )
+            added = injection.attend(q, memory)
             left = {"ratio": norm_ratio(added, out), "memory": memory}
             out += added.astype(out.dtype)
         shape, axes = (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
