@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config, StageConfig
+from sparsecut_jax.tasks import registry
 from sparsecut_jax.types import UserError
 
 MOST_THREADS = 256  # each prefetches its own batches
@@ -161,6 +162,7 @@ def check_values(cfg: Config) -> None:
         )
     for name, stage in cfg.stages.items():
         _check_stage(name, stage, need)
+    registry.check(cfg)
     _check_data(cfg, need)
     init = cfg.init
     _check_regexes("config.init.fresh", init.fresh)

@@ -15,9 +15,9 @@ from absl import flags
 
 from sparsecut_jax.commandline import cli
 from sparsecut_jax.evaluation import comparison, comparison_page
-from sparsecut_jax.evaluation.scores import SCORES
 from sparsecut_jax.runtime.folders import make_folder, print_files, write_json
 from sparsecut_jax.runtime.tables import table
+from sparsecut_jax.tasks.answers import SCORES
 from sparsecut_jax.types import UserError
 
 FLAGS = flags.FLAGS

@@ -18,14 +18,16 @@ from ml_collections import ConfigDict
 from sparsecut_jax import effects, settings
 from sparsecut_jax.checks import check_values, nearest
 from sparsecut_jax.models import ways
+from sparsecut_jax.tasks import registry
 from sparsecut_jax.types import UserError
 
-# The settings of a whole run, with those that each way of fusing and injecting has for itself.
+# The settings of a whole run, with those that each way of fusing, way of injecting and task has for itself.
 Config = dataclasses.make_dataclass(
     "Config",
     [
         ("fusion", ways.FusionConfig, dataclasses.field(default=ways.FusionConfig())),
         ("injecting", ways.InjectingConfig, dataclasses.field(default=ways.InjectingConfig())),
+        ("task", registry.TaskConfig, dataclasses.field(default=registry.TaskConfig())),
     ],
     bases=(settings.Config,),
     frozen=True,

@@ -16,6 +16,7 @@ from typing import Any
 from sparsecut_jax.checks import ROPE_FIELDS
 from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config, ShortcutConfig
+from sparsecut_jax.tasks import registry
 from sparsecut_jax.types import UserError
 
 
@@ -45,7 +46,7 @@ PAIRS = {
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
-    """Settings of a way that has none."""
+    """Settings of a way or a task that has none."""
 
 
 DRAWN = ("easy_vqa", "scenes")  # sources with their own images
@@ -87,6 +88,10 @@ def _other_injection(name: str) -> Callable[[Config, Any], str]:
         return f"with config.fusion.name={cfg.fusion.name!r}, which injects by {used!r}" * (used != name)
 
     return why
+
+
+def _other_task(name: str) -> Callable[[Config, Any], str]:
+    return lambda cfg, _: f"with config.task.name={cfg.task.name!r}" * (cfg.task.name != name)
 
 
 def _lists(cfg: Config, _: Any) -> str:
@@ -200,6 +205,11 @@ RULES = (
         Rule((f"injecting.{name}.{field.name}",), _other_injection(name), ("fusion.name",))
         for name, way in ways.INJECTING.items()
         for field in dataclasses.fields(getattr(way, "Settings", Nothing))
+    ),
+    *(
+        Rule((f"task.{name}.{field.name}",), _other_task(name), ("task.name",))
+        for name, task in registry.TASKS.items()
+        for field in dataclasses.fields(getattr(task, "Settings", Nothing))
     ),
     Rule(("vision.select_layer",), _main_feature, ("shortcuts.feature_order_reverse",)),
     Rule(("llm.sliding_from",), _window, ("llm.sliding_window", "llm.layers")),

@@ -75,6 +75,13 @@ class InjectingConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What the model is trained for and tested on."""
+
+    name: str = setting("answers", "Task: the name of a file in tasks.")
+
+
+@dataclass(frozen=True)
 class ShortcutConfig:
     """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
 
@@ -385,6 +392,7 @@ class Config:
     shortcuts: ShortcutConfig = ShortcutConfig()
     llm: LLMConfig = LLMConfig()
     lora: LoraConfig = LoraConfig()
+    task: TaskConfig = TaskConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

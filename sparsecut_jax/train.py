@@ -22,7 +22,7 @@ import jax
 
 from sparsecut_jax.commandline import cli
 from sparsecut_jax.data import pipeline, sources
-from sparsecut_jax.evaluation import vqa
+from sparsecut_jax.evaluation import testing
 from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.planning import flops, hardware
@@ -185,7 +185,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     if hosts.first():
         update_results(cfg.workdir, step, results)
     rows = [*data.source.tests.values(), *data.source.train.values()]
-    print_written(cfg.workdir, results["seconds"], *vqa.example(rows))
+    print_written(cfg.workdir, results["seconds"], *testing.example(rows))
     return results
 
 

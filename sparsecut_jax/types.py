@@ -11,6 +11,8 @@ Q  attention heads, G KV heads, H width of a head, F hidden width of an MLP, W w
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -18,7 +20,7 @@ import jax
 import numpy as np
 
 EMPTY_SLOT = -1
-NO_TOKEN = -1  # in the tokens of a question
+NO_TOKEN = -1  # in the tokens of a question, and wherever else an integer of `Batch.extras` says nothing
 
 
 class UserError(Exception):
@@ -71,6 +73,22 @@ class BadSample(UserError):
         return type(self), (self.cause, str(self))
 
 
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """An array of a batch that a way of fusing or a task reads: [B, P, ...].
+
+    The texts of a row fill it with items in their order. What no item fills is NO_TOKEN in an array of signed integers, else 0.
+
+    Attributes:
+      shape, dtype: of an item, which may also be smaller.
+      room: items of a row (P); 0: one for each image slot.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    room: int = 0
+
+
 @flax.struct.dataclass
 class Batch:
     """One batch. Here, two questions about one image share its encoding without seeing each other:
@@ -94,7 +112,7 @@ class Batch:
     positions: jax.Array  # rotary positions
     views: jax.Array  # pixels of the images
     image_start: jax.Array  # first of an image's positions, EMPTY_SLOT if there is no image
-    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # "question" for ways of fusing that read it
+    extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # what else is read, see `Extra`
     most_segments: int = flax.struct.field(pytree_node=False, default=0)  # maximum per sequence; 0: unknown
 
 
@@ -104,7 +122,7 @@ def batch_spec(
     slots: int,
     image_shape: tuple[int, ...],
     *,
-    question: int = 0,
+    extras: Mapping[str, Extra] | None = None,
     branched: bool = False,
     most_segments: int = 0,
     sharding: jax.sharding.Sharding | None = None,
@@ -114,7 +132,7 @@ def batch_spec(
     Args:
       rows, length, slots: B, T and M.
       image_shape: (V, S, S, 3).
-      question: positions of the question about each image (Tq); 0: questions are not read.
+      extras: {name: what else is read}
       branched: whether any position is outside of branch 0.
       most_segments: see `Batch`.
       sharding: of every array.
@@ -128,17 +146,17 @@ def batch_spec(
         positions=of("int32", length),
         views=of("uint8", slots, *image_shape),
         image_start=of("int32", slots),
-        extras={"question": of("int32", slots, question)} if question else {},
+        extras={name: of(extra.dtype, extra.room or slots, *extra.shape) for name, extra in (extras or {}).items()},
         most_segments=most_segments,
     )
 
 
 def empty_batch(spec: Batch) -> Batch:
-    """A batch of numpy arrays in the shapes of `spec`: padding alone, without images or questions."""
+    """A batch of numpy arrays in the shapes of `spec`: padding alone, without images or items of its extras."""
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
     batch.image_start.fill(EMPTY_SLOT)
-    for question in batch.extras.values():
-        question.fill(NO_TOKEN)
+    for array in batch.extras.values():
+        array.fill(NO_TOKEN if np.issubdtype(array.dtype, np.signedinteger) else 0)
     return batch
 
 
@@ -152,3 +170,53 @@ class TrainState:
     opt_state: Any  # of the parameters that this stage trains
     skipped: jax.Array  # int32[]; updates skipped because loss or gradient was not finite
     streak: jax.Array  # int32[]; consecutive skipped updates up to this step
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedRow:
+    """A row of a test that is asked about.
+
+    Attributes:
+      test: name of the test rows, as results.json has it.
+      name: the row's id, or its number where it has none.
+      place: its index among the rows whose pictures are encoded together.
+      row: in the format of text/conversation.py.
+      images: paths of its images; None for an image that is not a file (TFDS).
+    """
+
+    test: str
+    name: str
+    place: int
+    row: dict[str, Any]
+    images: tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A question of a test, its reference answers and the model's; tasks may add fields.
+
+    Attributes:
+      test: name of the test rows, as results.json has it.
+      row: the row's id, or its number where it has none.
+      images: paths of its images; None for an image that is not a file (TFDS).
+      expected: the answer of the conversation.
+      references: other correct answers, from `answers` of the row.
+      cut: whether the answer was cut at the maximum length.
+      step: step of the checkpoint.
+    """
+
+    test: str
+    row: str
+    kind: str
+    question: str
+    images: tuple[str | None, ...]
+    expected: str
+    references: tuple[str, ...]
+    answer: str
+    cut: bool
+    step: int
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer equals a correct answer exactly."""
+        return self.answer == self.expected or self.answer in self.references

@@ -12,10 +12,11 @@ import numpy as np
 from sparsecut_jax import config
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import flatten, unflatten
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch, empty_batch
 from sparsecut_jax.weights import load, pretrained
 from sparsecut_jax.weights.claims import adopt

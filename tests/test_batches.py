@@ -5,7 +5,7 @@ import numpy as np
 
 from sparsecut_jax.data.batches import collate, image_shape, spec_of
 from sparsecut_jax.text.conversation import Example
-from sparsecut_jax.types import batch_spec, empty_batch
+from sparsecut_jax.types import Extra, batch_spec, empty_batch
 from tiny import tiny_config
 
 
@@ -16,7 +16,9 @@ def shapes(batch) -> dict[str, str]:
 
 
 def test_arrays_of_a_batch():
-    spec = batch_spec(2, 40, 3, image_shape(tiny_config()), question=4, branched=True, most_segments=6)
+    spec = batch_spec(
+        2, 40, 3, image_shape(tiny_config()), extras={"question": Extra((4,), "int32")}, branched=True, most_segments=6
+    )
     expected = {
         "tokens": "int32[2, 40]",
         "loss_mask": "uint8[2, 40]",
@@ -36,14 +38,14 @@ def test_arrays_of_a_batch():
 
 
 def test_an_empty_batch_has_no_image_and_no_question():
-    batch = empty_batch(batch_spec(1, 2, 1, (1, 1, 1, 3), question=2))
+    batch = empty_batch(batch_spec(1, 2, 1, (1, 1, 1, 3), extras={"question": Extra((2,), "int32")}))
     assert (batch.image_start.tolist(), batch.extras["question"].tolist()) == ([[-1]], [[[-1, -1]]])
     assert not any(x.any() for x in (batch.tokens, batch.loss_mask, batch.segments, batch.positions, batch.views))
 
 
 def test_an_abstract_batch_has_a_sharding():
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    spec = batch_spec(1, 2, 1, (1, 1, 1, 3), question=2, sharding=here)
+    spec = batch_spec(1, 2, 1, (1, 1, 1, 3), extras={"question": Extra((2,), "int32")}, sharding=here)
     assert {leaf.sharding for leaf in jax.tree.leaves(spec)} == {here}
 
 
@@ -92,7 +94,9 @@ def test_examples_of_a_sequence_follow_one_another():
 
 def test_the_question_of_each_image_is_padded():
     view = np.zeros((1, 2, 2, 3), np.uint8)
-    example = Example(*(np.zeros(6, np.int32),) * 4, image_start=[1, 4], questions=[[7, 8], []])
-    batch = collate([[(example, [view, view])], []], batch_spec(2, 6, 3, (1, 2, 2, 3), question=3))
+    example = Example(*(np.zeros(6, np.int32),) * 4, image_start=[1, 4], extras={"question": [[7, 8], []]})
+    batch = collate(
+        [[(example, [view, view])], []], batch_spec(2, 6, 3, (1, 2, 2, 3), extras={"question": Extra((3,), "int32")})
+    )
     none = [-1, -1, -1]
     assert batch.extras["question"].tolist() == [[[7, 8, -1], none, none], [none, none, none]]

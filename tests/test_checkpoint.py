@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import Mesh
 
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.checkpoint import METRIC, Checkpoints, NotFinite, check_resumable, open_run
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state as state_lib
 from sparsecut_jax.types import UserError

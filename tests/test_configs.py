@@ -9,10 +9,10 @@ from flax import linen as nn
 
 from configs import llava, siglip_qwen, sparsecut
 from sparsecut_jax.config import check, check_override
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.runtime import backends
 from sparsecut_jax.settings import LoraConfig, StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.training.report import count
 from tiny import refusal
 

@@ -426,7 +426,9 @@ def test_an_image_is_asked_about_by_the_turn_that_shows_it():
     row = {"images": ["a", "b"], "conversations": said("<image>\nred?", "yes", "and <image>?", "no")}
     example = with_questions(encode_row(row, words, template, 2, 100), words, 3)
     assert example.asked == ["red?", "and ?"]
-    assert example.questions == [list(words.encode(text)[:3]) for text in example.asked]
+    assert [ids.tolist() for ids in example.extras["question"]] == [
+        list(words.encode(text)[:3]) for text in example.asked
+    ]
     assert encode_row(row, words, TEMPLATES["plain"], 2, 100).asked == [""]
     short = encode_row(row, words, template, 2, len(example.tokens) - 1)  # the second turn does not fit
     assert short.asked == ["red?"] and len(short.image_start) == 1
@@ -455,7 +457,7 @@ def test_a_row_encoder_takes_one_question_at_a_time():
     encoder = lambda seq_len: RowEncoder(words, "qa", 2, seq_len, question=4)
     first, second, third = (encoder(100)(row, order) for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]))
     assert first.asked == ["red?"] and third.asked == ["x?"] and second.asked[0].startswith("big?")
-    assert len(second.questions[0]) == 4 and not second.branches.any()
+    assert len(second.extras["question"][0]) == 4 and not second.branches.any()
     assert encoder(100).length(row) == (len(second.tokens), 1, False, 0)
     tight = len(first.tokens)
     assert encoder(tight)(row, [1, 0, 2]).asked == ["red?"]

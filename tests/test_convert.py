@@ -13,8 +13,8 @@ from golden_cases import FUSIONS, make_batch, numbers_of, sources_of, spec_of
 from parity_cases import FOLDER
 from runs import each
 from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.models.losses import cross_entropy
 from sparsecut_jax.runs.run import load_run
-from sparsecut_jax.training.losses import cross_entropy
 
 
 def from_hf(name: str, out: Path) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from parity_cases import FOLDER, join, numbers, text_batch
 from sparsecut_jax.exporting import export, tensors, verify
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import flatten
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import sharding
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import encode_prompt
 from sparsecut_jax.text.templates import TEMPLATES

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from golden_cases import CASES, load_case, to_torch
-from sparsecut_jax.training.losses import cross_entropy
+from sparsecut_jax.models.losses import cross_entropy
 
 
 @pytest.fixture(scope="module", params=CASES)

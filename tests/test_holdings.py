@@ -7,10 +7,10 @@ from jax.sharding import PartitionSpec as P
 
 from sparsecut_jax.models.levels import wiring_of_shortcuts
 from sparsecut_jax.models.shortcuts import Shortcuts
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.runtime.tables import size_text
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.holdings import Holding, bytes_of_one, group_of, holdings, split_axes

@@ -8,7 +8,7 @@ from runs import ROOT
 
 # From the ground up. A package or module imports only those before it, and its own.
 FLOORS = (
-    "types", "settings", "runtime", "text", "models", "checks", "effects", "config", "data", "weights", "runs",
+    "types", "settings", "runtime", "text", "models", "tasks", "checks", "effects", "config", "data", "weights", "runs",
     "inference", "training", "exporting", "evaluation", "planning", "benchmarking", "commandline", "api",
 )  # fmt: skip
 FOLDER = ROOT / "sparsecut_jax"

@@ -15,9 +15,9 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from parity_cases import FOLDER, join
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params, init_params, initial_params
 from sparsecut_jax.runtime import sharding
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import load, pretrained
 

@@ -23,13 +23,13 @@ from sparsecut_jax.exporting import adapter, export
 from sparsecut_jax.models import lora as lora_lib
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.parameters import split
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints
 from sparsecut_jax.runs.origin import Origin
 from sparsecut_jax.runs.parameters import abstract_params, example_batch
 from sparsecut_jax.runs.run import Run, load_run
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import InitConfig, LoraConfig, StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.train import train
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import report

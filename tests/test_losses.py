@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsecut_jax.models import losses
+from sparsecut_jax.models.losses import chunked_cross_entropy, cross_entropy
 from sparsecut_jax.runtime import sharding
-from sparsecut_jax.training import losses
-from sparsecut_jax.training.losses import chunked_cross_entropy, cross_entropy
 from tiny import make_batch
 
 

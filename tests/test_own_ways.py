@@ -78,7 +78,7 @@ import jax, numpy as np
 from parity_cases import join
 from sparsecut_jax.exporting import adapter, export, verify
 from sparsecut_jax.models.parameters import flatten
-from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.types import UserError

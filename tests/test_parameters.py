@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from sparsecut_jax.models.layers import ones, weight
 from sparsecut_jax.models.parameters import is_matrix, join, matrices, split
-from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import UserError
 from tiny import matrices_of, tiny_config
 

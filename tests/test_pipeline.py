@@ -23,11 +23,11 @@ from sparsecut_jax.data.parts import Folder, Part, Split
 from sparsecut_jax.data.pipeline import Images, Reader, fixed_batches, train_batches
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.models import ways
+from sparsecut_jax.models.losses import cross_entropy
 from sparsecut_jax.settings import DataConfig, FusionConfig, StageConfig, VisionConfig
 from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import Example, encode_row
 from sparsecut_jax.text.templates import get_template
-from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.types import Batch, batch_spec
 
 ROWS = 10

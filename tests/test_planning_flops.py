@@ -8,11 +8,11 @@ from flax import linen as nn
 from sparsecut_jax import config
 from sparsecut_jax.models.layers import fan_in, weight, zeros
 from sparsecut_jax.models.llm import Mlp
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import flops
 from sparsecut_jax.planning.compiling import abstract_batch, lower_step
 from sparsecut_jax.planning.memory import Parameters
 from sparsecut_jax.runtime.sharding import make_mesh
+from sparsecut_jax.tasks.registry import build_model
 
 NAME = "instruct"
 

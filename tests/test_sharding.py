@@ -18,10 +18,10 @@ from configs import siglip_qwen, sparsecut
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models.parameters import split
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
 from sparsecut_jax.training.step import make_gradients, make_train_step

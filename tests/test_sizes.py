@@ -5,8 +5,8 @@ import pytest
 from flax import linen as nn
 
 from sparsecut_jax import config
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import boxed_shapes
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.weights.architecture import llm_settings, vision_settings
 
 # config.json of openai/clip-vit-large-patch14-336 and lmsys/vicuna-{7,13}b-v1.5, as far as sizes go.

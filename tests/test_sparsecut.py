@@ -10,7 +10,7 @@ import pytest
 import reference
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.llm import empty_cache
-from sparsecut_jax.models.sparsecut import build_model
+from sparsecut_jax.tasks.registry import build_model
 from tiny import IMAGE, LONGROPE, PLAN, N, Tiny, make_batch, params_of, tiny_config
 
 ROWS = [

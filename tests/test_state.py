@@ -8,12 +8,12 @@ import pytest
 import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.models.parameters import flatten
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.checkpoint import Checkpoints
 from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
 from sparsecut_jax.runs.run import load_run
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.train import train
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from sparsecut_jax.models.losses import cross_entropy
 from sparsecut_jax.models.parameters import split
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.settings import StageConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training.losses import cross_entropy
 from sparsecut_jax.training.step import make_gradients, make_train_step
 from sparsecut_jax.types import TrainState
 from tiny import IMAGE, make_batch, matrices_of, params_of, tiny_config

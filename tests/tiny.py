@@ -17,9 +17,10 @@ from flax import traverse_util
 
 from sparsecut_jax import config
 from sparsecut_jax.models import parameters
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch, UserError, batch_spec, empty_batch
 
 IMAGE = -200  # in a row of word ids: an image goes here, N positions long

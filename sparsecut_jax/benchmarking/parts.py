@@ -37,7 +37,6 @@ from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
-from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.training.step import make_gradients
 from sparsecut_jax.types import Batch, empty_batch
 
@@ -160,7 +159,9 @@ class Bench:
         return self._called("encode", "tower and fusion forward", run, self.params, self.batch.views)
 
     def _forward(self) -> Timed:
-        run = jax.jit(lambda params, batch: summed_loss(self.model, params, batch, self.cfg.loss_chunk)[0])
+        run = jax.jit(
+            lambda params, batch: self.model.apply({"params": params}, batch, self.cfg.loss_chunk, method="loss")[0]
+        )
         return self._called("forward", "forward to the loss", run, self.params, self.batch)
 
     def _gradient(self) -> Timed:

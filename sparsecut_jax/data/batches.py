@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks import registry
 from sparsecut_jax.text.conversation import Example
 from sparsecut_jax.types import Batch, batch_spec, empty_batch
 
-Sequence = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, each with its images
+Rows = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, each with its images
 
 
 def image_shape(cfg: Config) -> tuple[int, int, int, int]:
@@ -21,14 +23,14 @@ def image_shape(cfg: Config) -> tuple[int, int, int, int]:
 
 def spec_of(cfg: Config, rows: int, length: int, slots: int, **more: Any) -> Batch:
     """`batch_spec` of a config's images; `more`: its other arguments."""
-    return batch_spec(rows, length, slots, image_shape(cfg), question=ways.wiring_of(cfg).question, **more)
+    return batch_spec(rows, length, slots, image_shape(cfg), extras=registry.extras_of(cfg), **more)
 
 
-def collate(sequences: list[Sequence], spec: Batch) -> Batch:
+def collate(sequences: list[Rows], spec: Batch) -> Batch:
     """One batch of numpy arrays; the examples of a sequence become segments 1, 2, ..., followed by padding."""
     batch = empty_batch(spec)
     for row, sequence in enumerate(sequences):
-        at, slot = 0, 0
+        at, slot, items = 0, 0, dict.fromkeys(batch.extras, 0)
         for segment, (example, pictures) in enumerate(sequence, start=1):
             where = slice(at, at + len(example.tokens))
             batch.tokens[row, where] = example.tokens
@@ -37,11 +39,23 @@ def collate(sequences: list[Sequence], spec: Batch) -> Batch:
             batch.positions[row, where] = example.positions
             if batch.branches is not None:
                 batch.branches[row, where] = example.branches
-            for i, (start, picture) in enumerate(zip(example.image_start, pictures, strict=True)):
+            for start, picture in zip(example.image_start, pictures, strict=True):
                 batch.image_start[row, slot], batch.views[row, slot] = at + start, picture
-                if "question" in batch.extras:
-                    ids = example.questions[i]
-                    batch.extras["question"][row, slot, : len(ids)] = ids
                 slot += 1
+            for name, array in batch.extras.items():
+                added = example.extras.get(name, ())
+                write_items(array[row, items[name] :], added)
+                items[name] += len(added)
             at = where.stop
     return batch
+
+
+def write_items(array: np.ndarray, items: Sequence[np.ndarray]) -> None:
+    """Writes items into the first places of `array`, [P, ...], each into the first corner of its place.
+
+    Raises ValueError if there are more than P, or one is larger than its place.
+    """
+    if len(items) > len(array):
+        raise ValueError(f"{len(items)} items for {len(array)} places")
+    for place, item in enumerate(items):
+        array[(place, *map(slice, np.shape(item)))] = item

@@ -10,7 +10,7 @@ import gc
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -19,14 +19,14 @@ import numpy as np
 
 from sparsecut_jax.data import images
 from sparsecut_jax.data.batch_plan import BatchPlan
-from sparsecut_jax.data.batches import Sequence, collate, image_shape
+from sparsecut_jax.data.batches import Rows, collate, image_shape
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.data.walk import Bad, RowEncoder, as_bad, end_with_parent
 from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.conversation import Example, images_of
-from sparsecut_jax.types import BadSample, Batch, UserError, batch_spec
+from sparsecut_jax.types import BadSample, Batch, Extra, UserError, batch_spec
 
 CACHE_BYTES = 256 << 20  # of decoded images, per process
 READY = 2  # batches read ahead onto the device
@@ -73,6 +73,7 @@ class Reader:
       encode: tokenises a row.
       pictures: reads its images.
       flip, shift: augmentation of training images.
+      extras: {name: what else is read}
     """
 
     split: Split
@@ -80,6 +81,7 @@ class Reader:
     pictures: Images
     flip: bool = False
     shift: int = 0
+    extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
 
     def example(self, part: Part, row: Row, rng: np.random.Generator | None) -> tuple[Example, list[np.ndarray]]:
         """A row and its pictures. rng shuffles independent turns and augments images; None does neither.
@@ -95,9 +97,9 @@ class Reader:
         return example, pictures
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], int]:
-        """(V, S, S, 3) of an image, and Tq of the question about it, 0 if that is not read."""
-        return self.pictures.shape, self.encode.question
+    def shapes(self) -> tuple[tuple[int, ...], Mapping[str, Extra]]:
+        """(V, S, S, 3) of an image, and what else is read."""
+        return self.pictures.shape, self.extras
 
     def branched(self) -> bool:
         """Whether any row has independent questions."""
@@ -108,7 +110,7 @@ class Reader:
                     return True
         return False
 
-    def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Sequence, list[Bad]]:
+    def sequence(self, rows: list[int], rng: np.random.Generator | None) -> tuple[Rows, list[Bad]]:
         """The rows that can be read as one sequence, and the bad ones."""
         sequence, bad = [], []
         for i in rows:
@@ -221,8 +223,8 @@ def fixed_batches(
     """
     count = len(reader.split)
     own = size if here is None else len(here)
-    shape, question = reader.shapes
-    more = {"question": question, "branched": reader.branched(), "most_segments": 1}
+    shape, extras = reader.shapes
+    more = {"extras": extras, "branched": reader.branched(), "most_segments": 1}
     spec = batch_spec(own, seq_len, slots, shape, **more)
     for first in range(0, count, size):
         numbers = (first + (np.arange(size) if here is None else here)).tolist()

@@ -24,7 +24,8 @@ from sparsecut_jax.data.batch_plan import BatchPlan, Lengths, make_plan
 from sparsecut_jax.data.parts import Part, Split
 from sparsecut_jax.data.rows import Row
 from sparsecut_jax.settings import Config, StageConfig
-from sparsecut_jax.text.conversation import TooLong, alone, encode_row, images_of, with_questions
+from sparsecut_jax.tasks.registry import Task
+from sparsecut_jax.text.conversation import Example, TooLong, alone, encode_row, images_of, with_questions
 from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import BadSample, UserError
@@ -55,6 +56,7 @@ class RowEncoder:
 
     question: tokens of the question about each image that are read (Tq). If there are any, an image is encoded with one
       question, so each epoch takes another one of a row's independent questions.
+    task: may encode rows in a way of its own.
     """
 
     tokenizer: Tokenizer
@@ -62,14 +64,20 @@ class RowEncoder:
     image_tokens: int
     seq_len: int
     question: int = 0
+    task: Task = Task()
 
     @classmethod
-    def of(cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer, question: int = 0) -> RowEncoder:
+    def of(
+        cls, stage: StageConfig, image_tokens: int, tokenizer: Tokenizer, question: int = 0, task: Task = Task()
+    ) -> RowEncoder:
         get_template(stage.template, tokenizer)  # refuses a template that the tokenizer does not support
-        return cls(tokenizer, stage.template, image_tokens, stage.seq_len, question)
+        return cls(tokenizer, stage.template, image_tokens, stage.seq_len, question, task)
 
-    def __call__(self, row: dict, order: np.ndarray | None = None):
+    def __call__(self, row: dict, order: np.ndarray | None = None) -> Example:
         """The Example of a row. Raises TooLong if its images and first answer do not fit."""
+        return self.task.encode(row, functools.partial(self._conversation, order=order))
+
+    def _conversation(self, row: dict, order: np.ndarray | None) -> Example:
         how = (self.tokenizer, get_template(self.template, self.tokenizer), self.image_tokens, self.seq_len)
         if not self.question:
             return encode_row(row, *how, order)
@@ -100,6 +108,8 @@ class RowEncoder:
     def surely_fits(self, row: Row) -> bool:
         """Whether all of a row fits, judged by its number of characters (an upper bound on tokens of plain ASCII), and is
         trained on."""
+        if self.task.encodes:
+            return False
         turns = row["conversations"]
         said = "".join([turn["value"] for turn in turns]) + row.get("system", "")
         around, image = self._most_around * (len(turns) // 2 + 1), self.image_tokens + 2
@@ -115,6 +125,7 @@ class RowEncoder:
         """Identifies everything that lengths depend on."""
         text = f"{self.template} {self.image_tokens} {self.seq_len} {self.tokenizer.to_json()}"
         text += f" {self.question}" if self.question else ""
+        text += f" {self.task}" if self.task.encodes else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from sparsecut_jax.data.parts import Part
-from sparsecut_jax.evaluation import scores, vqa
-from sparsecut_jax.evaluation.answered import Answered, write_answers
+from sparsecut_jax.evaluation import scores, testing
+from sparsecut_jax.evaluation.answered import write_answers
+from sparsecut_jax.inference.engine import Engine
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import hosts
 from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.runtime.tables import table
-from sparsecut_jax.types import UserError, shown
+from sparsecut_jax.tasks.registry import Task, task_of
+from sparsecut_jax.types import Answered, UserError, shown
 
 SAMPLES = 12
 WIDEST = 60  # characters of a cell in the table of samples
@@ -22,10 +24,12 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
     """
     answered: list[Answered] = []
     results: dict[str, float | int | list[float]] = {}
+    task = task_of(run.config)
+    engine = Engine(run, rows=testing.ROWS_AT_ONCE, size=run.config.eval.batch_size)
     for test, part in tests.items():
-        limit = vqa.answer_limit(run, part)
+        limit = task.limit(engine, testing.rows_of(part))
         progress, found, broken = Progress(len(part), 0, f"rows of {test}"), [], []
-        answers = vqa.answer_part(run, part, test, limit)
+        answers = testing.answer_part(engine, task, part, test, limit)
         for some in progress.awaiting("answering the first rows, compilation included", answers):
             found += some.answered
             broken += some.broken
@@ -38,7 +42,7 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
                 else 'has a question to ask: their first answers have "loss": false'
             )
             raise UserError(f"none of the {len(part)} rows of {test} {reason}")
-        results |= report(test, found, limit)
+        results |= report(test, found, limit, task)
         if broken:
             print(
                 f"left out   {len(broken):,} of {len(part):,} rows of {test}, which are broken; the first: {broken[0]}"
@@ -46,7 +50,7 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
             results[f"{test}/broken_rows"] = len(broken)
         answered += found
     print()
-    some = vqa.samples(answered, SAMPLES)
+    some = testing.samples(answered, SAMPLES)
     rows = [[*map(_cell, (a.question, a.expected, a.answer)), _verdict(a)] for a in some]
     print(table(["sample question", "expected", "answered", ""], rows), flush=True)
     if hosts.first():
@@ -54,16 +58,16 @@ def report_accuracy(run: Run, tests: dict[str, Part], folder: str) -> dict[str, 
     return results
 
 
-def report(test: str, answered: list[Answered], limit: int) -> dict[str, float | int | list[float]]:
+def report(test: str, answered: list[Answered], limit: int, task: Task) -> dict[str, float | int | list[float]]:
     """Prints the scores of a test as a table by kind; returns them as results.json holds them."""
-    groups = scores.summarize(answered)
-    names = [name for name in scores.SCORES if name in groups[""]]
+    groups = scores.summarize(answered, task)
+    names = [name for name in task.scores if name in groups[""]]
     rows = [
-        [group or "all", f"{found['accuracy'].count:,}", *(str(found.get(name, "")) for name in names)]
+        [group or "all", f"{scores.count(found):,}", *(str(found.get(name, "")) for name in names)]
         for group, found in groups.items()
     ]
-    print(f"\n{test}: every question asked on its own; accuracy is exact match; 95 % intervals in ()")
-    print(table(["kind", "questions", *(scores.SCORES[name] for name in names)], rows))
+    print(f"\n{test}: {task.module.HOW}; 95 % intervals in ()")
+    print(table(["kind", "questions", *(task.scores[name] for name in names)], rows))
     cut = sum(item.cut for item in answered)
     if cut:
         print(

@@ -6,38 +6,7 @@ import dataclasses
 import json
 import os
 
-from sparsecut_jax.types import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """A question, its reference answers and the model's.
-
-    Attributes:
-      test: name of the test rows, as results.json has it.
-      row: the row's id, or its number where it has none.
-      images: paths of its images; None for an image that is not a file (TFDS).
-      expected: the answer of the conversation.
-      references: other correct answers, from `answers` of the row.
-      cut: whether the answer was cut at the maximum length.
-      step: step of the checkpoint.
-    """
-
-    test: str
-    row: str
-    kind: str
-    question: str
-    images: tuple[str | None, ...]
-    expected: str
-    references: tuple[str, ...]
-    answer: str
-    cut: bool
-    step: int
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer equals a correct answer exactly."""
-        return self.answer == self.expected or self.answer in self.references
+from sparsecut_jax.types import Answered, UserError
 
 
 def write_answers(folder: str, answered: list[Answered]) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 from flax import traverse_util
 
-from sparsecut_jax.evaluation.answered import Answered, read_answers
-from sparsecut_jax.evaluation.scores import SCORES, Score, difference, score, scores_of
+from sparsecut_jax.evaluation.answered import read_answers
+from sparsecut_jax.evaluation.scores import Score, difference, score
+from sparsecut_jax.tasks.answers import SCORES, SHARES, scores_of
 from sparsecut_jax.training.report import read_metrics
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import Answered, UserError
 
 Key = tuple[str, str, str, str, int]  # a question of any run: test, row, question, expected answer, occurrence
 
@@ -132,7 +133,7 @@ def compare(runs: Sequence[Finished]) -> list[Line]:
                     for found in scored
                 ]
                 if any(values):
-                    means = [score(name, list(of.values())) if of else None for of in values]
+                    means = [score(list(of.values()), name in SHARES) if of else None for of in values]
                     others = [_difference(values[0], of) for of in values[1:]]
                     lines.append(Line(test, kind, name, means, others))
     return lines

@@ -18,11 +18,10 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import sources
 from sparsecut_jax.data.images import read_image
 from sparsecut_jax.data.parts import Part
-from sparsecut_jax.evaluation.answered import Answered
 from sparsecut_jax.evaluation.comparison import Finished, Key, Line
-from sparsecut_jax.evaluation.scores import SCORES, scores_of
+from sparsecut_jax.tasks.answers import SCORES, scores_of
 from sparsecut_jax.text.conversation import images_of
-from sparsecut_jax.types import BadSample, UserError
+from sparsecut_jax.types import Answered, BadSample, UserError
 
 SIDE, MAX_PIXELS = 320, 50_000_000  # of a picture on the page; of one in a file
 TEMPLATE = Path(__file__).with_name("comparison.html")

@@ -1,31 +1,17 @@
-"""Scores of answers: exact and normalized match, the VQA score and ROUGE-L, each with a 95 % interval."""
+"""Means of scores, each with a 95 % interval; what is scored, and how, says the task."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from sparsecut_jax.evaluation.answered import Answered
-from sparsecut_jax.evaluation.vqa_rules import HUMANS, normalize, vqa_score
+from sparsecut_jax.tasks.registry import Task
+from sparsecut_jax.types import Answered
 
-# Key in results.json -> what tables call it.
-SCORES = {
-    "accuracy": "accuracy",
-    "normalized_accuracy": "normalized match",
-    "vqa_accuracy": "VQA score",
-    "rouge_l": "ROUGE-L",
-}
-PROPORTIONS = ("accuracy", "normalized_accuracy")  # means of zeros and ones
-LONG = 5  # words of an expected answer from which on ROUGE-L is meaningful
 RESAMPLES = 2000
-WORDS = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+"
-)  # Chinese and Japanese by character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,57 +27,30 @@ class Score:
         return f"{self.mean:.2%} ({self.low:.1%} to {self.high:.1%})"
 
 
-def scores_of(item: Answered) -> dict[str, float]:
-    """The scores that apply to one answer, each from 0 to 1.
-
-    `vqa_accuracy` needs the answers of ten humans, `rouge_l` an expected answer of LONG words or more.
-    """
-    said, known = normalize(item.answer), {item.expected, *item.references}
-    found = {"accuracy": float(item.correct), "normalized_accuracy": float(said in map(normalize, known))}
-    if len(item.references) == HUMANS:
-        found["vqa_accuracy"] = vqa_score(item.answer, item.references)
-    if len(WORDS.findall(item.expected)) >= LONG:
-        found["rouge_l"] = rouge_l(item.answer, sorted(known))
-    return found
-
-
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), for the best-matching reference."""
-    return _rouge().score_multi(references, answer)["rougeL"].fmeasure
-
-
-@functools.cache
-def _rouge():
-    from rouge_score import rouge_scorer, tokenizers  # here: it takes a second
-
-    class Words(tokenizers.Tokenizer):
-        """Its own tokenizer drops all letters but a to z."""
-
-        def tokenize(self, text: str) -> list[str]:
-            return WORDS.findall(text.lower())
-
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
-
-
-def summarize(answered: list[Answered]) -> dict[str, dict[str, Score]]:
+def summarize(answered: list[Answered], task: Task) -> dict[str, dict[str, Score]]:
     """{"": scores of all answers, "color": of those of kind "color", ...}; a score that applies to none is left out."""
     groups: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in answered:
-        for name, value in scores_of(item).items():
+        for name, value in task.module.scores_of(item).items():
             for group in {"", item.kind.replace("/", "_")}:
                 groups[group][name].append(value)
     return {
-        group: {name: score(name, scores[name]) for name in SCORES if name in scores}
+        group: {name: score(scores[name], name in task.module.SHARES) for name in task.scores if name in scores}
         for group, scores in sorted(groups.items())
     }
 
 
-def score(name: str, values: Sequence[float]) -> Score:
-    """Mean and interval: Wilson's for a proportion, otherwise a bootstrap with a fixed seed."""
+def count(scores: dict[str, Score]) -> int:
+    """Questions of a group; a score may apply to fewer."""
+    return max(value.count for value in scores.values())
+
+
+def score(values: Sequence[float], share: bool) -> Score:
+    """Mean and interval: Wilson's for a share, whose values are 0 or 1, otherwise a bootstrap with a fixed seed."""
     from scipy import stats  # here: it takes a second
 
     values = np.asarray(values)
-    if name in PROPORTIONS:
+    if share:
         low, high = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
     elif len(values) == 1:
         low, high = 0.0, 1.0
@@ -134,11 +93,11 @@ def results(test: str, groups: dict[str, dict[str, Score]]) -> dict[str, float |
     """
     found: dict[str, float | int | list[float]] = {}
     for group, scores in groups.items():
-        at, count = f"{test}/{group}" if group else test, scores["accuracy"].count
-        found[f"{at}/count"] = count
+        at = f"{test}/{group}" if group else test
+        found[f"{at}/count"] = count(scores)
         for name, value in scores.items():
             found[f"{at}/{name}"] = value.mean
             found[f"{at}/{name}_interval"] = [value.low, value.high]
-            if value.count != count:
+            if value.count != count(scores):
                 found[f"{at}/{name}_count"] = value.count
     return found

@@ -12,11 +12,11 @@ from flax import traverse_util
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.exporting.export import portable
 from sparsecut_jax.models import ways
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runs.setup import Shaped, open_weights
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config, InitConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch, UserError, empty_batch
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights.tensors import read_json

@@ -8,20 +8,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from sparsecut_jax.data.batches import write_items
 from sparsecut_jax.inference.decoding import encode_images, generate, pad_prompts, until
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime import placing, sharding
-from sparsecut_jax.text.conversation import Example, encode_prompt, with_questions
+from sparsecut_jax.text.conversation import Example, Request, encode_prompt, with_questions
 from sparsecut_jax.text.templates import get_template, stop_ids
 from sparsecut_jax.types import NO_TOKEN
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt, as `Engine.prompt` makes it, and the number of the row of pictures that it is about."""
-
-    prompt: Example
-    row: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +85,9 @@ class Engine:
                 row = np.zeros(self.size, np.int32)
                 row[: len(batch)] = [request.row for request in batch]
                 examples = [request.prompt for request in batch]
-                questions = pad_questions(examples, self.size, slots, run.model.wiring.question)
+                questions = np.full((self.size, slots, run.model.wiring.question), NO_TOKEN, np.int32)
+                for place, prompt in enumerate(examples):
+                    write_items(questions[place], prompt.extras.get("question", ()))
                 arrays = (*pad_prompts(examples, self.size, slots), questions, row)
                 own = tuple(x[self.asking] for x in arrays)
                 *prompts, questions, row = placing.place(own, self.placed, self.asking, self.size)
@@ -117,12 +112,3 @@ class Engine:
     def _answer(self, ids: np.ndarray, max_new_tokens: int) -> Answer:
         said = until(ids, self.stop)
         return Answer(self.run.tokenizer.decode(said).strip(), cut=len(said) == max_new_tokens)
-
-
-def pad_questions(prompts: Sequence[Example], rows: int, slots: int, longest: int) -> np.ndarray:
-    """int32[rows, slots, longest], the tokens of the question about each image; NO_TOKEN where there is none."""
-    questions = np.full((rows, slots, longest), NO_TOKEN, np.int32)
-    for row, prompt in enumerate(prompts):
-        for slot, ids in enumerate(prompt.questions):
-            questions[row, slot, : len(ids)] = ids
-    return questions

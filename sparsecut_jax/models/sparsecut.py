@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.interfaces import Question, Sources, Wiring
 from sparsecut_jax.models.llm import Cache, Decoder, word_logits
+from sparsecut_jax.models.losses import chunked_cross_entropy
 from sparsecut_jax.models.slots import belonging, write_slots
 from sparsecut_jax.models.vit import VisionTower
-from sparsecut_jax.models.ways import INJECTING, view_count, wiring_of
-from sparsecut_jax.settings import Config, FusionConfig, InjectingConfig, LLMConfig, LoraConfig, VisionConfig
-from sparsecut_jax.types import EMPTY_SLOT, NO_TOKEN, Batch
+from sparsecut_jax.models.ways import INJECTING, view_count
+from sparsecut_jax.settings import FusionConfig, InjectingConfig, LLMConfig, LoraConfig, VisionConfig
+from sparsecut_jax.types import EMPTY_SLOT, NO_TOKEN, Batch, Extra
 
 
 @flax.struct.dataclass
@@ -50,6 +53,8 @@ class SparseCut(nn.Module):
       attention: backend, see models/attention.py.
       lora: adapters of the LLM's weight matrices.
       injecting_config: settings of the ways of injecting.
+      extras: {name: Extra}, what it reads of `Batch.extras`.
+      task: its task's own settings; None if that has none.
     """
 
     vision_config: VisionConfig
@@ -61,6 +66,8 @@ class SparseCut(nn.Module):
     attention: str = "xla"
     lora: LoraConfig = LoraConfig()
     injecting_config: InjectingConfig = InjectingConfig()
+    extras: Mapping[str, Extra] = FrozenDict()
+    task: Any = None
 
     def setup(self) -> None:
         # The tower returns each level once, however often the fusion reads it.
@@ -146,6 +153,17 @@ class SparseCut(nn.Module):
         """Returns float32[B, T, W] logits, and the intermediates with "aux_loss"."""
         x, words, seen = self.hidden(batch)
         return word_logits(x, words), seen
+
+    def loss(self, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """The loss of a batch, as a sum and the count that it is divided by, so that micro-batches and devices add up.
+
+        Here: next-token cross-entropy over the target tokens. chunk: positions of a row whose logits exist at once.
+
+        Returns:
+          float32[], float32[], and the intermediates with "aux_loss".
+        """
+        hidden, words, seen = self.hidden(batch)
+        return *chunked_cross_entropy(hidden, words, batch, chunk), seen
 
     def prefill(
         self,
@@ -238,16 +256,3 @@ class SparseCut(nn.Module):
             sources = Sources(None, image_start, look, look, self.fusion.site_weights())
         x, cache, _ = self.llm(x, position[:, None], visible[:, None, :], sources, cache, lengths, fill=False)
         return self.llm.logits(x)[:, 0], cache
-
-
-def build_model(cfg: Config, dtype: Any = jnp.float32, intermediates: tuple[str, ...] = ()) -> SparseCut:
-    """The model of a config whose vocab_size is resolved.
-
-    If the config is not resolved for a platform (backends.py), attention is "xla" and nothing is rematerialized.
-
-    Raises:
-      UserError: a wiring that is impossible.
-    """
-    attention = "xla" if cfg.attention == "auto" else cfg.attention
-    wiring = wiring_of(cfg)
-    return SparseCut(cfg.vision, cfg.fusion, cfg.llm, wiring, dtype, intermediates, attention, cfg.lora, cfg.injecting)

@@ -71,14 +71,14 @@ def check(cfg: Config) -> None:
 # --- the settings of all ways, for config.py ---
 
 
-def _with_ways(base: type, ways: Mapping[str, ModuleType], fields: list[tuple], name: str) -> type:
-    """`base` with a group of settings for every way that has Settings of its own."""
-    groups = {way: module.Settings for way, module in ways.items() if hasattr(module, "Settings")}
-    fields = [*fields, *((way, kind, dataclasses.field(default=kind())) for way, kind in groups.items())]
+def with_groups(base: type, modules: Mapping[str, ModuleType], fields: list[tuple], name: str) -> type:
+    """`base` with a group of settings for every module that has Settings of its own."""
+    groups = {name: module.Settings for name, module in modules.items() if hasattr(module, "Settings")}
+    fields = [*fields, *((group, kind, dataclasses.field(default=kind())) for group, kind in groups.items())]
     namespace = {"__module__": __name__, "__doc__": base.__doc__}
     return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, namespace=namespace)
 
 
 _NAME = setting("channel", "Way of fusing; mlp (LLaVA-1.5's projector) reads the low-res view alone.")
-FusionConfig = _with_ways(settings.FusionConfig, FUSING, [("name", Literal[tuple(FUSING)], _NAME)], "FusionConfig")
-InjectingConfig = _with_ways(settings.InjectingConfig, INJECTING, [], "InjectingConfig")
+FusionConfig = with_groups(settings.FusionConfig, FUSING, [("name", Literal[tuple(FUSING)], _NAME)], "FusionConfig")
+InjectingConfig = with_groups(settings.InjectingConfig, INJECTING, [], "InjectingConfig")

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import unflatten
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.planning.jaxprs import Product, traced
 from sparsecut_jax.settings import Config
-from sparsecut_jax.training.losses import summed_loss
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch
 
 PARTS = ("vision", "fusion", "llm", "loss")
@@ -92,7 +92,7 @@ def products(
     policies = {cfg.vision.remat, cfg.fusion.remat, cfg.llm.remat} - {"none", "auto"}
     trainable = cfg.stages[name].trainable
     matmuls = _products(model, tuple(shapes.items()), trainable, tuple(leaves), structure, again and bool(policies))
-    if again and cfg.mesh.fsdp != 1 and cfg.mesh.tensor == 1:  # the logits, see training/losses.py
+    if again and cfg.mesh.fsdp != 1 and cfg.mesh.tensor == 1:  # the logits, see models/losses.py
         twice = lambda p: p.part == "loss" and _is_trained(trainable, p.path)
         matmuls = tuple(dataclasses.replace(p, again=1.0) if twice(p) else p for p in matmuls)
     return matmuls
@@ -109,7 +109,8 @@ def _products(
 
     def loss(moving: dict, frozen: dict, batch: Batch) -> jax.Array:
         rngs = {"dropout": jax.random.key(0)}
-        total, _, seen = summed_loss(model, unflatten({**frozen, **moving}), batch, batch.tokens.shape[1], rngs)
+        variables = {"params": unflatten({**frozen, **moving})}
+        total, _, seen = model.apply(variables, batch, batch.tokens.shape[1], rngs=rngs, method="loss")
         return total + seen["aux_loss"]
 
     forward = traced(loss, moving, frozen, batch)

@@ -17,12 +17,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.parameters import flatten, matrices
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.planning import residuals
 from sparsecut_jax.planning.flops import slots_of
 from sparsecut_jax.runs.parameters import boxed_shapes, stage_dtypes
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks.registry import build_model
 
 Sizes = Mapping[str, int]  # {mesh axis: size}
 

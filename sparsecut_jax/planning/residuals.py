@@ -22,10 +22,11 @@ from flax import linen as nn
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.parameters import flatten, unflatten
-from sparsecut_jax.models.sparsecut import Encoded, SparseCut, build_model
+from sparsecut_jax.models.sparsecut import Encoded, SparseCut
 from sparsecut_jax.planning.flops import slots_of
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch
 
 # cuDNN's function queries the GPU, so splash stands in for it: it keeps arrays of the same shapes.

@@ -7,11 +7,11 @@ from typing import Any
 
 from sparsecut_jax.config import Config
 from sparsecut_jax.data.pipeline import Images
-from sparsecut_jax.models.sparsecut import build_model
 from sparsecut_jax.runs.parameters import initial_params
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runs.setup import Opened, Shaped, mesh_of, open_weights, shape_for_inference
 from sparsecut_jax.settings import InitConfig
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.text.templates import OWN, TEMPLATES
 from sparsecut_jax.text.tokenizer import Tokenizer

@@ -26,9 +26,7 @@ def example_batch(model: SparseCut, max_images: int) -> Batch:
     """The smallest batch that uses every parameter: one row of one image and one more token."""
     size = model.vision_config.image_size
     image_shape = (view_count(model.wiring), size, size, 3)
-    batch = empty_batch(
-        batch_spec(1, model.wiring.positions + 1, max_images, image_shape, question=model.wiring.question)
-    )
+    batch = empty_batch(batch_spec(1, model.wiring.positions + 1, max_images, image_shape, extras=model.extras))
     return batch.replace(image_start=np.zeros_like(batch.image_start))
 
 

@@ -21,11 +21,13 @@ from sparsecut_jax import checks
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.walk import RowEncoder
 from sparsecut_jax.models import parameters, ways
-from sparsecut_jax.models.sparsecut import SparseCut, build_model
+from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs.checkpoint import as_saved, check_same_data
 from sparsecut_jax.runs.parameters import abstract_params, boxed_shapes, stage_dtypes
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import Config
+from sparsecut_jax.tasks import registry
+from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.text import tokenizer as tokenizer_lib
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
@@ -99,8 +101,9 @@ class Data:
     def reader(self, name: str, holdout: bool = False) -> pipeline.Reader:
         """The reader of a stage's training rows, or of its held-out rows, which are never augmented."""
         cfg, stage, wiring = self.config, self.config.stages[name], ways.wiring_of(self.config)
-        encoder = RowEncoder.of(stage, wiring.positions, self.tokenizer, wiring.question)
-        return pipeline.Reader(self.source.stage(stage, holdout), encoder, self.pictures, cfg.data.flip, cfg.data.shift)
+        encoder = RowEncoder.of(stage, wiring.positions, self.tokenizer, wiring.question, registry.task_of(cfg))
+        split, extras = self.source.stage(stage, holdout), registry.extras_of(cfg)
+        return pipeline.Reader(split, encoder, self.pictures, cfg.data.flip, cfg.data.shift, extras)
 
     @functools.cached_property
     def readers(self) -> dict[str, pipeline.Reader]:

@@ -32,8 +32,16 @@ class Example:
     positions: np.ndarray  # int32[n]
     image_start: list[int]
     asked: list[str] = dataclasses.field(default_factory=list)  # for each image, the text of the turn that shows it
-    questions: list[list[int]] = dataclasses.field(default_factory=list)  # tokens of `asked`, for ways that read them
+    extras: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # {name: items}, see types.Extra
     cut: int = 0  # answers cut at the end of a conversation, or independent ones that never fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, as `inference.engine.Engine.prompt` makes it, and the number of the row of pictures that it is about."""
+
+    prompt: Example
+    row: int = 0
 
 
 class TooLong(BadSample):
@@ -127,9 +135,9 @@ def encode_prompt(
 
 
 def with_questions(example: Example, tokenizer: Tokenizer, longest: int) -> Example:
-    """The example with at most `longest` tokens of the question about each image."""
-    ids = [list(tokenizer.encode(text)[:longest]) for text in example.asked]
-    return dataclasses.replace(example, questions=ids)
+    """The example with at most `longest` tokens of the question about each image, as its extra "question"."""
+    ids = [np.array(tokenizer.encode(text)[:longest], np.int32) for text in example.asked]
+    return dataclasses.replace(example, extras={**example.extras, "question": ids})
 
 
 def alone(row: Row) -> list[Row]:

@@ -20,7 +20,6 @@ from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop
 from sparsecut_jax.training.bad_samples import BadSamples
-from sparsecut_jax.training.losses import summed_loss
 
 
 def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_samples: BadSamples) -> BatchPlan:
@@ -63,7 +62,7 @@ def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config
 
     @jax.jit
     def sums(params, batch):
-        return summed_loss(model, params, batch, cfg.loss_chunk)[:2]
+        return model.apply({"params": params}, batch, cfg.loss_chunk, method="loss")[:2]
 
     def holdout_loss(params) -> float:
         on_devices = (placing.place(batch, placed, here, size) for batch in batches)

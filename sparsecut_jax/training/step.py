@@ -13,7 +13,6 @@ from sparsecut_jax.models.parameters import Params, join, split
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.training import optimizer as opt
-from sparsecut_jax.training.losses import summed_loss
 from sparsecut_jax.types import Batch, TrainState
 
 
@@ -29,7 +28,7 @@ def make_gradients(model: SparseCut, matrices: Mapping[str, bool], accumulate: i
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         params = join(frozen, trainable)
-        total, count, seen = summed_loss(model, params, batch, loss_chunk, rngs={"dropout": key})
+        total, count, seen = model.apply({"params": params}, batch, loss_chunk, rngs={"dropout": key}, method="loss")
         return total + seen["aux_loss"] * count, (count, seen.get("shortcut_ratio", jnp.zeros((0, 1))))
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):

@@ -12,20 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runtime.sharding import constrain, constrain_weight, data_parallel, ways
 from sparsecut_jax.types import Batch
 
 BLOCK = 4096  # vocabulary entries whose part of the head's gradient is computed at once
-
-
-def summed_loss(
-    model: SparseCut, params: Any, batch: Batch, chunk: int, rngs: dict[str, jax.Array] | None = None
-) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """(sum, count) of `chunked_cross_entropy` for a whole batch, and the model's other outputs (`aux_loss`, ratios)."""
-    hidden, words, seen = model.apply({"params": params}, batch, rngs=rngs, method="hidden")
-    total, count = chunked_cross_entropy(hidden, words, batch, chunk)
-    return total, count, seen
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
