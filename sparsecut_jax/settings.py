@@ -216,7 +216,7 @@ class InitConfig:
             "vision": ("vision.",),
             "llm": ("llm.",),
             "fusion": ("fusion.", "shortcuts.", "vision.select_layer"),
-            "model": ("vision.", "llm.", "fusion.", "injecting.", "shortcuts.", "data.image_fit"),
+            "model": ("vision.", "llm.", "fusion.", "injecting.", "shortcuts.", "task.", "data.image_fit"),
         }
         return any(getattr(self, part) and key.startswith(start) for part, start in groups.items())
 

@@ -19,6 +19,7 @@ from sparsecut_jax.models.rules import LLAVA
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.settings import Config, ShortcutConfig
+from sparsecut_jax.tasks.registry import TASKS, task_of
 from sparsecut_jax.text.templates import begins_with_bos
 from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
@@ -98,6 +99,8 @@ def _not_llava(cfg: Config, wiring: Wiring, drop_shortcuts: bool) -> str:
             f"it has {entries} shortcuts, and without them it would be a different model; use --as=sparsecut, or "
             "--drop-shortcuts to leave them out"
         )
+    if hasattr(task_of(cfg).module, "Model"):
+        return f"task {cfg.task.name!r} has a model of its own, which LLaVA does not know; use --as=sparsecut"
     if LLAVA not in tables_of(cfg.fusion.name):
         return f"{fusion} is not LLaVA's projector; use --as=sparsecut"
     if not cfg.fusion.shared:
@@ -158,6 +161,7 @@ def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -
         shortcuts = {key: shortcuts[key] for key in ("vit_levels", "llm_layers", "position")}
     fusion = {"name": cfg.fusion.name, "shared": cfg.fusion.shared, "grid": list(cfg.fusion.grid)}
     injecting = _own_settings(cfg.injecting, wiring.injecting, ways.INJECTING)
+    task = {"name": cfg.task.name} | _own_settings(cfg.task, cfg.task.name, TASKS)
     return (
         config
         | {
@@ -168,6 +172,7 @@ def _whole_config(cfg: Config, text: dict, vision: dict, image_id: int | None) -
             "shortcuts": shortcuts,
         }
         | ({"injecting": injecting} if injecting else {})
+        | ({"task": task} if cfg.task.name != Config().task.name else {})
     )
 
 

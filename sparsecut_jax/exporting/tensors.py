@@ -15,7 +15,7 @@ from sparsecut_jax.models.rules import Rule
 from sparsecut_jax.runtime.folders import write_json
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
-from sparsecut_jax.weights.families import rules_of
+from sparsecut_jax.weights.families import TASK, rules_of
 from sparsecut_jax.weights.names import to_theirs
 from sparsecut_jax.weights.tensors import INDEX
 
@@ -45,7 +45,7 @@ def tensors_of(flat: dict[str, jax.Array], cfg: Config, kind: str) -> dict[str, 
     """{tensor name: its parameters, one layer of each, in the order in which they are packed}."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
     inner = "" if cfg.vision.family == "dinov2" else "vision_model."
-    prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": ""}
+    prefix = {"vision": f"vision_tower.{inner}", "llm": "language_model.", "fusion": "", TASK: ""}
     if kind in ("llm", "vision"):
         flat = {path: leaf for path, leaf in flat.items() if path.startswith(kind)}
         prefix = {"vision": inner, "llm": ""}

@@ -68,5 +68,7 @@ def _example(cfg: Config, words: int, rows: int) -> Batch:
     batch.segments[:] = 1
     batch.positions[:] = np.arange(batch.tokens.shape[1])
     batch.image_start[::2] = 1
+    if "question" in batch.extras:
+        batch.extras["question"][...] = rng.integers(0, words, batch.extras["question"].shape, np.int32)
     tokens = rng.integers(0, words, batch.tokens.shape, np.int32)
     return batch.replace(tokens=tokens, views=rng.integers(0, 256, batch.views.shape, np.uint8))

@@ -54,7 +54,7 @@ class SparseCut(nn.Module):
       lora: adapters of the LLM's weight matrices.
       injecting_config: settings of the ways of injecting.
       extras: {name: Extra}, what it reads of `Batch.extras`.
-      task: its task's own settings; None if that has none.
+      task_settings: its task's own; None if that has none.
     """
 
     vision_config: VisionConfig
@@ -67,7 +67,7 @@ class SparseCut(nn.Module):
     lora: LoraConfig = LoraConfig()
     injecting_config: InjectingConfig = InjectingConfig()
     extras: Mapping[str, Extra] = FrozenDict()
-    task: Any = None
+    task_settings: Any = None
 
     def setup(self) -> None:
         # The tower returns each level once, however often the fusion reads it.

@@ -33,7 +33,14 @@ def example_batch(model: SparseCut, max_images: int) -> Batch:
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(model: SparseCut, max_images: int) -> Any:
     """Shapes and logical axes of all parameters; cached, because tracing the model takes most of a second."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(model, max_images)))["params"]
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0), example_batch(model, max_images)))
+
+
+def _init(model: SparseCut, key: jax.Array, batch: Batch) -> Any:
+    """Parameters with their logical axes: all that the loss uses. The values of the batch are never used."""
+    rows = sharding.data_parallel()  # one for each shard, so that the mesh can shard the batch
+    batch = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), batch)
+    return model.init(key, batch, batch.tokens.shape[1], method="loss")["params"]
 
 
 def stage_dtypes(cfg: Config, name: str, matrices: Mapping[str, bool]) -> Callable[[str], jnp.dtype]:
@@ -81,9 +88,7 @@ def init_params(model: SparseCut, cfg: Config, abstract: Any, skip: Collection[s
     wanted = {path: leaf for path, leaf in flatten(abstract).items() if path not in skip}
 
     def init(key):
-        # One row per data-parallel shard, so that the mesh can shard the batch; its values are never used.
-        batch = jax.tree.map(lambda x: jnp.zeros((sharding.data_parallel(), *x.shape[1:]), x.dtype), example)
-        fresh = flatten(nn.meta.unbox(model.init(key, batch)["params"]))
+        fresh = flatten(nn.meta.unbox(_init(model, key, example)))
         return {path: fresh[path].astype(leaf.dtype) for path, leaf in wanted.items()}
 
     shardings = {path: leaf.sharding for path, leaf in wanted.items()}

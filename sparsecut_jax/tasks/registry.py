@@ -4,7 +4,7 @@ A task is a file `tasks/NAME.py`, chosen by `config.task.name`. All of this is o
 
     class Settings            frozen dataclass: the settings of the group `config.task.NAME`
     check(settings, cfg)      raises UserError for values that can never work
-    class Model(SparseCut)    the model, with parts of its own under "task", or a loss of its own (its method `loss`)
+    class Model(SparseCut)    the model, with a loss of its own (its method `loss`), and parts of its own in `self.task`
     extras(settings, cfg) -> {name: Extra}      arrays of a batch besides text and pictures
     encode(settings, row, conversation) -> Example      a row's text and its items of these arrays; conversation(row) gives
                                                 the Example of a conversation alone. Raises BadSample.

@@ -17,7 +17,7 @@ GROUPS = (  # (path regex, group of parameters); the first match counts
     (r".*_lora_[ab]", "llm/adapters"),
     (r"vision/blocks/.*", "vision/blocks"),
     (r"vision/.*", "vision/embeddings"),
-    (r"fusion/.*", "fusion"),
+    (r"(fusion|task)/.*", r"\1"),
     (r"llm/(embedding|head|layers/attention|layers/mlp)(/.*)?", r"llm/\1"),
     (r"llm/(layers/)?norm\d?/.*", "llm/norms"),
     (r"(\w*).*", r"\1/others"),

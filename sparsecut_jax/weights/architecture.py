@@ -17,6 +17,7 @@ from sparsecut_jax import checks
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.rules import LLAVA_OFFICIAL
 from sparsecut_jax.settings import RopeConfig, ShortcutConfig, VisionConfig
+from sparsecut_jax.tasks.registry import TASKS
 from sparsecut_jax.types import UserError
 
 TOWER_TYPES = {
@@ -222,9 +223,13 @@ def whole_settings(config: dict[str, Any], file: str, class_token: bool) -> dict
         wired |= {
             field.name: shortcuts[field.name] for field in dataclasses.fields(ShortcutConfig) if field.name in shortcuts
         }
+        task = config.get("task", {})
+        named = {"name": _known(task["name"], {name: name for name in TASKS}, file, "task")} if task else {}
+        asked = {name: values for name, values in task.items() if name != "name"}
         return {
             "fusion": common | _settings_of_ways(own, ways.FUSING, file, "fusion"),
             "injecting": _settings_of_ways(config.get("injecting", {}), ways.INJECTING, file, "injecting"),
+            "task": named | _settings_of_ways(asked, TASKS, file, "task"),
             "shortcuts": wired | {"vit_levels": levels, "llm_layers": layers, "position": shortcuts["position"]},
             "vision": {"select_layer": select},
             "data": {"image_fit": config["image_fit"]},

@@ -75,6 +75,7 @@ TOWERS = {"clip": CLIP, "siglip": CLIP, "siglip2": SIGLIP2, "dinov2": DINOV2}
 LLMS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "phi3": PHI3}
 
 AS_IT_IS = "fusion"  # prefix of the tensors that no table names
+TASK = "task"  # a task's own part, and the prefix of its tensors, which are stored as they are
 # Prefixes of names in common checkpoints, by part; the rest is the short name.
 PREFIXES = {
     "vision": r"(?:model\.)?(?:(?:vision_tower|backbone|dinov2)\.)*(?:vision_model\.)?"
@@ -92,6 +93,7 @@ LEFT = {
     ],
     "llm": [(r".*rotary_emb\.inv_freq", "rotary frequencies")],
     "fusion": [],
+    TASK: [],
 }
 OTHERS = [
     (r"text_model\..*|logit_scale|logit_bias|(visual|text)_projection\.weight", "text tower"),
@@ -106,6 +108,8 @@ def part_and_name(name: str) -> tuple[str | None, str]:
             rest = name[match.end() :]
             return part, f"model.{rest}" if match[0] == "model.language_model." else rest
     rest = name.removeprefix("model.")
+    if rest.startswith(f"{TASK}."):
+        return TASK, rest
     prefixes = [AS_IT_IS, *(prefix for way in ways.FUSING for prefix in tables_of(way))]
     if rest.startswith(tuple(f"{prefix}." for prefix in prefixes)):
         return "fusion", re.sub(r"^mm_projector\.mlp\.", "mm_projector.", rest)
@@ -116,13 +120,15 @@ def rules_of(part: str, cfg: Config, paths: Iterable[str] = (), names: Collectio
     """The rules of a part's parameters.
 
     Args:
-      paths: the model's parameters; a fusion's that no table names are stored as they are.
+      paths: the model's parameters; a fusion's that no table names, and a task's, are stored as they are.
       names: short names of the tensors in a file to be read, which tell a fusion's tables apart.
     """
     if part == "vision":
         patch = (("y", cfg.vision.patch_size), ("x", cfg.vision.patch_size))
         table = TOWERS[cfg.vision.family]
         return [dataclasses.replace(rule, sizes=patch) if rule.layout == PATCHES else rule for rule in table]
+    if part == TASK:
+        return _as_they_are(path for path in paths if path.startswith(f"{TASK}/"))
     return LLMS[cfg.llm.family] if part == "llm" else fusion_rules(cfg, paths, names)
 
 
@@ -144,5 +150,9 @@ def fusion_rules(cfg: Config, paths: Iterable[str], names: Collection[str] = ())
         for rule in tables.get(prefix, ())
     ]
     named = {rule.path for rule in rules}
-    others = (path for path in paths if path.startswith("fusion/") and path not in named)
-    return [*rules, *(Rule(path, path.replace("/", ".")) for path in others)]
+    return [*rules, *_as_they_are(path for path in paths if path.startswith("fusion/") and path not in named)]
+
+
+def _as_they_are(paths: Iterable[str]) -> list[Rule]:
+    """Rules for parameters whose tensors have their paths for names, and our layout."""
+    return [Rule(path, path.replace("/", ".")) for path in paths]

@@ -13,7 +13,7 @@ from sparsecut_jax.text.tokenizer import Tokenizer
 from sparsecut_jax.types import UserError
 from sparsecut_jax.weights import gguf, onnx
 from sparsecut_jax.weights.architecture import refuse_remote_code
-from sparsecut_jax.weights.families import part_and_name
+from sparsecut_jax.weights.families import TASK, part_and_name
 from sparsecut_jax.weights.gguf_tokenizer import gguf_tokenizer
 from sparsecut_jax.weights.tensors import Tensor, open_safetensors, read_json
 
@@ -54,7 +54,7 @@ def open_sources(init: InitConfig) -> dict[str, WeightSource]:
         if extra:
             raise UserError(f"config.init.model is a whole model, so {extra[0]} has no effect; leave one of them out")
         source = _open(init.model, "model", needs_config=True)
-        sources = dict.fromkeys(PARTS, source)
+        sources = dict.fromkeys((*PARTS, TASK) if TASK in source.tensors else PARTS, source)
     else:
         sources = {p: _open(getattr(init, p), p, p != "fusion") for p in PARTS if getattr(init, p)}
     for part, source in sources.items():
