@@ -461,5 +461,5 @@ def test_a_row_encoder_takes_one_question_at_a_time():
     assert encoder(100).length(row) == (len(second.tokens), 1, False, 0)
     tight = len(first.tokens)
     assert encoder(tight)(row, [1, 0, 2]).asked == ["red?"]
-    assert encoder(tight).length(row)[0] == tight
+    assert encoder(tight).length(row) == (tight, 1, False, 1)
     assert encoder(100).fingerprint() != RowEncoder(words, "qa", 2, 100).fingerprint()

@@ -93,7 +93,10 @@ class RowEncoder:
         """Positions and images of a row, whether it has branches, and how many answers never fit; if independent
         questions do not all fit, they may take the whole sequence."""
         example = self(row)
-        positions = max(map(len, self._tokens_alone(row))) if self.question else len(example.tokens)
+        if self.question:
+            lengths = [len(tokens) for tokens in self._tokens_alone(row)]
+            return max(lengths), len(example.image_start), False, example.cut + len(alone(row)) - len(lengths)
+        positions = len(example.tokens)
         branches = int(example.branches.max())  # 0 if a template has no questions and thus nothing independent
         if row.get("independent") and 0 < branches < sum(turn.get("loss", True) for turn in row["conversations"][1::2]):
             positions = self.seq_len
