@@ -68,6 +68,12 @@ def test_the_command(folder):
         assert code == 2 and sentence in err and "timing" not in out, (sentence, out, err)
 
 
+def test_a_way_that_reads_the_question(folder, one_device):
+    bench = Bench(config_lib.check(runs.small(folder, folder / "run", set={"fusion.name": "emma"})), "instruct", 1, 2)
+    for part in ("encode", "prefill"):
+        assert len(bench.time(part, Peak(flops=1e9, bandwidth=1e9)).seconds) == 1
+
+
 def test_floors(folder, one_device):
     """FLOPs of the plan's count; bytes at least those of weights and of Adam's numbers."""
     cfg = config_lib.check(runs.small(folder, folder / "run"))

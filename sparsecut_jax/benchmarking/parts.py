@@ -24,7 +24,7 @@ from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.batches import spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
-from sparsecut_jax.inference.decoding import generate
+from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import split
 from sparsecut_jax.planning import flops
@@ -155,8 +155,12 @@ class Bench:
         return self._called("tower", "tower forward", run, self.params, self.batch.views)
 
     def _encode(self) -> Timed:
-        run = jax.jit(lambda params, views: self.model.apply({"params": params}, views, method="encode"))
-        return self._called("encode", "tower and fusion forward", run, self.params, self.batch.views)
+        run = jax.jit(
+            lambda params, batch: self.model.apply(
+                {"params": params}, batch.views, batch.extras.get("question"), method="encode"
+            )
+        )
+        return self._called("encode", "tower and fusion forward", run, self.params, self.batch)
 
     def _forward(self) -> Timed:
         run = jax.jit(
@@ -229,7 +233,7 @@ class Bench:
         model, rows = setup.shape_for_inference(self.asked, self.mesh).model, sharding.data_parallel()
         params = jax.tree.map(lambda x: x.astype(self.dtype), self.params)
         row = jax.tree.map(lambda x: np.asarray(x)[:rows], self.batch)
-        encoded = jax.jit(lambda p, views: model.apply({"params": p}, views, method="encode"))(params, row.views)
+        encoded = encode_images(model, params, row.views, row.extras.get("question"))
         length = np.full(rows, self.stage.seq_len, np.int32)
         run = lambda new: generate(model, params, row.tokens, length, row.image_start, encoded, new)
         return {new: seconds(self.steps, run, new) for new in (1, self.new)}
