@@ -413,6 +413,14 @@ def test_fixed_batches_leave_out_what_is_broken(split, words, tmp_path):
     assert [pieces[:1] for pieces in answers(batch, words)] == [[f"row {i}"] if i != 3 else [] for i in range(ROWS)]
 
 
+def test_fixed_batches_ask_all_kinds_of_questions(split, words):
+    """Where an image is encoded with one question, the rows take turns: their first questions are of one kind."""
+    reader = reader_of(split, words)
+    reading = dataclasses.replace(reader, encode=dataclasses.replace(reader.encode, question=4))
+    found = [pieces for batch in fixed_batches(reading, 4, 64, 1) for pieces in answers(batch, words)]
+    assert found[:4] == [["row 0"], ["yes 1"], ["row 2"], ["yes 3"]]
+
+
 def test_fixed_batches_of_two_processes(split, words, monkeypatch):
     """Each opens the pictures of its own rows."""
     opened = []

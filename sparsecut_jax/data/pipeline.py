@@ -83,13 +83,19 @@ class Reader:
     shift: int = 0
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
 
-    def example(self, part: Part, row: Row, rng: np.random.Generator | None) -> tuple[Example, list[np.ndarray]]:
-        """A row and its pictures. rng shuffles independent turns and augments images; None does neither.
+    def example(
+        self, part: Part, row: Row, rng: np.random.Generator | None, number: int
+    ) -> tuple[Example, list[np.ndarray]]:
+        """Row `number` of the split and its pictures. rng shuffles independent turns and augments images; None does neither.
 
         Raises:
           BadSample: the row does not fit, or a picture cannot be read.
         """
-        order = rng.permutation(len(row["conversations"]) // 2) if rng is not None else None
+        order, turns = None, len(row["conversations"]) // 2
+        if rng is not None:
+            order = rng.permutation(turns)
+        elif self.encode.question:  # one turn is taken: not the first of every row, which may be of one kind
+            order = np.roll(np.arange(turns), -number)
         example = self.encode(row, order)
         pictures = [self.pictures.read(part, entry) for entry in images_of(row)[: len(example.image_start)]]
         if rng is not None and (self.flip or self.shift):
@@ -118,7 +124,7 @@ class Reader:
             row = {}
             try:
                 row = part.row(local)
-                sequence.append(self.example(part, row, rng))
+                sequence.append(self.example(part, row, rng, i))
             except BadSample as error:
                 bad.append(as_bad(part, local, row, error))
         return sequence, bad
