@@ -146,6 +146,11 @@ def test_every_fusion_and_plan_survives(tmp_path):
     assert "differ by at most 0" in verify.verify(run, str(tmp_path), drop_shortcuts=False)
 
 
+def test_a_way_that_reads_the_question_is_verified_with_one():
+    asked = verify._example(tiny_config(fusion=dict(name="emma", emma=dict(question=5))), 64, 2).extras["question"]
+    assert asked.shape == (2, 1, 5) and (asked >= 0).all() and len(set(asked.flat)) > 5
+
+
 def test_a_fusion_that_no_table_names_survives(tmp_path, monkeypatch):
     """Its parameters go out as they are, stacks whole, and come back bit by bit, from a whole model and beside an adapter."""
     monkeypatch.delattr(ways.FUSING["cross_attention"], "RULES")

@@ -63,7 +63,7 @@ def verify(run: Run, folder: str, drop_shortcuts: bool) -> str:
 
 
 def _example(cfg: Config, words: int, rows: int) -> Batch:
-    """Rows of random ids; every second one has an image near its start."""
+    """Rows of random ids; every second one has an image near its start, and a question about it for ways that read it."""
     batch, rng = empty_batch(spec_of(cfg, rows, ways.positions(cfg) + 16, 1)), np.random.default_rng(0)
     batch.segments[:] = 1
     batch.positions[:] = np.arange(batch.tokens.shape[1])
@@ -71,4 +71,7 @@ def _example(cfg: Config, words: int, rows: int) -> Batch:
     if "question" in batch.extras:
         batch.extras["question"][...] = rng.integers(0, words, batch.extras["question"].shape, np.int32)
     tokens = rng.integers(0, words, batch.tokens.shape, np.int32)
-    return batch.replace(tokens=tokens, views=rng.integers(0, 256, batch.views.shape, np.uint8))
+    batch = batch.replace(tokens=tokens, views=rng.integers(0, 256, batch.views.shape, np.uint8))
+    if "question" in batch.extras:
+        batch.extras["question"][:] = rng.integers(0, words, batch.extras["question"].shape)
+    return batch
