@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from sparsecut_jax.models.interfaces import Wiring
 from sparsecut_jax.models.levels import wiring_of_shortcuts
 from sparsecut_jax.models.shortcuts import Shortcuts
 from sparsecut_jax.runtime import progress
@@ -26,6 +27,13 @@ def test_wiring_table():
     assert (
         wiring_table(wiring_of_shortcuts(Shortcuts((), 3, 5, 7), 9))
         == "shortcuts  none; main feature: output of ViT block 3 of 5"
+    )
+
+
+def test_a_wiring_that_reads_the_question():
+    wiring = Wiring(levels=(3,), positions=16, entering=((), ()), question=5)
+    assert wiring_table(wiring) == (
+        "fusion     reads ViT blocks 3 and up to 5 tokens of the question; 16 positions per image; nothing is injected"
     )
 
 

@@ -78,7 +78,8 @@ def wiring_table(wiring: Wiring) -> str:
 
 def _source_table(wiring: Wiring) -> str:
     blocks = ", ".join("input" if level < 0 else str(level) for level in wiring.levels)
-    head = f"fusion     reads ViT blocks {blocks}; {wiring.positions} positions per image"
+    question = f" and up to {wiring.question} tokens of the question" * bool(wiring.question)
+    head = f"fusion     reads ViT blocks {blocks}{question}; {wiring.positions} positions per image"
     if not wiring.names:
         return f"{head}; nothing is injected"
     entries = [(wiring.names[row], layer) for layer, rows in enumerate(wiring.entering) for row in rows]
