@@ -83,7 +83,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
     startup.done("devices")
     data = setup.open_data(opened, meta)
     cfg = tokenizer_lib.with_vocabulary(opened.config, data.tokenizer)
-    sharding.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
+    setup.check_mesh(cfg, mesh.shape)  # again: now the vocabulary is known
     readers = data.readers  # of all stages; refuses a template that the tokenizer does not support
 
     # ------------------------------------------------------------------ shapes, against all that must fit them

@@ -119,7 +119,7 @@ class Bench:
         self.notes, cfg = self.opened.notes, self.opened.config
         self.asked, self.name, self.steps, self.new, self.trace = cfg, name, steps, new, trace
         self.mesh = setup.mesh_of(cfg)
-        sharding.check_mesh(cfg, self.mesh.shape)
+        setup.check_mesh(cfg, self.mesh.shape)
         self.shaped = setup.shape(cfg, self.mesh)
         self.cfg = cfg = self.shaped.config
         self.model, self.shapes = self.shaped.model, self.shaped.shapes

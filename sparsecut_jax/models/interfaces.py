@@ -8,6 +8,8 @@ A way of fusing is a file `models/fusing/NAME.py`, found by its name (models/way
     OFFICIAL                  optional: its `mm_projector_type` in LLaVA's and SparseCut's own files
     OF_WEIGHTS                optional: settings besides its name that its weights are made for, such as ("fusion.grid",)
     check(settings, cfg)      optional: raises UserError for values that can never work
+    sharded_sizes(settings, cfg) -> {text: size}    optional: sizes that mesh axis tensor must divide, by how errors
+                              name them, such as "config.vision.width // 64"
     wiring(settings, cfg)     -> Wiring; raises UserError if it cannot be
     class Fuse(Fusing)        the module
 

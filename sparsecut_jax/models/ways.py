@@ -68,6 +68,13 @@ def check(cfg: Config) -> None:
         way.check(own_settings(cfg.fusion, cfg.fusion.name, FUSING), cfg)
 
 
+def sharded_sizes(cfg: Config) -> dict[str, int]:
+    """{text: size} of the config's way of fusing: sizes that mesh axis tensor must divide."""
+    way = FUSING[cfg.fusion.name]
+    sizes = getattr(way, "sharded_sizes", None)
+    return sizes(own_settings(cfg.fusion, cfg.fusion.name, FUSING), cfg) if sizes else {}
+
+
 # --- the settings of all ways, for config.py ---
 
 

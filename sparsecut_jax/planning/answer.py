@@ -86,7 +86,7 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
     steps = steps_of(cfg, name, question.rows)
     cfg = backends.resolve(cfg, platform).with_stage(name, slots=steps.slots)
     sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
-    sharding.check_mesh(cfg, sizes)
+    setup.check_mesh(cfg, sizes)
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(**sizes))
     if platform == "tpu":
         compiling.check_installed()

@@ -12,7 +12,7 @@ from sparsecut_jax.planning import compiling, flops, memory
 from sparsecut_jax.planning.hardware import Topology, larger
 from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
 from sparsecut_jax.planning.roofline import crossing, roofline
-from sparsecut_jax.runtime import sharding
+from sparsecut_jax.runs import setup
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 
@@ -114,7 +114,7 @@ def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) 
         for sizes, accumulate in itertools.product(meshes(topology), micro_batches):
             tried = with_settings(cfg, name, sizes, accumulate, remat)
             try:
-                sharding.check_mesh(dataclasses.replace(tried, run_stages=(name,)), sizes)
+                setup.check_mesh(dataclasses.replace(tried, run_stages=(name,)), sizes)
                 needed = memory.estimate(tried, name, sizes, platform, parameters)
             except UserError:
                 continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,9 +82,51 @@ def reopen(cfg: Config, meta: Mapping[str, Any]) -> Opened:
 def check_fits(cfg: Config, mesh: Mesh) -> None:
     """Raises UserError for sizes that do not fit one another, the mesh or its platform."""
     checks.check_room(cfg)
-    sharding.check_mesh(cfg, mesh.shape)
+    check_mesh(cfg, mesh.shape)
     backends.resolve(cfg, sharding.platform(mesh))
     ways.wiring_of(cfg)
+
+
+def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
+    """Checks that a mesh of these sizes (`mesh.shape`) can shard the model and its batches; no device is needed.
+
+    Raises:
+      UserError: heads, widths, the vocabulary (0: not known yet) or the rows of a micro-batch cannot be sharded.
+    """
+    tensor, llm = sizes["tensor"], cfg.llm
+    widths = {
+        "config.vision.heads": cfg.vision.heads,
+        "config.vision.mlp_dim": cfg.vision.mlp_dim,
+        "config.llm.heads": llm.heads,
+        "config.llm.mlp_dim": llm.mlp_dim,
+        "config.llm.width": llm.width,  # also the width of the fusion's hidden layer
+        "config.llm.vocab_size": llm.vocab_size,
+        **ways.sharded_sizes(cfg),
+    }
+    kv_heads = {} if llm.replicate_kv else {"config.llm.kv_heads": llm.kv_heads}
+    most = math.gcd(*widths.values(), *kv_heads.values())
+    fitting = f"tensor={' or '.join(str(n) for n in range(1, most + 1) if most % n == 0)}"
+    for key, value in widths.items():
+        if value % tensor:
+            raise UserError(f"{key}={value} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}")
+    if kv_heads and llm.kv_heads % tensor:
+        raise UserError(
+            f"config.llm.kv_heads={llm.kv_heads} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}, or "
+            "config.llm.replicate_kv=True, which replicates them on every device"
+        )
+    split = sharding.shards("batch", sizes)
+    for name in cfg.run_stages:
+        stage = cfg.stages[name]
+        rows, step = stage.batch_size // stage.accumulate, split * stage.accumulate
+        if rows % split == 0:
+            continue
+        below = stage.batch_size // step * step
+        mended = f"batch_size={f'{below} or ' if below else ''}{below + step}"
+        fewer = next((n for n in range(stage.accumulate, 0, -1) if stage.batch_size % (split * n) == 0), 0)
+        raise UserError(
+            f"config.stages.{name}.batch_size / accumulate = {rows} rows cannot be sharded over the {split} devices of mesh "
+            f"axes {' x '.join(sharding.RULES['batch'])}; expected {mended}{f', or accumulate={fewer}' if fewer else ''}"
+        )
 
 
 # ------------------------------------------------------------------ data

@@ -16,7 +16,6 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
 
 # The axes that communicate most come last, on the fastest interconnect.
@@ -48,6 +47,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": ("tensor",),  # of a LoRA matrix with an embed axis
     "rank_alone": ("fsdp",),  # of one without
 }
+ONE_AT_A_TIME = ("layers", "sites")  # the scan over layers takes one of them, and would gather all
 OR_WHOLE = ("kv_heads", "act_kv_heads")  # replicated if the devices do not divide them (llm.replicate_kv)
 SMALL = 2**24  # bytes; a parameter up to this size may be replicated if the devices divide none of its axes
 
@@ -125,55 +125,17 @@ def _nearest(shape: Sequence[int], count: int) -> tuple[int, ...]:
 def ways(name: str, mesh: Mesh | None = None) -> int:
     """Number of shards of logical axis `name` on `mesh`; default: the mesh that is set, 1 if there is none."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return 1 if mesh.empty else _ways(RULES[name], mesh.shape)
+    return 1 if mesh.empty else shards(name, mesh.shape)
+
+
+def shards(name: str, sizes: Mapping[str, int]) -> int:
+    """Number of shards of logical axis `name` on a mesh of these sizes (`mesh.shape`); no device is needed."""
+    return _ways(RULES[name], sizes)
 
 
 def data_parallel(mesh: Mesh | None = None) -> int:
     """Number of data-parallel shards of a batch on `mesh`; default: the mesh that is set, 1 if there is none."""
     return ways("batch", mesh)
-
-
-def check_mesh(cfg: Config, sizes: Mapping[str, int]) -> None:
-    """Checks that a mesh of these sizes (`mesh.shape`) can shard the model and its batches; no device is needed.
-
-    Raises:
-      UserError: heads, widths, the vocabulary (0: not known yet) or the rows of a micro-batch cannot be sharded.
-    """
-    tensor, llm = sizes["tensor"], cfg.llm
-    widths = {
-        "config.vision.heads": cfg.vision.heads,
-        "config.vision.mlp_dim": cfg.vision.mlp_dim,
-        "config.llm.heads": llm.heads,
-        "config.llm.mlp_dim": llm.mlp_dim,
-        "config.llm.width": llm.width,  # also the width of the fusion's hidden layer
-        "config.llm.vocab_size": llm.vocab_size,
-    }
-    if cfg.fusion.name == "cross_attention":
-        widths["config.vision.width // 64"] = max(1, cfg.vision.width // 64)
-    kv_heads = {} if llm.replicate_kv else {"config.llm.kv_heads": llm.kv_heads}
-    most = math.gcd(*widths.values(), *kv_heads.values())
-    fitting = f"tensor={' or '.join(str(n) for n in range(1, most + 1) if most % n == 0)}"
-    for key, value in widths.items():
-        if value % tensor:
-            raise UserError(f"{key}={value} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}")
-    if kv_heads and llm.kv_heads % tensor:
-        raise UserError(
-            f"config.llm.kv_heads={llm.kv_heads} cannot be sharded over mesh axis tensor={tensor}; expected {fitting}, or "
-            "config.llm.replicate_kv=True, which replicates them on every device"
-        )
-    split = _ways(RULES["batch"], sizes)
-    for name in cfg.run_stages:
-        stage = cfg.stages[name]
-        rows, step = stage.batch_size // stage.accumulate, split * stage.accumulate
-        if rows % split == 0:
-            continue
-        below = stage.batch_size // step * step
-        mended = f"batch_size={f'{below} or ' if below else ''}{below + step}"
-        fewer = next((n for n in range(stage.accumulate, 0, -1) if stage.batch_size % (split * n) == 0), 0)
-        raise UserError(
-            f"config.stages.{name}.batch_size / accumulate = {rows} rows cannot be sharded over the {split} devices of mesh "
-            f"axes {' x '.join(RULES['batch'])}; expected {mended}{f', or accumulate={fewer}' if fewer else ''}"
-        )
 
 
 # --- layouts ---
@@ -268,7 +230,7 @@ def _weight_spec(
             continue
         homeless, axes[i] = axes[i], ()
         fits = [j for j, size in enumerate(shape) if j != i and size % _ways((*axes[j], *homeless), sizes) == 0]
-        fits = [j for j in fits if names[j] != "layers"]  # the scan over layers would gather all of them
+        fits = [j for j in fits if names[j] not in ONE_AT_A_TIME]
         if name in OR_WHOLE:
             continue
         if fits:

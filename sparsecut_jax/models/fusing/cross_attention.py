@@ -34,6 +34,10 @@ def check(settings: None, cfg: Config) -> None:
         )
 
 
+def sharded_sizes(settings: None, cfg: Config) -> dict[str, int]:
+    return {"config.vision.width // 64": heads_of(cfg.vision.width)}
+
+
 def heads_of(width: int) -> int:
     return max(1, width // 64)
 
