@@ -137,7 +137,7 @@ def check_values(cfg: Config) -> None:
     need(
         grid != (1, 1),
         "config.fusion.grid=(1, 1) is one crop of the low-res view's own size, which adds nothing; "
-        "config.fusion.name='mlp' reads the low-res view alone",
+        "choose a config.fusion.name that reads the low-res view alone",
     )
     ways.check(cfg)
     need(len(v.mean) == 3 and len(v.std) == 3, "config.vision.mean and .std: expected three numbers each")

@@ -199,7 +199,7 @@ def test_zero_or_more(key):
         (
             [("fusion.grid", (1, 1))],
             "config.fusion.grid=(1, 1) is one crop of the low-res view's own size, which adds nothing; "
-            "config.fusion.name='mlp' reads the low-res view alone",
+            "choose a config.fusion.name that reads the low-res view alone",
         ),
         ([("vision.mean", (0.5, 0.5))], "config.vision.mean and .std: expected three numbers each"),
         ([("vision.std", ())], "config.vision.mean and .std: expected three numbers each"),

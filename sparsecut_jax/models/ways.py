@@ -86,6 +86,7 @@ def with_groups(base: type, modules: Mapping[str, ModuleType], fields: list[tupl
     return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, namespace=namespace)
 
 
-_NAME = setting("channel", "Way of fusing; mlp (LLaVA-1.5's projector) reads the low-res view alone.")
-FusionConfig = with_groups(settings.FusionConfig, FUSING, [("name", Literal[tuple(FUSING)], _NAME)], "FusionConfig")
+_ANY = settings.FusionConfig.__dataclass_fields__["name"]
+_ONE = ("name", Literal[tuple(FUSING)], setting(_ANY.default, _ANY.metadata["meaning"]))
+FusionConfig = with_groups(settings.FusionConfig, FUSING, [_ONE], "FusionConfig")
 InjectingConfig = with_groups(settings.InjectingConfig, INJECTING, [], "InjectingConfig")
