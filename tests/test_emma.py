@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.numpy import save_file
 
 import reference
+from parity_cases import join
 from small_tokenizers import byte_level
 from sparsecut_jax.data.batches import collate, spec_of
 from sparsecut_jax.data.pipeline import Images
@@ -66,7 +68,7 @@ def tokens_of(module, params, levels, question):
 def test_equals_the_reference(module, params):
     levels, question = drawn(4)
     fused = tokens_of(module, params, levels, question)
-    p = reference.double(params)
+    p = reference.double(params)["fuse"]
     for image in range(4):
         x = levels[0, image, 0].astype(np.float64)
         rows = [x[n] for n in range(N)]
@@ -83,7 +85,7 @@ def test_equals_the_reference(module, params):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_projector_alone_before_the_first_step(module, first, dtype):
     levels, question = jax.tree.map(lambda x: jnp.asarray(x, x.dtype if x.dtype == bool else dtype), drawn(4))
-    alone = jax.jit(Projector(32).apply)({"params": first["projector"]}, levels[0, :, 0])
+    alone = jax.jit(Projector(32).apply)({"params": first["fuse"]["projector"]}, levels[0, :, 0])
     np.testing.assert_array_equal(tokens_of(module, first, levels, question), alone)
 
 
@@ -94,7 +96,9 @@ def test_parameters_of_the_original():
     module = Fusion(cfg.fusion, wiring_of(cfg), cfg.llm)
     levels, words = jnp.zeros((1, 1, 1, 576, 1024)), jnp.zeros((1, 77, 768))
     question = Question(jnp.ones((1, 77), bool), words)
-    mix = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), levels, question)))["params"]["mix"]
+    mix = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), levels, question)))["params"]["fuse"][
+        "mix"
+    ]
     assert jax.tree.map(lambda leaf: leaf.shape, mix) == {
         "text": {"kernel": (768, 1024), "bias": (1024,)}, "kernel": (576 + 77, 576), "bias": (576,),
     }  # fmt: skip
@@ -107,7 +111,7 @@ def test_gradients(module, first):
     gradient = jax.jit(jax.grad(loss))
     moves = lambda tree: {path for path, leaf in flatten(tree).items() if np.asarray(leaf).any()}
     before = gradient(first)
-    assert moves(before) == flatten(first).keys() - {"mix/text/kernel", "mix/text/bias"}
+    assert moves(before) == flatten(first).keys() - {"fuse/mix/text/kernel", "fuse/mix/text/bias"}
     after = gradient(jax.tree.map(lambda value, slope: value - 1e-3 * slope, first, before))
     assert moves(after) == flatten(first).keys()
 
@@ -125,6 +129,21 @@ def test_positions_without_a_token_add_nothing(module, params):
 @pytest.mark.parametrize("value", [0, -1, 1025])
 def test_a_number_of_tokens_that_cannot_be(value):
     assert refusal(config_of, value) == f"config.fusion.emma.question={value}: expected 1 to 1024 tokens"
+
+
+def test_begins_with_the_projector_of_llava(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "projector.safetensors"
+    names = [f"multi_modal_projector.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")]
+    theirs = {name: rng.standard_normal((32,) * (1 + name.endswith("weight"))).astype(np.float32) for name in names}
+    save_file(theirs, file)
+    settings = {"fusion.name": "emma", "init.fresh": ("fusion/fuse/mix/.*",)}
+    begun = join(fusion=file, settings=settings)
+    fresh = {path for path in begun.report.fresh if path.startswith("fusion/")}
+    assert fresh == {f"fusion/fuse/mix/{name}" for name in ("kernel", "bias", "text/kernel", "text/bias")}
+    ours = begun.params["fusion"]["fuse"]["projector"]
+    for i in (1, 2):
+        np.testing.assert_array_equal(ours[f"fc{i}"]["kernel"], theirs[f"multi_modal_projector.linear_{i}.weight"].T)
+        np.testing.assert_array_equal(ours[f"fc{i}"]["bias"], theirs[f"multi_modal_projector.linear_{i}.bias"])
 
 
 def test_on_a_mesh(module, params):
@@ -146,7 +165,7 @@ def test_on_a_mesh(module, params):
         got, sharded = step()(placed, levels, question)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharded, gradients)
-    parts = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), placed["mix"])
+    parts = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), placed["fuse"]["mix"])
     assert parts == {"text": {"kernel": (16, 12), "bias": (12,)}, "kernel": (7, 9), "bias": (9,)}
 
 

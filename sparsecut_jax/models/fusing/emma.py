@@ -7,7 +7,8 @@ of it, without gradient, and positions that hold no token add nothing. With x[N,
     y^T = [x; t]^T Wf + bf      Wf[N + Tq, N] = [I; 0] and bf[N] = 0 before the first step, where y = x
 
 Wf belongs to one image size: weights made for another N are refused by their shape. Rows without a question, as those of the
-template "plain", train neither Wt nor the rows of Wf that read it. Source: EMMA (arXiv 2410.02080).
+template "plain", train neither Wt nor the rows of Wf that read it. To begin with LLaVA's trained projector, name its file in
+`init.fusion` and set `init.fresh=("fusion/fuse/mix/.*",)`. Source: EMMA (arXiv 2410.02080).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from sparsecut_jax.models.interfaces import Fused, Fusing, Question, Seen, Wirin
 from sparsecut_jax.models.layers import Linear, weight, zeros
 from sparsecut_jax.models.levels import Projector, gelu, main_level, patches
 from sparsecut_jax.models.remat import rematted
+from sparsecut_jax.models.rules import projector
 from sparsecut_jax.runtime.sharding import constrain
 from sparsecut_jax.settings import Config, setting
 from sparsecut_jax.types import UserError
 
 IGNORES = ("shortcuts.", "fusion.grid", "fusion.shared")
 OF_WEIGHTS = ("fusion.emma.question",)
+RULES = projector()
 MOST = 1024
 
 
@@ -74,11 +77,20 @@ class Mix(nn.Module):
         return jnp.einsum("IJC,JN->INC", jnp.concatenate([x, text], axis=1), kernel) + bias[:, None]
 
 
+class Emma(nn.Module):
+    """Tokens [I, N, C] of images and their questions -> [I, N, D]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, question: Question) -> jax.Array:
+        return Projector(self.width, name="projector")(Mix(name="mix")(x, question))
+
+
 class Fuse(Fusing):
     """Level [1, I, 1, N, C] and question -> tokens [I, N, D]."""
 
     @nn.compact
     def __call__(self, seen: Seen, question: Question | None = None) -> Fused:
-        mix, projector = (rematted(module, self.config.remat, scanned=False) for module in (Mix, Projector))
-        mixed = mix(name="mix")(seen.levels[0, :, 0], question)
-        return Fused(projector(self.width, name="projector")(mixed))
+        emma = rematted(Emma, self.config.remat, scanned=False)
+        return Fused(emma(self.width, name="fuse")(seen.levels[0, :, 0], question))
