@@ -145,10 +145,11 @@ def visible(segments, branches):
     return mask
 
 
-def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position="pre"):
+def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position="pre", inside=None):
     """Embeddings [B, T, D] -> logits [B, T, W] and the inputs of every layer [L, B, T, D].
 
     shortcuts: (layer, fused [B, M, N, D]), added to the runs of positions that begin at starts[B, M].
+    inside: function (layer, its attention weights, rotated q [T, Q, H], row) -> [T, Q, H], added to attention's output.
     """
     p = double(params)
     x = np.array(x, np.float64)
@@ -170,7 +171,10 @@ def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position
             y = rms_norm(layer["norm1"], x[b], cfg.norm_eps)
             q, k, v = (np.einsum("td,dqh->tqh", y, layer["attention"][name]) for name in "qkv")
             q, k = rotary(q, positions[b], cfg.rope_theta), rotary(k, positions[b], cfg.rope_theta)
-            x[b] += np.einsum("tqh,qhd->td", attend(q, k, v, mask[b]), layer["attention"]["out"])
+            out = attend(q, k, v, mask[b])
+            if inside is not None:
+                out += inside(i, layer["attention"], q, b)
+            x[b] += np.einsum("tqh,qhd->td", out, layer["attention"]["out"])
             y = rms_norm(layer["norm2"], x[b], cfg.norm_eps)
             gate = linear(layer["mlp"]["gate"], y)
             x[b] += linear(layer["mlp"]["down"], gate * sigmoid(gate) * linear(layer["mlp"]["up"], y))

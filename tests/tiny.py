@@ -68,9 +68,14 @@ def matrices_of(model: SparseCut) -> dict[str, bool]:
 
 
 def make_batch(
-    rows: list[list[int]], length: int = 32, slots: int = 2, answers: int | list[int] = 2, seed: int = 0
+    rows: list[list[int]],
+    length: int = 32,
+    slots: int = 2,
+    answers: int | list[int] = 2,
+    seed: int = 0,
+    positions: int = N,
 ) -> Batch:
-    """Rows of word ids with IMAGE where an image goes; the last `answers` ids of each row are supervised.
+    """Rows of word ids with IMAGE where an image goes, `positions` long; the last `answers` ids of each row are supervised.
 
     Every slot has a picture, also the empty ones: what nobody refers to must not matter.
     """
@@ -85,7 +90,7 @@ def make_batch(
             if word == IMAGE:
                 batch.image_start[b, slot] = len(ids)
                 slot += 1
-            ids += [0] * N if word == IMAGE else [word]
+            ids += [0] * positions if word == IMAGE else [word]
         batch.tokens[b, : len(ids)] = ids
         batch.segments[b, : len(ids)] = 1
         batch.loss_mask[b, len(ids) - answers[b] : len(ids)] = 1

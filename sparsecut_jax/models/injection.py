@@ -51,9 +51,9 @@ class Injection:
     def attends(self) -> bool:
         return hasattr(self.way, "attend")
 
-    def memory(self, kv: Callable) -> Any:
-        """The layer's memory, from its sources; `kv` as in models/interfaces.py."""
-        return self.way.memory(self.settings, kv, self.here)
+    def memory(self, keys: Callable, values: Callable) -> Any:
+        """The layer's memory, from its sources; `keys` and `values` as in models/interfaces.py."""
+        return self.way.memory(self.settings, keys, values, self.here)
 
     def stored(self, memories: Any) -> Any:
         """The layer's memory, from those of all sites [J, B, ...]."""

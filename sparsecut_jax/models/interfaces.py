@@ -19,12 +19,12 @@ A way of injecting is a file `models/injecting/NAME.py` with functions of one la
     class Settings            the settings of the group `config.injecting.NAME`
     weights(module, sites, llm) -> {name: [J, ...]}     parameters, one row for every layer that has sources
     before(settings, x, here) -> x, ratio               x: [B, T, D], the layer's input
-    memory(settings, kv, here) -> tree                  computed once per image, kept beside the KV cache in generation
+    memory(settings, keys, values, here) -> tree        computed once per image, kept beside the KV cache in generation
     attend(settings, q, memory, here) -> [B, T, Q, H]   added to attention's output, before its output matrix
     after(settings, x, here) -> x, ratio                x: the layer's output
 
-`kv(x[B, S, D])` gives the keys and values [B, S, G, H] of x by the layer's own matrices, not rotated. `ratio` is
-float32[A], the norm of what was added over the norm of what was there, for every entry of the layer's route.
+`keys(x[B, S, D])` and `values(x)` give [B, S, G, H] by the layer's own matrices, not rotated; G may be Q where devices hold
+copies of KV heads (llm.replicate_kv). `ratio` is float32[A], the norm of what was added over the norm of what was there, for every entry of the layer's route.
 """
 
 from __future__ import annotations

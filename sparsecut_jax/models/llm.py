@@ -128,19 +128,18 @@ class Attention(nn.Module):
             sight &= (context.distance < window) | (index < cfg.sliding_from)
         elif window and cfg.sliding_from:
             window = jnp.where(index < cfg.sliding_from, sight.segments.shape[1], window)
+        each = lambda y: y
         if cfg.replicate_kv and cfg.kv_heads % ways("kv_heads"):
             # Every device holds all KV heads; each of its query heads gets a copy of the one it attends with.
             each = lambda y: constrain(
                 jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None
             )
-            k, v = each(k), each(v)
-        out, left = attention(q, k, v, sight, window, self.backend), {}
+        out, left = attention(q, each(k), each(v), sight, window, self.backend), {}
         if injection is not None and injection.attends():
-            memory = (
-                injection.memory(lambda x: (k_norm(to_k(x)), to_v(x)))
-                if context.fill
-                else injection.stored(cache.sources)
-            )
+            if context.fill:
+                memory = injection.memory(lambda x: each(k_norm(to_k(x))), lambda x: each(to_v(x)))
+            else:
+                memory = injection.stored(cache.sources)
             added = injection.attend(q, memory)
             left = {"ratio": norm_ratio(added, out), "memory": memory}
             out += added.astype(out.dtype)

@@ -24,8 +24,10 @@ def write_slots(
       first: int32[], where in the row the T positions begin, if they are a part of it; the part may end within an image.
 
     Returns:
-      [B, T, D] in the dtype of `hidden`; unchanged if a whole row has T < N, as a short text without image.
+      [B, T, D] in the dtype of `hidden`; unchanged if N = 0, or if a whole row has T < N, as a short text without image.
     """
+    if not values.shape[2]:
+        return hidden
     if first is not None:
         return _write_part(hidden, values, image_start, add, first)
     if hidden.shape[1] < values.shape[2]:
