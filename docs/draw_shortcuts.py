@@ -8,10 +8,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from sparsecut_jax.config import ShortcutConfig  # noqa: E402
 from sparsecut_jax.models.shortcuts import wire_shortcuts  # noqa: E402
-from sparsecut_jax.runs.wiring_plot import draw_shortcuts
+from sparsecut_jax.runs.wiring_plot import draw_shortcuts  # noqa: E402
 from sparsecut_jax.runtime.figures import plt  # noqa: E402
+from sparsecut_jax.settings import ShortcutConfig  # noqa: E402
 
 PLANS = {
     "none: LLaVA-1.5": ShortcutConfig(density="none"),

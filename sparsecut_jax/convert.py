@@ -71,7 +71,7 @@ def from_hf(cfg: Config, out: str, prompt: bool = False) -> load.Report:
 
 
 def to_hf(workdir: str, which: str, out: str, kind: str, drop_shortcuts: bool, merge: bool, check: bool) -> None:
-    """Writes the model of a run to `out`; see weights/export.py and adapter.py. Leaves nothing behind after an error.
+    """Writes the model of a run to `out`; see exporting/export.py and adapter.py. Leaves nothing behind after an error.
 
     Raises:
       UserError: incompatible flags, or the format cannot represent the model.

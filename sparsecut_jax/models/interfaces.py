@@ -130,7 +130,7 @@ class Fusing(nn.Module):
 
     Attributes:
       settings: the way's own, `config.fusion.NAME`; None if it has none.
-      config: what all ways share; each applies `config.remat` to its modules (models/remat.py).
+      config: what all ways share, `config.fusion`; each applies its `remat` to its modules (models/remat.py).
       wiring: what it reads and makes.
       width: of the LLM (D).
       attention: backend, see models/attention.py.

@@ -49,7 +49,7 @@ def wiring_of_shortcuts(shortcuts: Shortcuts, positions: int, grid: tuple[int, .
 def each_level(module: type[nn.Module], count: int, config: FusionConfig) -> Any:
     """`module`, which maps one level [I, V, N, C] to [I, S, D], for `count` levels at once: [K, I, V, N, C] -> [K, I, S, D].
 
-    With `config.shared` one set of weights serves all; otherwise parameters keep their names and get a leading axis, so that one
+    With `config.fusion.shared` one set of weights serves all; otherwise parameters keep their names and get a leading axis, so that one
     table of names reads both forms.
     """
     # vmap, not a reshape to [K * I, ...]: merging the replicated axis of levels with the sharded axis of images would

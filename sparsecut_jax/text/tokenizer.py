@@ -29,7 +29,7 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers` object.
       pad, bos, eos: ids; bos is -1 for a tokenizer without one.
-      chat_template: Jinja program that renders a conversation (data/templates.py); "" for none.
+      chat_template: Jinja program that renders a conversation (text/templates.py); "" for none.
     """
 
     backend: Backend
