@@ -103,14 +103,15 @@ class StepLog:
         self.now += time.monotonic() - began
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        seconds = sum(self.seconds)
+        seconds, ratios = sum(self.seconds), values["shortcut_ratio"]
+        names = self.names if len(ratios) else ()  # a way of injecting may give none
         line = {
             "stage": self.span.name,
             "loss": _number(values["loss"]),
             "lr": _number(values["lr"]),
             "grad_norm": _number(values["grad_norm"]),
             "grad_norm_by_part": {part: _number(norm) for part, norm in values["grad_norm_by_part"].items()},
-            "shortcut_ratio": {name: _number(values["shortcut_ratio"][layer, a]) for layer, a, name in self.names},
+            "shortcut_ratio": {name: _number(ratios[layer, a]) for layer, a, name in names},
             "tokens_per_second": self.tokens / seconds,
             "supervised_tokens": self.supervised,
             "seconds_per_step": seconds / len(self.seconds),
