@@ -56,6 +56,7 @@ HEAVY = (
     "test_lora",
     "test_state",
     "test_api",
+    "test_ways",
 )
 # Files that compile whole models or start whole commands: not part of `-m quick`.
 SLOW = (
