@@ -166,7 +166,7 @@ def test_on_a_mesh(module, params):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharded, gradients)
     parts = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), placed["fuse"]["mix"])
-    assert parts == {"text": {"kernel": (16, 12), "bias": (12,)}, "kernel": (7, 9), "bias": (9,)}
+    assert parts == {"text": {"kernel": (16, 24), "bias": (24,)}, "kernel": (7, 9), "bias": (9,)}
 
 
 # --- in the whole model ---

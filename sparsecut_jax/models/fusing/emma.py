@@ -24,7 +24,6 @@ from sparsecut_jax.models.layers import Linear, weight, zeros
 from sparsecut_jax.models.levels import Projector, gelu, main_level, patches
 from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.models.rules import projector
-from sparsecut_jax.runtime.sharding import constrain
 from sparsecut_jax.settings import Config, setting
 from sparsecut_jax.types import UserError
 
@@ -67,9 +66,8 @@ class Mix(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, question: Question) -> jax.Array:
         _, tokens, channels = x.shape
-        text = gelu(Linear(channels, ("embed", "mlp"), name="text")(question.words))
-        # Few positions of the question are gathered over the tensor axis, rather than the many of the image.
-        text = constrain(text, "batch", "length", "act_embed")
+        # Not split over the tensor axis: the many tokens of the image would then be gathered over it together with the text's.
+        text = gelu(Linear(channels, ("embed", None), name="text")(question.words))
         text = jnp.where(question.there[..., None], text, 0)
         shape = (tokens + text.shape[1], tokens)
         kernel = weight(self, "kernel", shape, ("embed", None), identity, x.dtype)
