@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from sparsecut_jax.checks import nearest
+from sparsecut_jax.types import nearest
 
 COMMANDS = ("train", "evaluate", "compare", "generate", "convert", "data", "plan", "benchmark")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 from sparsecut_jax.models import ways
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.tasks import registry
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 MOST_THREADS = 256  # each prefetches its own batches
 MOST_WORKERS = 256
@@ -24,12 +23,6 @@ ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
     "longrope": ("original_length", "short_factor", "long_factor", "attention_factor"),
 }
-
-
-def nearest(key: str, known: Any) -> str:
-    """Text "; did you mean 'x'?" for the nearest of `known`, or nothing."""
-    close = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def positive(value: Any) -> bool:

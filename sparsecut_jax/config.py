@@ -16,10 +16,10 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from sparsecut_jax import effects, settings
-from sparsecut_jax.checks import check_values, nearest
+from sparsecut_jax.checks import check_values
 from sparsecut_jax.models import ways
 from sparsecut_jax.tasks import registry
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 # The settings of a whole run, with those that each way of fusing, way of injecting and task has for itself.
 Config = dataclasses.make_dataclass(

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.commandline import cli
 from sparsecut_jax.exporting import adapter, export, verify
 from sparsecut_jax.runs.checkpoint import CONVERTED, Checkpoints, meta_of
@@ -31,7 +30,7 @@ from sparsecut_jax.runs.run import load_run
 from sparsecut_jax.runs.workdir import write_run_files
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import report
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 from sparsecut_jax.weights import load
 from sparsecut_jax.weights import pretrained as weights
 

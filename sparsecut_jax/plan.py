@@ -17,7 +17,8 @@ import sys
 from absl import flags
 
 from sparsecut_jax.commandline import cli
-from sparsecut_jax.planning import answer, compiling, hardware, tables
+from sparsecut_jax.planning import answer, compiling, tables
+from sparsecut_jax.runtime import hardware
 from sparsecut_jax.runtime.folders import make_folder, write_json
 from sparsecut_jax.runtime.progress import busy
 from sparsecut_jax.settings import Config
@@ -27,13 +28,13 @@ FLAGS = flags.FLAGS
 
 
 def plan(cfg: Config) -> None:
-    # ------------------------------------------------------------------ the questions
+    # ------------------------------------------------------------------ the requests
     cli.need("--topology=v5e:8x8")
     stage = answer.default_stage(cfg, FLAGS.stage)
     topologies = [hardware.parse(text) for text in FLAGS.topology.split(",")]
     several = len(topologies) > 1
-    questions = [
-        answer.Question(
+    requests = [
+        answer.Request(
             topology=topology,
             stage=stage,
             mfu=FLAGS.mfu,
@@ -48,12 +49,12 @@ def plan(cfg: Config) -> None:
         raise UserError(f"--topology={FLAGS.topology}: cpu has no published peak rate to compare; leave it out")
     folder = make_folder("--out", FLAGS.out or os.path.join("runs/plan", file_name(cfg, stage)))
 
-    # ------------------------------------------------------------------ the answers
+    # ------------------------------------------------------------------ the plans
     with open(os.dup(2), "w") as stderr:  # a copy, so that the compiler's own output can be hidden
         during = lambda what: busy(what, stderr)
         plans = [
-            {"config": config_argument(), **answer.answer(with_rows(cfg, question), question, during)}
-            for question in questions
+            {"config": config_argument(), **answer.answer(with_rows(cfg, request), request, during)}
+            for request in requests
         ]
 
     # ------------------------------------------------------------------ output
@@ -67,12 +68,12 @@ def plan(cfg: Config) -> None:
     print(f"written    {os.path.join(folder, name)}.json, {name}.png")
 
 
-def with_rows(cfg: Config, question: answer.Question) -> Config:
+def with_rows(cfg: Config, request: answer.Request) -> Config:
     """The config with --rows_per_chip sequences per chip in each micro-batch; unchanged without that flag."""
     if not FLAGS.rows_per_chip:
         return cfg
-    rows = FLAGS.rows_per_chip * question.topology.chips * cfg.stages[question.stage].accumulate
-    return cfg.with_stage(question.stage, batch_size=rows)
+    rows = FLAGS.rows_per_chip * request.topology.chips * cfg.stages[request.stage].accumulate
+    return cfg.with_stage(request.stage, batch_size=rows)
 
 
 def config_argument() -> str:

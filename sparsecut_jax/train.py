@@ -25,14 +25,14 @@ from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.evaluation import testing
 from sparsecut_jax.evaluation.accuracy import report_accuracy
 from sparsecut_jax.models.parameters import flatten
-from sparsecut_jax.planning import flops, hardware
+from sparsecut_jax.planning import work
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runs.checkpoint import Checkpoints, check_resumable, meta_of
 from sparsecut_jax.runs.origin import Origin
 from sparsecut_jax.runs.parameters import initial_params
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runs.workdir import locked, print_written, update_results, write_run_files
-from sparsecut_jax.runtime import backends, hosts, sharding
+from sparsecut_jax.runtime import backends, hardware, hosts, sharding
 from sparsecut_jax.runtime.progress import Startup
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text import tokenizer as tokenizer_lib
@@ -151,7 +151,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
                 holdout_loss=inputs.make_holdout_loss(model, data, span.name, cfg, mesh),
                 meta=meta_of(span.name, asked, cfg, data.tokenizer, data.source.fingerprint),
-                flops=flops.of_batch(shaped.config, span.name, shaped.shapes, plan.slots),
+                flops=work.flops_of_batch(shaped.config, span.name, shaped.shapes, plan.slots),
                 peak=mesh.size * hardware.peak_flops(mesh.devices.flat[0].device_kind),
                 startup=startup,
                 clock=clock,

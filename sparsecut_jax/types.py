@@ -12,6 +12,7 @@ Q  attention heads, G KV heads, H width of a head, F hidden width of an MLP, W w
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,12 @@ def shown(text: str) -> str:
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def nearest(key: str, known: Any) -> str:
+    """Text "; did you mean 'x'?" for the nearest of `known`, or nothing."""
+    close = difflib.get_close_matches(str(key), [str(k) for k in known], 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 CAUSES = {

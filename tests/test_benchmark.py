@@ -12,7 +12,7 @@ from sparsecut_jax import config as config_lib
 from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.parts import Bench, Timed
 from sparsecut_jax.benchmarking.peaks import Peak
-from sparsecut_jax.planning import flops
+from sparsecut_jax.planning import work
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def test_floors(folder, one_device):
     bench._answers = {1: [9.0, 1.0], 2: [9.0, 1.5]}
     peak = Peak(flops=1e9, bandwidth=1e9)
     timed = {part: bench.time(part, peak) for part in ("tower", "forward", "step", "prefill", "decode")}
-    work = flops.work(flops.products(bench.cfg, "instruct", bench.shapes, 8, 32))
+    flops = work.by_part(work.products(bench.cfg, "instruct", bench.shapes, 8, 32))
     words = 16 * bench.cfg.llm.vocab_size
     spared = 2 * words * 8 * 20  # of 32 positions 12 are to be predicted
-    assert timed["tower"].flops == work["vision"].forward
-    assert timed["forward"].flops == work["total"].forward - spared
-    assert timed["step"].flops == work["total"].model - 3 * spared
+    assert timed["tower"].flops == flops["vision"].forward
+    assert timed["forward"].flops == flops["total"].forward - spared
+    assert timed["step"].flops == flops["total"].model - 3 * spared
     assert timed["step"].bytes > 7 * 4 * 20_000
-    assert timed["prefill"].flops == (work["llm"].forward / 8) + 2 * words  # one row, logits of its last position
+    assert timed["prefill"].flops == (flops["llm"].forward / 8) + 2 * words  # one row, logits of its last position
     for t in timed.values():
         assert t.floor == max(t.flops, t.bytes) / 1e9
         assert t.bound == ("compute" if t.flops > t.bytes else "memory")

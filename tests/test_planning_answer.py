@@ -10,14 +10,14 @@ from PIL import Image
 from planning_configs import load
 from runs import command, finish
 from sparsecut_jax.planning import answer, tables
-from sparsecut_jax.planning.hardware import GIB, parse
+from sparsecut_jax.runtime.hardware import GIB, parse
 from tiny import refusal
 
 SEVEN = ("sparsecut", "size=7b,stage=finetune")
 
 
-def plan_of(cfg, stage, topology, **question):
-    return answer.answer(cfg, answer.Question(parse(topology), stage, **question))
+def plan_of(cfg, stage, topology, **request):
+    return answer.answer(cfg, answer.Request(parse(topology), stage, **request))
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def test_without_the_compiler(monkeypatch):
         (dict(rows=-1), "--rows=-1: expected 0 to 1,000,000,000,000"),
     ],
 )
-def test_questions(asked, sentence):
-    assert refusal(lambda: answer.Question(parse("cpu:1"), "instruct", **asked)) == sentence
+def test_requests(asked, sentence):
+    assert refusal(lambda: answer.Request(parse("cpu:1"), "instruct", **asked)) == sentence
 
 
 def test_nothing_is_expected_to_be_faster_than_the_roofline():

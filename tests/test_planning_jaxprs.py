@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from sparsecut_jax.planning.jaxprs import traced
+from sparsecut_jax.planning.jaxprs import results, traced
 
 W = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
 X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
@@ -59,3 +59,9 @@ def test_what_a_matmul_reads_and_writes():
     assert (made.path, made.weights, made.contracted) == ("a", 32, (-1,))
     assert (used.path, used.weights, used.moved, used.outputs, used.contracted) == ("a", 64, 64, 32, ())
     assert (scores.path, scores.weights, scores.moved, scores.outputs) == ("", 0, 48, 16)
+
+
+def test_what_a_result_grows_with():
+    """The inputs, and constants as long as these or twice as long; not weights and other constants."""
+    function = lambda moving, frozen, x: (x @ moving["w"], jnp.ones((3, 8)), moving["w"].T + 1, jnp.ones((3, 5)))
+    assert [grows for _, grows in results(function, W, {}, X)] == [True, True, False, False]

@@ -6,7 +6,7 @@ import pytest
 from planning_configs import load
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.llm import empty_cache
-from sparsecut_jax.planning import flops, memory
+from sparsecut_jax.planning import memory, work
 from sparsecut_jax.planning.compiling import abstract_batch, lower_step
 from sparsecut_jax.runtime.sharding import make_mesh
 
@@ -24,7 +24,7 @@ def joined(count, **changes):
 def step_work(file, arguments=ARGUMENTS, seq_len=2048, **changes):
     cfg, stage = load(file, arguments, **changes) if file != "joined" else joined(**changes)
     shapes = memory.Parameters(cfg, stage).shapes
-    return flops.work(flops.products(cfg, stage, shapes, 1, seq_len))
+    return work.by_part(work.products(cfg, stage, shapes, 1, seq_len))
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
@@ -71,7 +71,7 @@ def compiled():
             shortcuts__density="explicit", shortcuts__vit_levels=(0, 1)[:count], shortcuts__llm_layers=(1, 0)[:count],
         )  # fmt: skip
         found = lower_step(cfg, stage, jax.devices()[:1]).compile().cost_analysis()
-        ours = flops.work(flops.products(cfg, stage, memory.Parameters(cfg, stage).shapes, 1, 512))["total"].model
+        ours = work.by_part(work.products(cfg, stage, memory.Parameters(cfg, stage).shapes, 1, 512))["total"].model
         return found["bytes accessed"], found["flops"], ours
 
     return costs(1), costs(2)

@@ -8,7 +8,7 @@ import pytest
 import runs
 from planning_configs import load
 from sparsecut_jax.planning import answer, tables
-from sparsecut_jax.planning.hardware import parse
+from sparsecut_jax.runtime.hardware import parse
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def plans():
     found = []
     for chips in (8, 16):
         cfg, stage = load("sparsecut", "size=7b,stage=finetune", stage__batch_size=4 * chips)
-        question = answer.Question(parse(f"h100:{chips}"), stage, search=True)
+        question = answer.Request(parse(f"h100:{chips}"), stage, search=True)
         found.append({"config": "sparsecut.py", **answer.answer(cfg, question)})
     return found
 

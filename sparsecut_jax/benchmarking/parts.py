@@ -1,6 +1,6 @@
 """The parts of a training step and of generation, each timed separately and compared with its floor.
 
-A floor counts the necessary work and traffic: matmuls with weights and of attention (planning/flops.py), the loss of
+A floor counts the necessary work and traffic: matmuls with weights and of attention (planning/work.py), the loss of
 target tokens, one read or write of weights and of the matmuls' inputs and outputs, and Adam's state. It excludes
 recomputation.
 """
@@ -22,18 +22,18 @@ import numpy as np
 from sparsecut_jax.benchmarking import where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline
-from sparsecut_jax.data.batches import spec_of
+from sparsecut_jax.data.batches import slots_of, spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
 from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import split
-from sparsecut_jax.planning import flops
+from sparsecut_jax.planning import work
 from sparsecut_jax.planning.compiling import step_of
-from sparsecut_jax.planning.hardware import peak_flops
-from sparsecut_jax.planning.roofline import UPDATE
+from sparsecut_jax.planning.jaxprs import Product
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runs.parameters import init_params
 from sparsecut_jax.runtime import sharding
+from sparsecut_jax.runtime.hardware import peak_flops
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import optimizer as opt
 from sparsecut_jax.training import state
@@ -42,7 +42,7 @@ from sparsecut_jax.types import Batch, empty_batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
 GROUP = 8  # batches timed together, more than the read-ahead holds
-OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/flops.py
+OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/work.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Bench:
         self.stage, self.dtype = cfg.stages[name], self.model.dtype
         self.device = self.mesh.devices.flat[0].device_kind
         # As many images as fit into the sequence, at most the number of slots, at least one.
-        self.slots = max(1, min(flops.slots_of(cfg, name), self.stage.seq_len // ways.positions(cfg)))
+        self.slots = max(1, min(slots_of(cfg, name), self.stage.seq_len // ways.positions(cfg)))
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
             self.predicted = float(batch.loss_mask.mean())  # share of target positions
@@ -196,29 +196,29 @@ class Bench:
             rows = where.summary(*operations, (program or functools.partial(run.lower, *args))().compile().as_text())
         return self._floored(Timed(part, label, others, first, where=rows))
 
-    def _with_mfu(self, rate: str, work: float, times: list[float]) -> str:
+    def _with_mfu(self, rate: str, flops: float, times: list[float]) -> str:
         peak = self.mesh.size * peak_flops(self.device)
-        return f"{rate}, {work / statistics.median(times) / peak:.1%} MFU" if peak else rate
+        return f"{rate}, {flops / statistics.median(times) / peak:.1%} MFU" if peak else rate
 
     def _floored(self, timed: Timed) -> Timed:
         """`timed` with the FLOPs and bytes of the whole batch, and the rate."""
         stage, part = self.stage, timed.part
         cfg = self.cfg.with_stage(self.name, slots=self.slots)
-        products = flops.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
-        products = [p for p in products if p.part in OF.get(part, flops.PARTS)]
+        products = work.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
+        products = [p for p in products if p.part in OF.get(part, work.PARTS)]
         more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
         model = sum(p.flops * (1 + more(p)) for p in products)
         # Only target tokens need a loss; model FLOPs, as MFU counts them, include it for every position.
         needed = lambda p: self.predicted if p.part == "loss" else 1.0
-        work = sum(p.flops * (1 + more(p)) * needed(p) for p in products)
+        flops = sum(p.flops * (1 + more(p)) * needed(p) for p in products)
         moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in products) * self.dtype.itemsize
         if part == "step":
             moving, _ = split(self.shaped.abstract_at(self.name), stage.trainable)
-            moved += UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
+            moved += work.UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
         tokens = stage.batch_size * stage.seq_len / timed.median
         rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
         rate = self._with_mfu(rate, model, timed.seconds)
-        return dataclasses.replace(timed, flops=work, bytes=moved, rate=rate)
+        return dataclasses.replace(timed, flops=flops, bytes=moved, rate=rate)
 
     @property
     def _images(self) -> int:
@@ -242,11 +242,11 @@ class Bench:
         first, *others = self._answers[1]
         products, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
         # logits of one position
-        work = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in products)
+        flops = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in products)
         moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in products) * self.dtype.itemsize
         rate = f"{rows * self.stage.seq_len / statistics.median(others):,.0f} positions/s"
         return Timed(
-            "prefill", "prefill and one token", others, first, work, moved, rate=self._with_mfu(rate, work, others)
+            "prefill", "prefill and one token", others, first, flops, moved, rate=self._with_mfu(rate, flops, others)
         )
 
     def _decode(self) -> Timed:
@@ -258,15 +258,15 @@ class Bench:
             return Timed("decode", "decode, per token", each, first, rate="too short to measure; set a larger --new")
         m, seen = self.cfg.llm, self.stage.seq_len + self.new
         products = [p for p in self._generation(1) if p.weights]
-        work = sum(p.flops for p in products) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
+        flops = sum(p.flops for p in products) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
         cache = 2.0 * m.layers * m.kv_heads * m.head_dim * seen
         moved = rows * (sum(p.weights for p in products) + cache) * self.dtype.itemsize
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
-        return Timed("decode", "decode, per token", each, first, work, moved, rate=rate)
+        return Timed("decode", "decode, per token", each, first, flops, moved, rate=rate)
 
-    def _generation(self, seq_len: int) -> list[flops.Product]:
+    def _generation(self, seq_len: int) -> list[Product]:
         """The LLM's matmuls for `seq_len` positions of every row."""
-        products = flops.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
+        products = work.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
         return [p for p in products if p.part in ("llm", "loss")]
 
     # ------------------------------------------------------------------------------------------------------------------

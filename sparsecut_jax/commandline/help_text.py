@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from absl import flags
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.config import Config
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 MANY = "NAME"  # stands for the names of a group that has none yet
 

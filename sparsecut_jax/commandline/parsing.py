@@ -9,10 +9,9 @@ import traceback
 
 from absl import flags
 
-from sparsecut_jax import checks
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.commandline import config_files
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 
 def parse(arguments: bool) -> list[str]:
@@ -42,7 +41,7 @@ def parse(arguments: bool) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        near = checks.nearest(error.flagname, list(flags.FLAGS))
+        near = nearest(error.flagname, list(flags.FLAGS))
         raise UserError(f"unknown flag --{error.flagname}{near} (--help lists the flags)") from error
     except flags.Error as error:
         cause = error.__cause__ or error.__context__

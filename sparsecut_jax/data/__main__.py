@@ -33,7 +33,7 @@ from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime.folders import make_folder
 from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
-from sparsecut_jax.types import UserError, shown
+from sparsecut_jax.types import UserError, nearest, shown
 
 FLAGS = flags.FLAGS
 COMMANDS = ("check", "stats", "preview", "speed", "build")
@@ -91,7 +91,7 @@ def build_dataset() -> None:
 
 def main(command: str) -> None:
     if command not in COMMANDS:
-        got = f"unknown command {command!r}{checks.nearest(command, COMMANDS)}" if command else "no command given"
+        got = f"unknown command {command!r}{nearest(command, COMMANDS)}" if command else "no command given"
         example = cli.shell_line("check", "--config=configs/own.py:source=rows.json,images=pictures")
         raise UserError(f"{got}; expected {help_text.one_of(COMMANDS)}; for example: {example}")
     if command == "build":

@@ -21,6 +21,11 @@ def image_shape(cfg: Config) -> tuple[int, int, int, int]:
     return ways.views(cfg), cfg.vision.image_size, cfg.vision.image_size, 3
 
 
+def slots_of(cfg: Config, name: str) -> int:
+    """Image slots of a sequence of stage `name` (M)."""
+    return cfg.stages[name].slots or cfg.data.max_images
+
+
 def spec_of(cfg: Config, rows: int, length: int, slots: int, **more: Any) -> Batch:
     """`batch_spec` of a config's images; `more`: its other arguments."""
     return batch_spec(rows, length, slots, image_shape(cfg), extras=registry.extras_of(cfg), **more)

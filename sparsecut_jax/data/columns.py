@@ -12,11 +12,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.rows import Row, place
 from sparsecut_jax.settings import SourceConfig
 from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE
-from sparsecut_jax.types import BadSample, UserError
+from sparsecut_jax.types import BadSample, UserError, nearest
 
 IMAGES = ("image", "images")
 CONVERSATIONS = ("conversations", "messages", "texts")  # texts: [{"user", "assistant"}, ...], The Cauldron's

@@ -8,12 +8,11 @@ import os
 import re
 from collections.abc import Sequence
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.columns import DEFAULT, Spelled
 from sparsecut_jax.data.rows import JsonRows, Row
 from sparsecut_jax.data.unpacked import DataFile, unpacked
 from sparsecut_jax.settings import SourceConfig
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 ENDINGS = {"parquet": "tables", "arrow": "tables", "feather": "tables", "tar": "tars", "tgz": "tars"}
 SHARD = re.compile(r"(.*?)[-_.]?0*(\d+)-of-0*(\d+)\b.*")

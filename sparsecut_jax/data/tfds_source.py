@@ -20,11 +20,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from PIL import Image
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.data.images import read_image
 from sparsecut_jax.settings import SourceConfig
 from sparsecut_jax.text.conversation import GPT, HUMAN, IMAGE
-from sparsecut_jax.types import BadSample, UserError, first_line
+from sparsecut_jax.types import BadSample, UserError, first_line, nearest
 
 FORMAT = "sparsecut_jax rows 1"  # in the metadata.json of a folder that `build` wrote
 Row = dict[str, Any]

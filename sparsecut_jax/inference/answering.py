@@ -9,12 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.data import images
 from sparsecut_jax.inference.engine import Answer, Engine, Request
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.text.templates import OWN, TEMPLATES
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 

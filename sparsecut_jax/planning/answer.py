@@ -18,20 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax import checks
 from sparsecut_jax.data.batch_plan import Lengths, make_plan
 from sparsecut_jax.data.sources import load_source
 from sparsecut_jax.models import ways
-from sparsecut_jax.planning import compiling, flops, memory
-from sparsecut_jax.planning.hardware import Topology
+from sparsecut_jax.planning import compiling, memory, work
 from sparsecut_jax.planning.memory import Bytes, Parameters
-from sparsecut_jax.planning.roofline import Collective, Roofline, crossing, roofline
 from sparsecut_jax.planning.search import During, settings_that_fit, step_products
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime import backends, sharding
+from sparsecut_jax.runtime.hardware import Topology
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.training.optimizer import checked_rates
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 MOST_ROWS = 10**12
 KNOWN = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}
@@ -39,7 +37,7 @@ DRAWN = 16_384  # number of sampled rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class Request:
     """What to plan, besides the config.
 
     Attributes:
@@ -73,17 +71,17 @@ class Question:
                 raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
 
 
-def answer(cfg: Config, question: Question, during: During = contextlib.nullcontext) -> dict[str, Any]:
+def answer(cfg: Config, request: Request, during: During = contextlib.nullcontext) -> dict[str, Any]:
     """The plan of one stage, as JSON-compatible data. What is slow runs inside `during(what it is)`.
 
     Raises:
       UserError: the topology does not support the mesh, batch, remat policy or backend, or its compiler is missing.
     """
-    name, topology = question.stage, question.topology
+    name, topology = request.stage, request.topology
     platform = topology.chip.platform
     opened = setup.open_here(cfg, name)
     cfg = opened.config
-    steps = steps_of(cfg, name, question.rows)
+    steps = steps_of(cfg, name, request.rows)
     cfg = backends.resolve(cfg, platform).with_stage(name, slots=steps.slots)
     sizes = sharding.mesh_sizes(dataclasses.asdict(cfg.mesh), topology.chips, platform)
     setup.check_mesh(cfg, sizes)
@@ -93,10 +91,10 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
     parameters = Parameters(cfg, name)
     checked_rates(parameters.shapes, cfg.stages[name], name)
     expected = memory.estimate(cfg, name, sizes, platform, parameters)
-    needed, source, collectives = _needed(cfg, question, expected, during)
+    needed, source, collectives = _needed(cfg, request, expected, during)
     fits = isinstance(needed, Bytes) and needed.total <= topology.memory
-    work = flops.work(products := step_products(cfg, name, parameters))
-    line = roofline(cfg, name, topology, sizes, products, parameters) if topology.chip.flops else None
+    flops = work.by_part(products := step_products(cfg, name, parameters))
+    line = work.roofline(cfg, name, topology, sizes, products, parameters) if topology.chip.flops else None
     plan = {
         "stage": name,
         "topology": topology.text,
@@ -105,25 +103,25 @@ def answer(cfg: Config, question: Question, during: During = contextlib.nullcont
         "mesh": dict(sizes),
         "settings": _settings(cfg, name),
         "bytes_per_chip": _bytes(needed, expected, topology, source, fits),
-        "flops_per_step": {part: dataclasses.asdict(w) for part, w in work.items()},
-        "collectives": crossing(collectives, topology) if collectives is not None else {},
-        "time": _time(cfg, question, work["total"].model, line, parameters, steps) if line else {},
+        "flops_per_step": {part: dataclasses.asdict(w) for part, w in flops.items()},
+        "collectives": compiling.crossing(collectives, topology) if collectives is not None else {},
+        "time": _time(cfg, request, flops["total"].model, line, parameters, steps) if line else {},
         "notes": opened.notes + _share_note(topology, needed) + _time_note(topology),
     }
-    if question.search or not fits:
-        plan["search"] = settings_that_fit(cfg, name, topology, parameters, question.checked, during)
+    if request.search or not fits:
+        plan["search"] = settings_that_fit(cfg, name, topology, parameters, request.checked, during)
     return plan
 
 
 def _needed(
-    cfg: Config, question: Question, expected: Bytes, during: During
-) -> tuple[Bytes | compiling.TooLarge, str, list[Collective] | None]:
+    cfg: Config, request: Request, expected: Bytes, during: During
+) -> tuple[Bytes | compiling.TooLarge, str, list[compiling.Collective] | None]:
     """Memory of the step, the source of that figure, and the step's collectives, if it was compiled."""
-    if question.topology.chip.platform != "tpu":
+    if request.topology.chip.platform != "tpu":
         return expected, "analytic model", None
     began = time.monotonic()
-    with during(f"compiling  for {question.topology.text}"):
-        compiled, collectives = compiling.ask(cfg, question.stage, question.topology, expected)
+    with during(f"compiling  for {request.topology.text}"):
+        compiled, collectives = compiling.ask(cfg, request.stage, request.topology, expected)
     return compiled, f"TPU compiler, {time.monotonic() - began:.0f} s", collectives
 
 
@@ -158,18 +156,18 @@ def _bytes(
 
 
 def _time(
-    cfg: Config, question: Question, total: float, line: Roofline, parameters: Parameters, steps: Steps
+    cfg: Config, request: Request, total: float, line: work.Roofline, parameters: Parameters, steps: Steps
 ) -> dict[str, Any]:
     """Seconds per step, tokens/s, hours and price. `total`: model FLOPs per step."""
-    name, topology = question.stage, question.topology
+    name, topology = request.stage, request.topology
     stage, peak = cfg.stages[name], topology.chips * topology.chip.flops
     most_mfu = total / peak / line.seconds
-    mfu = min(question.mfu, most_mfu)
+    mfu = min(request.mfu, most_mfu)
     at_mfu = lambda model: model / (peak * mfu)
     answer = {
         "roofline": {**dataclasses.asdict(line), "seconds": line.seconds, "bound": line.bound},
         "most_mfu": most_mfu,
-        "asked_mfu": question.mfu,
+        "asked_mfu": request.mfu,
         "mfu": mfu,
         "seconds": at_mfu(total),
         "tokens_per_second": stage.batch_size * stage.seq_len / at_mfu(total),
@@ -179,11 +177,11 @@ def _time(
         "lengths": steps.lengths,
     }
     if steps.steps:
-        model = flops.of_batch(cfg, name, parameters.shapes, stage.slots)
+        model = work.flops_of_batch(cfg, name, parameters.shapes, stage.slots)
         hours = steps.steps * sum(share * at_mfu(model(n)) for n, share in steps.lengths.items()) / 3600
         answer |= {"hours": hours, "chip_hours": hours * topology.chips}
-        if question.price:
-            answer["price"] = hours * topology.chips * question.price
+        if request.price:
+            answer["price"] = hours * topology.chips * request.price
     return answer
 
 
@@ -203,7 +201,7 @@ def default_stage(cfg: Config, asked: str) -> str:
     if asked and asked not in cfg.run_stages:
         raise UserError(
             f"--stage={asked!r} is not in config.run_stages; expected {' or '.join(cfg.run_stages)}"
-            f"{checks.nearest(asked, cfg.run_stages)}"
+            f"{nearest(asked, cfg.run_stages)}"
         )
     return asked or cfg.run_stages[-1]
 

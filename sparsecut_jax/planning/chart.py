@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from sparsecut_jax.planning.hardware import GIB  # noqa: E402
 from sparsecut_jax.planning.tables import (  # noqa: E402
     KINDS,
     PARTS,
@@ -23,6 +22,7 @@ from sparsecut_jax.planning.tables import (  # noqa: E402
     scaling_row,
     time_unit,
 )
+from sparsecut_jax.runtime.hardware import GIB  # noqa: E402
 
 COLORS = {
     "parameters": "#31688e",

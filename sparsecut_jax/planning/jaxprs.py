@@ -60,6 +60,24 @@ def traced(function: Callable, moving: dict, frozen: dict, *inputs: Any) -> list
 
     moving, frozen: {path: a parameter's shape and dtype}, those that are trained and those that are not.
     """
+    return _traced(function, moving, frozen, *inputs)[0]
+
+
+def results(function: Callable, moving: dict, frozen: dict, *inputs: Any) -> list[tuple[jax.ShapeDtypeStruct, bool]]:
+    """The results of function(moving, frozen, *inputs), see `traced`: shape and dtype, and whether they grow with the inputs.
+
+    Those do that are computed from inputs, and constants with an axis that is a multiple of the inputs' first axis.
+    """
+    rows = jax.tree.leaves(inputs)[0].shape[0]
+    leaves = []
+    for aval, array in _traced(function, moving, frozen, *inputs)[1]:
+        grows = array.weights is None or not array.weights and any(axis % rows == 0 for axis in aval.shape)
+        leaves.append((jax.ShapeDtypeStruct(aval.shape, aval.dtype), grows))
+    return leaves
+
+
+def _traced(function: Callable, moving: dict, frozen: dict, *inputs: Any) -> tuple[list[Product], list[tuple]]:
+    """The matmuls, and (shape and dtype, what it depends on) of every result."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # as on one device, whatever mesh a run has set
         closed = jax.make_jaxpr(function)(moving, frozen, *inputs)
     jaxpr, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -69,7 +87,8 @@ def traced(function: Callable, moving: dict, frozen: dict, *inputs: Any) -> list
         path = rest[0].key if argument.idx < 2 else None
         arrays.append(Array(None if path is None else {path: leaf.shape}, argument.idx == 0))
     arrays = [array for array, is_used in zip(arrays, used, strict=True) if is_used]
-    return _walk(jaxpr, [CONSTANT] * len(jaxpr.constvars), arrays, "")[0]
+    products, outputs = _walk(jaxpr, [CONSTANT] * len(jaxpr.constvars), arrays, "")
+    return products, list(zip(closed.out_avals, outputs, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from sparsecut_jax.data.batches import spec_of
+from sparsecut_jax.data.batches import slots_of, spec_of
 from sparsecut_jax.models.parameters import flatten, matrices
-from sparsecut_jax.planning import residuals
-from sparsecut_jax.planning.flops import slots_of
+from sparsecut_jax.planning.residuals import Residuals
 from sparsecut_jax.runs.parameters import boxed_shapes, stage_dtypes
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
@@ -135,7 +134,14 @@ class Parameters:
         return any(self.trained(path) for path in self.shapes if path.startswith(f"{part}/"))
 
 
-def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, parameters: Parameters | None = None) -> Bytes:
+def estimate(
+    cfg: Config,
+    name: str,
+    sizes: Sizes,
+    platform: str,
+    parameters: Parameters | None = None,
+    residuals: Residuals | None = None,
+) -> Bytes:
     """Bytes per chip in stage `name` on a mesh of `sizes`. Raises UserError if a parameter cannot be sharded on it.
 
     Args:
@@ -143,31 +149,31 @@ def estimate(cfg: Config, name: str, sizes: Sizes, platform: str, parameters: Pa
       name: the stage.
       sizes: {mesh axis: size}.
       platform: "tpu", "gpu" or "cpu"; selects the constants.
-      parameters: those of the stage, if already known.
+      parameters, residuals: those of the stage, if already known.
     """
     stage, constants, parameters = cfg.stages[name], CONSTANTS[platform], parameters or Parameters(cfg, name)
-    shards, tensor = math.prod(sizes[axis] for axis in sharding.RULES["batch"]), sizes["tensor"]
+    shards, tensor = sharding.shards("batch", sizes), sizes["tensor"]
     rows, itemsize = stage.batch_size / stage.accumulate / shards, jnp.dtype(cfg.dtype).itemsize
+    residuals = residuals or Residuals(cfg, name, tensor)
 
     # kept from forward to backward
     joined = parameters.trains("fusion") or parameters.trains("vision")
-    activations = (1 + joined) * residuals.bank(cfg, name) * rows  # and its cotangent
-    for kept in (residuals.decoder(cfg, name, stage.seq_len, tensor), residuals.encoder(cfg, name, tensor)):
+    activations = (1 + joined) * residuals.bank * rows  # and its cotangent
+    for kept in (residuals.decoder, residuals.encoder):
         activations += kept.each * rows + kept.copies / sizes["fsdp"]
 
     # the peak of the backward pass: in an LLM layer, in the loss, or in a block of the tower
     copies = lambda remat: constants.kept if remat == "none" else constants.layer
-    whole = residuals.layer(cfg, name, stage.seq_len, tensor).each * rows
-    weights = parameters.local(sizes, lambda path: path.startswith("llm/layers/"), cfg.dtype) / cfg.llm.layers
+    whole = residuals.layer * rows
+    in_layers = lambda path: path.startswith("llm/") and "layers" in parameters.axes[path]
+    weights = parameters.local(sizes, in_layers, cfg.dtype) / cfg.llm.layers
     in_layer = copies(cfg.llm.remat) * whole + constants.weights * weights
     words = cfg.llm.vocab_size * cfg.llm.width * itemsize / tensor
-    moving = any(parameters.trained(path) for path in ("llm/head", "llm/embedding") if path in parameters.shapes)
+    moving = any({"vocab", "embed"} == set(axes) and parameters.trained(p) for p, axes in parameters.axes.items())
     logits = rows * min(cfg.loss_chunk, stage.seq_len) * cfg.llm.vocab_size / tensor * 4
     in_loss = constants.logits * logits + (constants.words if moving else sizes["fsdp"] > 1) * words
     in_loss += constants.last * whole
-    in_block = 0.0
-    if parameters.trains("vision"):
-        in_block = copies(cfg.vision.remat) * residuals.block(cfg, name, tensor).each * rows
+    in_block = copies(cfg.vision.remat) * residuals.block * rows if parameters.trains("vision") else 0.0
     working = max(in_layer, in_loss, in_block)
 
     trained = parameters.local(sizes, parameters.trained)

@@ -17,14 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from sparsecut_jax.data.batches import spec_of
+from sparsecut_jax.data.batches import slots_of, spec_of
 from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.sparsecut import Encoded, SparseCut
-from sparsecut_jax.planning.flops import slots_of
-from sparsecut_jax.runs.parameters import boxed_shapes
+from sparsecut_jax.planning.jaxprs import results
+from sparsecut_jax.runtime import backends
 from sparsecut_jax.settings import Config
 from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch
@@ -47,64 +46,71 @@ class Kept:
         return Kept(self.each - other.each, self.copies - other.copies)
 
 
-def decoder(cfg: Config, name: str, seq_len: int, tensor: int = 1, remat: str = "") -> Kept:
-    """What the decoder's layers keep per sequence in stage `name`, their heads and hidden units sharded `tensor` ways.
+class Residuals:
+    """What a stage keeps, with the heads and hidden units of the model sharded `tensor` ways.
 
-    cfg: with no "auto" settings left. remat: a policy other than the config's.
+    cfg: with no "auto" settings left.
     """
-    policy = remat or cfg.llm.remat
-    if policy == "offload":  # to the host
-        return Kept(0.0, 0.0)
-    return _kept(_with_llm(cfg, tensor, policy), name, seq_len, _decode, stacked=cfg.llm.layers)
 
+    def __init__(self, cfg: Config, name: str, tensor: int = 1):
+        self.cfg, self.bare, self.stage, self.tensor = cfg, backends.without_remat(cfg), cfg.stages[name], tensor
+        self.drops = bool(cfg.lora.rank and cfg.lora.dropout)
+        self._sequence = lambda length: _flat(spec_of(cfg, 1, length, slots_of(cfg, name), most_segments=1))
 
-def layer(cfg: Config, name: str, seq_len: int, tensor: int = 1) -> Kept:
-    """What a layer of the decoder makes per sequence for the backward pass, with what is the same in all layers."""
-    layers = cfg.llm.layers
-    kept = lambda remat, **which: _kept(_with_llm(cfg, tensor, remat), name, seq_len, _decode, **which)
-    all_layers, outside = kept("none", stacked=layers), kept("full") - kept("full", stacked=layers)
-    shared = kept("none") - all_layers - outside
-    return shared + Kept(all_layers.each / layers, all_layers.copies / layers)
+    @functools.cached_property
+    def bank(self) -> float:
+        """Bytes of a sequence's bank of fused images, which the layers of the decoder read."""
+        return float(sum(map(_size, jax.tree.leaves(self._sources))))
 
+    @functools.cached_property
+    def decoder(self) -> Kept:
+        """By the layers of the LLM."""
+        remat = self.cfg.llm.remat
+        return Kept(0.0, 0.0) if remat == "offload" else self._decoder(remat, stacked=True)  # to the host
 
-def encoder(cfg: Config, name: str, tensor: int = 1) -> Kept:
-    """What the tower's blocks and the fusion keep per sequence."""
-    one = _with_vision(cfg, 1, cfg.vision.remat)
-    fusion = _kept(one, name, 1, _encode) - _kept(one, name, 1, _see)
-    return fusion + _kept(_with_vision(cfg, tensor, cfg.vision.remat), name, 1, _see, stacked=_depth(cfg))
+    @functools.cached_property
+    def layer(self) -> float:
+        """Bytes per sequence that a layer of the LLM makes for the backward pass, with what is the same in all layers."""
+        whole, layers = self._decoder("none"), self._decoder("none", stacked=True)
+        outside = self._decoder("full") - self._decoder("full", stacked=True)
+        return (whole - layers - outside).each + layers.each / self.cfg.llm.layers
 
+    @functools.cached_property
+    def encoder(self) -> Kept:
+        """By the blocks of the tower and the fusion."""
+        remat = self.cfg.vision.remat
+        fusion = self._encoder(_encode, remat, 1) - self._encoder(_see, remat, 1)
+        return fusion + self._encoder(_see, remat, self.tensor, stacked=True)
 
-def block(cfg: Config, name: str, tensor: int = 1) -> Kept:
-    """What a block of the tower keeps per sequence if nothing is computed again."""
-    depth = _depth(cfg)
-    blocks = _kept(_with_vision(cfg, tensor, "none"), name, 1, _see, stacked=depth)
-    return Kept(blocks.each / depth, blocks.copies / depth)
+    @functools.cached_property
+    def block(self) -> float:
+        """Bytes per sequence that a block of the tower makes for the backward pass."""
+        return self._encoder(_see, "none", self.tensor, stacked=True).each / self._depth
 
+    @functools.cached_property
+    def _depth(self) -> int:
+        """Blocks of the tower that the model has."""
+        boxes = _parameters(_model(self.bare), _see, *self._sequence(1), None).values()
+        return next(box.value.shape[box.names.index("layers")] for box in boxes if "layers" in box.names)
 
-def bank(cfg: Config, name: str) -> float:
-    """Bytes of a sequence's bank of fused images, which the layers of the decoder read."""
-    return _size(jax.tree.leaves(_bank(_model(_with_llm(cfg, 1, "none")), *_sequence(cfg, name, 1))))
+    @functools.cached_property
+    def _sources(self) -> jax.ShapeDtypeStruct | None:
+        return _bank(_model(self.bare), *self._sequence(1))
 
+    # The half that is not looked at has settings that do not change, so that each half is traced as seldom as possible.
 
-def _depth(cfg: Config) -> int:
-    """Blocks of the tower that the model has."""
-    shapes = _shapes(_model(_with_llm(cfg, 1, "none")))
-    return next(leaf.shape[0] for path, leaf in shapes.items() if path.startswith("vision/blocks/"))
+    def _decoder(self, remat: str, stacked: bool = False) -> Kept:
+        llm, n = self.cfg.llm, self.tensor
+        local = dict(heads=llm.heads // n, kv_heads=max(1, llm.kv_heads // n), mlp_dim=llm.mlp_dim // n)
+        model = _model(dataclasses.replace(self.bare, llm=dataclasses.replace(llm, remat=remat, **local)))
+        inputs = (*self._sequence(self.stage.seq_len), self._sources)
+        return _kept(model, _decode, self.stage.trainable, self.drops, *inputs, llm.layers if stacked else 0)
 
-
-# The half that is not looked at gets settings that do not change, so that each half is traced as seldom as possible.
-
-
-def _with_llm(cfg: Config, tensor: int, remat: str) -> Config:
-    m = cfg.llm
-    local = {"heads": m.heads // tensor, "kv_heads": max(1, m.kv_heads // tensor), "mlp_dim": m.mlp_dim // tensor}
-    others = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in ("vision", "fusion")}
-    return dataclasses.replace(cfg, llm=dataclasses.replace(m, remat=remat, **local), **others)
-
-
-def _with_vision(cfg: Config, tensor: int, remat: str) -> Config:
-    vision = dataclasses.replace(cfg.vision, mlp_dim=cfg.vision.mlp_dim // tensor, remat=remat)
-    return dataclasses.replace(cfg, vision=vision, llm=dataclasses.replace(cfg.llm, remat="none"))
+    def _encoder(self, half: Callable, remat: str, tensor: int, stacked: bool = False) -> Kept:
+        vision = dataclasses.replace(self.cfg.vision, remat=remat, mlp_dim=self.cfg.vision.mlp_dim // tensor)
+        model = _model(dataclasses.replace(self.cfg, vision=vision, llm=self.bare.llm))
+        inputs = (*self._sequence(1), None)
+        return _kept(model, half, self.stage.trainable, self.drops, *inputs, self._depth if stacked else 0)
 
 
 # --- the halves of the model, each a function of (model, inputs, what exists anyway) ---
@@ -134,93 +140,107 @@ def _model(cfg: Config) -> SparseCut:
     return build_model(dataclasses.replace(cfg, attention=attention), jnp.dtype(cfg.dtype))
 
 
-def _sequence(cfg: Config, name: str, seq_len: int) -> tuple[tuple, Any]:
-    """Leaves and structure of a batch of one sequence; a batch itself cannot be hashed."""
-    leaves, structure = jax.tree.flatten(spec_of(cfg, 1, seq_len, slots_of(cfg, name), most_segments=1))
+def _flat(batch: Batch) -> tuple[tuple, Any]:
+    """Leaves and structure of a batch, which itself cannot be hashed."""
+    leaves, structure = jax.tree.flatten(batch)
     return tuple(leaves), structure
 
 
+def _inputs(model: SparseCut, half: Callable, batch: Batch, bank: jax.ShapeDtypeStruct | None) -> tuple:
+    """Shapes of a half's inputs for a batch. bank: [R, B, M, S, D], if anything is injected."""
+    x = jax.ShapeDtypeStruct((*batch.tokens.shape, model.llm_config.width), model.dtype)
+    return (x, bank) if half is _decode else ()
+
+
 @functools.lru_cache(maxsize=64)
-def _shapes(model: SparseCut) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape of a parameter}."""
-    parts = {part: dataclasses.replace(getattr(model, part), remat="none") for part in ("vision_config", "llm_config")}
-    return flatten(nn.meta.unbox(boxed_shapes(model.clone(attention="xla", dtype=jnp.float32, **parts), 1)))
+def _boxed(model: SparseCut, half: Callable, leaves: tuple, structure: Any, bank: Any) -> dict[str, Any]:
+    """{path: shape and logical axes} of the parameters that a half uses, see `_inputs`."""
+    batch = jax.tree.unflatten(structure, leaves)
+    init = functools.partial(model.init, method=half)
+    return flatten(jax.eval_shape(init, jax.random.key(0), _inputs(model, half, batch, bank), batch)["params"])
+
+
+def _parameters(model: SparseCut, half: Callable, *inputs: Any) -> dict[str, Any]:
+    """`_boxed`, which is the same for every remat policy."""
+    bare = {
+        part: dataclasses.replace(getattr(model, part), remat="none")
+        for part in ("vision_config", "fusion_config", "llm_config")
+    }
+    return _boxed(model.clone(attention="xla", dtype=jnp.float32, **bare), half, *inputs)
 
 
 @functools.lru_cache(maxsize=64)
 def _bank(model: SparseCut, leaves: tuple, structure: Any) -> jax.ShapeDtypeStruct | None:
     """[R, B, M, S, D], the sources of one sequence."""
     encode = lambda params, batch: model.apply({"params": params}, (), batch, method=_encode)
-    return jax.eval_shape(encode, unflatten(_shapes(model)), jax.tree.unflatten(structure, leaves))[1]
+    params = {path: box.unbox() for path, box in _parameters(model, _encode, leaves, structure, None).items()}
+    return jax.eval_shape(encode, unflatten(params), jax.tree.unflatten(structure, leaves))[1]
 
 
-def _kept(cfg: Config, name: str, seq_len: int, half: Callable, stacked: int = 0) -> Kept:
+def _kept(model: SparseCut, *inputs: Any) -> Kept:
     """What a half of the model keeps.
 
-    stacked: count only what its layers keep, so many of them. What is outside, as norms before and after them, XLA
-    computes again.
+    inputs: those of `_new`, and `stacked`: count only what so many layers keep. What is outside, as norms before and after
+    them, XLA computes again. 0: count all.
     """
-    sequence = _sequence(cfg, name, seq_len)
-    sources = _bank(_model(_with_llm(cfg, 1, "none")), *sequence) if half is _decode else None
-    drops = bool(cfg.lora.rank and cfg.lora.dropout)
-    return _compared(_model(cfg), cfg.stages[name].trainable, half, drops, *sequence, sources, stacked)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compared(model: SparseCut, *inputs: Any) -> Kept:
-    """Compares two batches to tell what grows with their sequences from what does not."""
     *inputs, stacked = inputs
-    rows = max(model.llm_config.layers, model.vision_config.layers) + 1  # so that no axis of rows is as long as a stack
-    fewer, more = (
-        _size([leaf for leaf in _traced(model, *inputs, count) if not stacked or leaf.shape[:1] == (stacked,)])
-        for count in (rows, 2 * rows)
-    )
-    return Kept((more - fewer) / rows, 2 * fewer - more)
+    leaves = [entry for entry in _new(model, *inputs) if not stacked or entry[0].shape[:1] == (stacked,)]
+    each, copies = (float(sum(_size(leaf) for leaf, grows in leaves if grows == which)) for which in (True, False))
+    return Kept(each / _rows(model), copies)
+
+
+def _rows(model: SparseCut) -> int:
+    """Sequences that are traced: so many that no axis of them is as long as a stack of layers."""
+    return max(model.llm_config.layers, model.vision_config.layers) + 1
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(
+def _new(
     model: SparseCut,
-    trainable: tuple[str, ...],
     half: Callable,
+    trainable: tuple[str, ...],
     drops: bool,
     leaves: tuple,
     structure: Any,
-    sources: jax.ShapeDtypeStruct | None,
-    rows: int,
-) -> list[jax.ShapeDtypeStruct]:
-    """What the backward pass of half(model, inputs, batch) needs for `rows` sequences, other than what exists anyway."""
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    batch = jax.tree.unflatten(structure, [of(leaf.dtype, rows, *leaf.shape[1:]) for leaf in leaves])
-    trained = lambda path: any(re.fullmatch(pattern, path) for pattern in trainable)
-    moving = {path: leaf for path, leaf in _shapes(model).items() if trained(path)}
+    bank: jax.ShapeDtypeStruct | None,
+) -> list[tuple[jax.ShapeDtypeStruct, bool]]:
+    """What the backward pass of half(model, inputs, batch) needs for `_rows` sequences, other than what exists anyway, and
+    whether it grows with them.
+
+    Args:
+      trainable: patterns of the parameters that are trained; drops: whether adapters drop inputs.
+      leaves, structure: the batch of one sequence; bank: see `_inputs`.
+    """
+    of, rows = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype), _rows(model)
+    params = {path: box.unbox() for path, box in _parameters(model, half, leaves, structure, bank).items()}
+    moving = {path: leaf for path, leaf in params.items() if any(re.fullmatch(pattern, path) for pattern in trainable)}
     frozen = {
         path: of(model.dtype if leaf.ndim > 1 else leaf.dtype, *leaf.shape)
-        for path, leaf in _shapes(model).items()
+        for path, leaf in params.items()
         if path not in moving
     }
-    sources = sources and of(sources.dtype, sources.shape[0], rows, *sources.shape[2:])
-    x = of(model.dtype, *batch.tokens.shape, model.llm_config.width)
-    inputs = (x, sources) if half is _decode else ()
+    batch = jax.tree.unflatten(structure, [of(leaf.dtype, rows, *leaf.shape[1:]) for leaf in leaves])
+    bank = bank and of(bank.dtype, bank.shape[0], rows, *bank.shape[2:])
 
-    def backward(moving: dict, frozen: dict, inputs: tuple, batch: Batch) -> Any:
+    def backward(moving: dict, frozen: dict, batch: Batch, inputs: tuple) -> Any:
         rngs = {"dropout": jax.random.key(0)} if drops else {}
-        params = lambda moving: {"params": unflatten({**frozen, **moving})}
-        run = lambda moving, inputs: model.apply(params(moving), inputs, batch, rngs=rngs, method=half)
+        variables = lambda moving: {"params": unflatten({**frozen, **moving})}
+        run = lambda moving, inputs: model.apply(variables(moving), inputs, batch, rngs=rngs, method=half)
         return jax.vjp(run, moving, inputs)[1]
 
-    residuals = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, moving, frozen, inputs, batch)) if leaf.size]
-    residuals = [leaf for leaf in residuals if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     signature = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))
-    existing = collections.Counter(map(signature, jax.tree.leaves((moving, frozen, sources, batch))))
+    existing = collections.Counter(map(signature, jax.tree.leaves((moving, frozen, bank, batch))))
     new = []
-    for leaf in residuals:
+    for leaf, grows in results(backward, moving, frozen, batch, _inputs(model, half, batch, bank)):
+        if math.prod(leaf.shape) == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
         if existing[signature(leaf)]:
             existing[signature(leaf)] -= 1
         else:
-            new.append(leaf)
+            new.append((leaf, grows))
     return new
 
 
-def _size(leaves: list[Any]) -> float:
-    return float(sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves))
+def _size(leaf: Any) -> int:
+    """Bytes of an array."""
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsecut_jax.planning import compiling, flops, memory
-from sparsecut_jax.planning.hardware import Topology, larger
+from sparsecut_jax.planning import compiling, memory, work
+from sparsecut_jax.planning.jaxprs import Product
 from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
-from sparsecut_jax.planning.roofline import crossing, roofline
+from sparsecut_jax.planning.residuals import Residuals
 from sparsecut_jax.runs import setup
+from sparsecut_jax.runtime.hardware import Topology, larger
 from sparsecut_jax.settings import Config, MeshConfig
 from sparsecut_jax.types import UserError
 
@@ -81,7 +83,7 @@ def settings_that_fit(
                 compiled, collectives = compiling.ask(tried, name, topology, option.bytes)
             shown["compiled"] = compiled.total if isinstance(compiled, Bytes) else compiled.reason
             if isinstance(compiled, Bytes):
-                shown["compiled_seconds"] = max(option.seconds, crossing(collectives, topology)["seconds"])
+                shown["compiled_seconds"] = max(option.seconds, compiling.crossing(collectives, topology)["seconds"])
                 break
     if not options:
         larger = smallest(cfg, name, topology, parameters)
@@ -109,23 +111,25 @@ def options(cfg: Config, name: str, topology: Topology, parameters: Parameters) 
     policies = [remat for remat in POLICIES if remat != "offload" or platform != "cpu"]
     micro_batches = [n for n in range(1, batch + 1) if batch % n == 0 and n & (n - 1) == 0]
     for remat in policies:
-        products = step_products(with_settings(cfg, name, remat=remat), name, parameters)
-        total = flops.work(products)["total"]
+        with_remat = with_settings(cfg, name, remat=remat)
+        products = step_products(with_remat, name, parameters)
+        total = work.by_part(products)["total"]
+        residuals = functools.cache(functools.partial(Residuals, with_remat, name))
         for sizes, accumulate in itertools.product(meshes(topology), micro_batches):
             tried = with_settings(cfg, name, sizes, accumulate, remat)
             try:
                 setup.check_mesh(dataclasses.replace(tried, run_stages=(name,)), sizes)
-                needed = memory.estimate(tried, name, sizes, platform, parameters)
+                needed = memory.estimate(tried, name, sizes, platform, parameters, residuals(sizes["tensor"]))
             except UserError:
                 continue
-            line = roofline(tried, name, topology, sizes, products, parameters) if topology.chip.flops else None
+            line = work.roofline(tried, name, topology, sizes, products, parameters) if topology.chip.flops else None
             yield Option(sizes, remat, accumulate, needed, line.seconds if line else 0.0, total.model + total.again)
 
 
-def step_products(cfg: Config, name: str, parameters: Parameters) -> tuple[flops.Product, ...]:
+def step_products(cfg: Config, name: str, parameters: Parameters) -> tuple[Product, ...]:
     """The matmuls of a step, over all micro-batches."""
     stage = cfg.stages[name]
-    return flops.products(cfg, name, parameters.shapes, stage.batch_size, stage.seq_len)
+    return work.products(cfg, name, parameters.shapes, stage.batch_size, stage.seq_len)
 
 
 def meshes(topology: Topology) -> Iterator[Sizes]:

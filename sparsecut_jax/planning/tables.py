@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsecut_jax.planning.hardware import GIB
+from sparsecut_jax.runtime.hardware import GIB
 from sparsecut_jax.runtime.tables import table
 
 KINDS = {

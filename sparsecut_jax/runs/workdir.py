@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import IO
 
 from sparsecut_jax import config as config_lib
-from sparsecut_jax.checks import nearest
 from sparsecut_jax.models.interfaces import Wiring
 from sparsecut_jax.runs.wiring_plot import save_wiring
 from sparsecut_jax.runtime import hosts
@@ -22,7 +21,7 @@ from sparsecut_jax.runtime.folders import make_folder, print_files, write_json
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.templates import begins_with_bos
 from sparsecut_jax.text.tokenizer import Tokenizer
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 
 @contextlib.contextmanager

@@ -63,8 +63,12 @@ def _limits(cfg: Config, dtype: str, branched: bool) -> dict[str, list[tuple[boo
 
 def resolve_for_inference(cfg: Config, platform: str | None = None) -> Config:
     """As `resolve`, with attention chosen for this platform and no remat: the run may have trained on another one."""
-    parts = {part: dataclasses.replace(getattr(cfg, part), remat="none") for part in PARTS}
-    return resolve(dataclasses.replace(cfg, attention="auto", **parts), platform)
+    return resolve(dataclasses.replace(without_remat(cfg), attention="auto"), platform)
+
+
+def without_remat(cfg: Config) -> Config:
+    """The config with nothing computed again in the backward pass."""
+    return dataclasses.replace(cfg, **{p: dataclasses.replace(getattr(cfg, p), remat="none") for p in PARTS})
 
 
 def compute_dtype(cfg: Config) -> jnp.dtype:

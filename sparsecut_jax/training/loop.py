@@ -93,7 +93,7 @@ class Stage:
       data: iterator of (Batch on the devices, bad rows found while reading it).
       note_bad: records bad rows; raises UserError above the limit.
       holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
-      flops: function from sequence length to the model FLOPs of a batch (planning/flops.py).
+      flops: function from sequence length to the model FLOPs of a batch (planning/work.py).
       peak: peak FLOP/s of all devices, 0 if unknown.
       startup: notified when the first step of the process has ended.
       meta: the checkpoint's JSON beside its arrays.

@@ -17,8 +17,7 @@ import math
 import os
 import re
 
-from sparsecut_jax.checks import nearest
-from sparsecut_jax.types import UserError
+from sparsecut_jax.types import UserError, nearest
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from sparsecut_jax import config
 from sparsecut_jax.models.layers import fan_in, weight, zeros
 from sparsecut_jax.models.llm import Mlp
-from sparsecut_jax.planning import flops
+from sparsecut_jax.planning import work
 from sparsecut_jax.planning.compiling import abstract_batch, lower_step
 from sparsecut_jax.planning.memory import Parameters
 from sparsecut_jax.runtime.sharding import make_mesh
@@ -38,7 +38,7 @@ def config_of(stage=(), **groups):
 def counted(cfg, batch_size=None):
     stage = cfg.stages[NAME]
     shapes = Parameters(cfg, NAME).shapes
-    return flops.work(flops.products(cfg, NAME, shapes, batch_size or stage.batch_size, stage.seq_len))
+    return work.by_part(work.products(cfg, NAME, shapes, batch_size or stage.batch_size, stage.seq_len))
 
 
 ALONE = dict(density="none", vit_levels=(), llm_layers=())
@@ -87,22 +87,22 @@ LLM_LAYER = 2 * T * (4 * D * D + 3 * D * 1032) + 4 * 2 * 256 * 256 * D
 
 def test_parts_by_hand():
     """Two rows, 5 views each; the tower's last block is the main feature and a level, the first the other level."""
-    work = counted(config_of())
+    flops = counted(config_of())
     block = 2 * VIEWS * P * (4 * C * C + 2 * C * 768) + 4 * VIEWS * P * P * C
-    assert work["vision"].forward == 2 * VIEWS * N * (14 * 14 * 3) * C + 2 * block
-    assert work["vision"].backward == 0
-    assert work["fusion"].forward == 3 * 2 * IMAGES * N * (5 * C * D + D * D)
-    assert work["llm"].forward == 2 * LLM_LAYER
-    assert work["loss"].forward == 2 * T * D * 1024
-    assert work["total"].forward == sum(work[part].forward for part in flops.PARTS)
+    assert flops["vision"].forward == 2 * VIEWS * N * (14 * 14 * 3) * C + 2 * block
+    assert flops["vision"].backward == 0
+    assert flops["fusion"].forward == 3 * 2 * IMAGES * N * (5 * C * D + D * D)
+    assert flops["llm"].forward == 2 * LLM_LAYER
+    assert flops["loss"].forward == 2 * T * D * 1024
+    assert flops["total"].forward == sum(flops[part].forward for part in work.PARTS)
 
 
 def test_backward_by_hand():
     """The fusion's first matrix has an input without a gradient; of the LLM all is twice forward."""
-    work = counted(config_of())
-    assert work["fusion"].backward == 3 * 2 * IMAGES * N * (5 * C * D + 2 * D * D)
-    assert work["llm"].backward == 2 * work["llm"].forward
-    assert work["loss"].backward == 2 * work["loss"].forward
+    flops = counted(config_of())
+    assert flops["fusion"].backward == 3 * 2 * IMAGES * N * (5 * C * D + 2 * D * D)
+    assert flops["llm"].backward == 2 * flops["llm"].forward
+    assert flops["loss"].backward == 2 * flops["loss"].forward
     fusion_alone = counted(config_of(dict(trainable=("fusion/.*",))))
     assert fusion_alone["llm"].backward == fusion_alone["llm"].forward + 2 * 4 * 2 * 256 * 256 * D
     assert fusion_alone["loss"].backward == fusion_alone["loss"].forward
@@ -149,9 +149,9 @@ def test_an_unknown_fusion_is_counted_within_three_percent(monkeypatch):
     monkeypatch.setattr("sparsecut_jax.models.fusing.channel.Channel", Odd)
     cfg = config_of(llm=dict(vocab_size=1088))
     compiled = lower_step(cfg, NAME, jax.devices()[:1]).compile().cost_analysis()["flops"]
-    work = counted(cfg)
-    assert work["total"].model == pytest.approx(compiled, rel=0.03)
-    assert work["fusion"].model > 0.1 * compiled  # so that it matters
+    flops = counted(cfg)
+    assert flops["total"].model == pytest.approx(compiled, rel=0.03)
+    assert flops["fusion"].model > 0.1 * compiled  # so that it matters
 
 
 class Twisted(Mlp):
@@ -167,8 +167,8 @@ def test_an_unknown_parameter_of_the_llm(monkeypatch):
     before = counted(config_of(llm=dict(vocab_size=1152)))
     monkeypatch.setattr("sparsecut_jax.models.llm.Mlp", Twisted)
     cfg = config_of(llm=dict(vocab_size=1216))
-    work = counted(cfg)
-    assert work["llm"].forward - before["llm"].forward == 2 * 2 * T * D * D
-    assert work["llm"].backward - before["llm"].backward == 2 * 2 * 2 * T * D * D
+    flops = counted(cfg)
+    assert flops["llm"].forward - before["llm"].forward == 2 * 2 * T * D * D
+    assert flops["llm"].backward - before["llm"].backward == 2 * 2 * 2 * T * D * D
     shapes = Parameters(cfg, NAME).shapes
-    assert flops.of_batch(cfg, NAME, shapes, slots=1)(256) == work["total"].model
+    assert work.flops_of_batch(cfg, NAME, shapes, slots=1)(256) == flops["total"].model

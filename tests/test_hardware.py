@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsecut_jax.planning.hardware import CHIPS, GIB, larger, parse, peak_flops
+from sparsecut_jax.runtime.hardware import CHIPS, GIB, larger, parse, peak_flops
 from tiny import refusal
 
 
