@@ -98,6 +98,19 @@ def test_floors(folder, one_device):
     assert timed["decode"].bytes == 4 * (weights + 2 * 3 * 16 * 34)
 
 
+def test_the_floor_of_decode_reads_what_injections_keep(folder, one_device):
+    """layalign: in 3 layers, keys and values of 4 image tokens, by 2 heads of 8."""
+    decoded = []
+    for name in ("channel", "layalign"):
+        cfg = config_lib.check(runs.small(folder, folder / "run", set={"fusion.name": name}))
+        bench = Bench(cfg, "instruct", 1, 2)
+        bench._answers = {1: [9.0, 1.0], 2: [9.0, 1.5]}
+        decoded.append(bench.time("decode", Peak(flops=1e9, bandwidth=1e9)))
+    without, kept = decoded
+    assert kept.bytes - without.bytes == 3 * 2 * 4 * 2 * 8 * 4
+    assert kept.flops - without.flops == 3 * 2 * 2 * 4 * 2 * 8
+
+
 @pytest.mark.parametrize(
     ("floor", "bound", "column", "sentence"),
     [

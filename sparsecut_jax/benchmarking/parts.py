@@ -1,9 +1,4 @@
-"""The parts of a training step and of generation, each timed separately and compared with its floor.
-
-A floor counts the necessary work and traffic: matmuls with weights and of attention (planning/work.py), the loss of
-target tokens, one read or write of weights and of the matmuls' inputs and outputs, and Adam's state. It excludes
-recomputation.
-"""
+"""The parts of a training step and of generation, each timed separately and compared with its floor (floors.py)."""
 
 from __future__ import annotations
 
@@ -19,17 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsecut_jax.benchmarking import where
+from sparsecut_jax.benchmarking import floors, where
 from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.batches import slots_of, spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
-from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.inference.decoding import encode_images, generate, read_prompts
 from sparsecut_jax.models import ways
+from sparsecut_jax.models.llm import Cache
 from sparsecut_jax.models.parameters import split
-from sparsecut_jax.planning import work
 from sparsecut_jax.planning.compiling import step_of
-from sparsecut_jax.planning.jaxprs import Product
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runs.parameters import init_params
 from sparsecut_jax.runtime import sharding
@@ -42,7 +36,6 @@ from sparsecut_jax.types import Batch, empty_batch
 
 PARTS = ("tower", "encode", "forward", "gradient", "step", "prefill", "decode", "input")
 GROUP = 8  # batches timed together, more than the read-ahead holds
-OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/work.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,23 +195,15 @@ class Bench:
 
     def _floored(self, timed: Timed) -> Timed:
         """`timed` with the FLOPs and bytes of the whole batch, and the rate."""
-        stage, part = self.stage, timed.part
         cfg = self.cfg.with_stage(self.name, slots=self.slots)
-        products = work.products(cfg, self.name, self.shapes, stage.batch_size, stage.seq_len, again=False)
-        products = [p for p in products if p.part in OF.get(part, work.PARTS)]
-        more = (lambda p: p.more) if part in ("gradient", "step") else lambda p: 0.0
-        model = sum(p.flops * (1 + more(p)) for p in products)
-        # Only target tokens need a loss; model FLOPs, as MFU counts them, include it for every position.
-        needed = lambda p: self.predicted if p.part == "loss" else 1.0
-        flops = sum(p.flops * (1 + more(p)) * needed(p) for p in products)
-        moved = sum((p.moved * needed(p) + p.weights) * (1 + more(p)) for p in products) * self.dtype.itemsize
-        if part == "step":
-            moving, _ = split(self.shaped.abstract_at(self.name), stage.trainable)
-            moved += work.UPDATE * 4 * sum(math.prod(leaf.shape) for leaf in moving.values())
-        tokens = stage.batch_size * stage.seq_len / timed.median
-        rate = f"{tokens:,.0f} positions/s" if part not in OF else f"{self._images / timed.median:,.1f} images/s"
-        rate = self._with_mfu(rate, model, timed.seconds)
-        return dataclasses.replace(timed, flops=flops, bytes=moved, rate=rate)
+        moving, _ = split(self.shaped.abstract_at(self.name), self.stage.trainable)
+        trained = sum(math.prod(leaf.shape) for leaf in moving.values())
+        floor = floors.of_training(cfg, self.name, self.shapes, timed.part, self.predicted, trained)
+        tokens = self.stage.batch_size * self.stage.seq_len / timed.median
+        images = f"{self._images / timed.median:,.1f} images/s"
+        rate = images if timed.part in floors.OF else f"{tokens:,.0f} positions/s"
+        rate = self._with_mfu(rate, floor.model, timed.seconds)
+        return dataclasses.replace(timed, flops=floor.flops, bytes=floor.bytes, rate=rate)
 
     @property
     def _images(self) -> int:
@@ -240,14 +225,11 @@ class Bench:
 
     def _prefill(self) -> Timed:
         first, *others = self._answers[1]
-        products, rows = self._generation(self.stage.seq_len), sharding.data_parallel()
-        # logits of one position
-        flops = sum(p.flops / (self.stage.seq_len if p.part == "loss" else 1) for p in products)
-        moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in products) * self.dtype.itemsize
+        rows = sharding.data_parallel()
+        floor = floors.of_prefill(self.cfg, self.name, self.shapes, rows)
         rate = f"{rows * self.stage.seq_len / statistics.median(others):,.0f} positions/s"
-        return Timed(
-            "prefill", "prefill and one token", others, first, flops, moved, rate=self._with_mfu(rate, flops, others)
-        )
+        rate = self._with_mfu(rate, floor.model, others)
+        return Timed("prefill", "prefill and one token", others, first, floor.flops, floor.bytes, rate=rate)
 
     def _decode(self) -> Timed:
         """Time per token: that of whole answers minus that of their first token, over the other tokens."""
@@ -256,18 +238,21 @@ class Bench:
         each = [max(0.0, s - prefill) / (self.new - 1) for s in others]
         if not statistics.median(each):  # an answer took no longer than its first token
             return Timed("decode", "decode, per token", each, first, rate="too short to measure; set a larger --new")
-        m, seen = self.cfg.llm, self.stage.seq_len + self.new
-        products = [p for p in self._generation(1) if p.weights]
-        flops = sum(p.flops for p in products) + 4.0 * rows * m.layers * m.heads * m.head_dim * seen
-        cache = 2.0 * m.layers * m.kv_heads * m.head_dim * seen
-        moved = rows * (sum(p.weights for p in products) + cache) * self.dtype.itemsize
+        floor = floors.of_decode(self.model, self.shapes, self._cache())
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
-        return Timed("decode", "decode, per token", each, first, flops, moved, rate=rate)
+        return Timed("decode", "decode, per token", each, first, floor.flops, floor.bytes, rate=rate)
 
-    def _generation(self, seq_len: int) -> list[Product]:
-        """The LLM's matmuls for `seq_len` positions of every row."""
-        products = work.products(self.cfg, self.name, self.shapes, sharding.data_parallel(), seq_len, again=False)
-        return [p for p in products if p.part in ("llm", "loss")]
+    def _cache(self) -> Cache:
+        """The shapes of the cache with which an answer of `new` tokens is generated."""
+        row = jax.tree.map(lambda x: x[: sharding.data_parallel()], self.batch)
+
+        def prefill(params: Any, row: Batch) -> Cache:
+            params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+            encoded = encode_images(self.model, params, row.views, row.extras.get("question"))
+            length = np.full(len(row.tokens), self.stage.seq_len, np.int32)
+            return read_prompts(self.model, params, row.tokens, length, row.image_start, encoded, self.new)[1]
+
+        return jax.eval_shape(prefill, self.shaped.abstract(), row)
 
     # ------------------------------------------------------------------------------------------------------------------
     # input

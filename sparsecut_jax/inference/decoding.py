@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsecut_jax.models.llm import empty_cache
+from sparsecut_jax.models.llm import Cache, empty_cache
 from sparsecut_jax.models.sparsecut import Encoded, SparseCut
 from sparsecut_jax.text.conversation import Example
 from sparsecut_jax.types import EMPTY_SLOT
@@ -62,10 +62,8 @@ def generate(
     stop = jnp.atleast_1d(jnp.asarray(stop, jnp.int32))
     rope = model.llm_config.rope
     may_outgrow = rope.kind == "longrope" and t + max_new_tokens > rope.original_length
-    cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
     slots = jnp.arange(t + max_new_tokens)
-    inputs = (tokens, length, image_start, encoded, cache, chunk)
-    first, cache = model.apply({"params": params}, *inputs, method="prefill")
+    first, cache = read_prompts(model, params, tokens, length, image_start, encoded, max_new_tokens, chunk)
 
     def pick(logits: jax.Array, i: jax.Array) -> jax.Array:
         drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / jnp.maximum(temperature, 1e-6))
@@ -111,6 +109,23 @@ def generate(
     carry = (jnp.int32(0), first, length == 0, out, cache, kept)
     carry = jax.lax.while_loop(unfinished, step, carry)
     return carry[3], carry[5]
+
+
+def read_prompts(
+    model: SparseCut,
+    params: Any,
+    tokens: jax.Array,
+    length: jax.Array,
+    image_start: jax.Array,
+    encoded: Encoded,
+    max_new_tokens: int,
+    chunk: int = 0,
+) -> tuple[jax.Array, Cache]:
+    """float32[B, W] logits of the position after each prompt, and a cache with room for more tokens; see `generate`."""
+    b, t = tokens.shape
+    cache = empty_cache(model.llm_config, b, t + max_new_tokens, model.dtype)
+    inputs = (tokens, length, image_start, encoded, cache, chunk)
+    return model.apply({"params": params}, *inputs, method="prefill")
 
 
 def pad_prompts(prompts: list[Example], rows: int, slots: int, multiple: int = 16) -> tuple[np.ndarray, ...]:
