@@ -7,7 +7,8 @@
 
 "pretrain" aligns the fusion on captions; "finetune" trains fusion and LLM on conversations; "lora" trains the fusion and
 LoRA adapters of the LLM. The latter two load the fusion from pretrain's workdir (--config.init_from). plan=paper spreads 8
-levels evenly, the deepest into the earliest layer; plan=released is the plan of the published scripts, for 13b only.
+levels evenly, the deepest into the earliest layer; plan=released is the plan of the published scripts, for 13b only. Plans of
+other models are settings: --config.shortcuts.density=granite4, qwen3vl, lin_3_18_23 or random (models/plans.py).
 
 Rows and pictures are LLaVA-1.5's, in the folders that its authors describe, or
 --config.data.source=rows.json --config.data.images=DIR. As in LLaVA, a batch has rows of similar length, one per sequence.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from sparsecut_jax.checks import ROPE_FIELDS
-from sparsecut_jax.models import ways
+from sparsecut_jax.models import plans, ways
 from sparsecut_jax.settings import Config, ShortcutConfig
 from sparsecut_jax.tasks import registry
 from sparsecut_jax.types import UserError
@@ -41,6 +41,7 @@ class Rule:
 PAIRS = {
     "none": "with config.shortcuts.density='none'",
     "explicit": "with config.shortcuts.density='explicit', whose pairs are vit_levels and llm_layers",
+    **{name: f"with config.shortcuts.density={name!r}, whose pairs are its own" for name in plans.NAMED},
 }
 
 
@@ -57,7 +58,21 @@ def _plan(cfg: Config, _: Any) -> str:
 
 
 def _count(cfg: Config, _: Any) -> str:
-    return "with config.shortcuts.density='dense', which takes all levels" * (cfg.shortcuts.density == "dense")
+    density = cfg.shortcuts.density
+    if density == "dense":
+        return "with config.shortcuts.density='dense', which takes all levels"
+    return "" if density in plans.COUNTED else _plan(cfg, _)
+
+
+def _seed(cfg: Config, _: Any) -> str:
+    density = cfg.shortcuts.density
+    return "" if density == "random" else f"with config.shortcuts.density={density!r}; set that to 'random'"
+
+
+def _position(cfg: Config, _: Any) -> str:
+    density = cfg.shortcuts.density
+    after = f"with config.shortcuts.density={density!r}, which adds after the layer" * (density in plans.AFTER)
+    return after or _no_shortcuts(cfg, _)
 
 
 def _no_shortcuts(cfg: Config, _: Any) -> str:
@@ -184,9 +199,9 @@ def _no_holdout(cfg: Config, _: Any) -> str:
 
 RULES = (
     Rule(("shortcuts.order", "shortcuts.distribution"), _plan, ("shortcuts.density",)),
-    Rule(("shortcuts.count",), _plan, ("shortcuts.density",), files=False),
     Rule(("shortcuts.count",), _count, ("shortcuts.density",), files=False),
-    Rule(("shortcuts.position",), _no_shortcuts, ("shortcuts.density",)),
+    Rule(("shortcuts.seed",), _seed, ("shortcuts.density",)),
+    Rule(("shortcuts.position",), _position, ("shortcuts.density",)),
     Rule(("shortcuts.vit_levels", "shortcuts.llm_layers"), _lists, ("shortcuts.density",)),
     Rule(("fusion.shared",), _one_fusion, ("shortcuts.density",)),
     *(

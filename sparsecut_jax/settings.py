@@ -85,18 +85,22 @@ class TaskConfig:
 class ShortcutConfig:
     """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
 
-    density: Literal["none", "dense", "sparse", "explicit"] = setting(
+    density: Literal["none", "dense", "sparse", "explicit", "random", "qwen3vl", "granite4", "lin_3_18_23"] = setting(
         "sparse",
-        "Tower levels that have a shortcut: none, all (dense), count of them (sparse) or vit_levels (explicit).",
+        "Levels with a shortcut: none, all (dense), count of them (sparse), vit_levels (explicit); or a whole plan by name, "
+        "see models/plans.py.",
     )
-    count: int = setting(8, "Number of levels of a sparse plan.")
+    count: int = setting(8, "Number of levels of a sparse, random or qwen3vl plan.")
+    seed: int = setting(0, "Seed of a random plan.")
     distribution: Literal["uniform", "bottom", "top"] = setting(
         "uniform", "LLM layers that shortcuts enter: evenly spaced, the first ones (bottom) or the last ones (top)."
     )
     order: Literal["u", "parallel"] = setting(
         "u", "The deepest level enters the earliest LLM layer (u), or the latest one (parallel)."
     )
-    position: Literal["pre", "post"] = setting("pre", "Add before (pre) or after (post) the LLM layer runs.")
+    position: Literal["pre", "post"] = setting(
+        "pre", "Add before (pre) or after (post) the LLM layer; qwen3vl: after it."
+    )
     feature_order_reverse: bool = setting(
         False,
         "Count levels from the deepest block and take block 0 as main feature, as the released code's option does.",

@@ -36,6 +36,13 @@ CASES = [
     ({"fusion.shared": False}, {"shortcuts.density": "none"}, "with config.shortcuts.density='none'; leave it out"),
     ({"shortcuts.count": 4}, {"shortcuts.density": "dense"},
      "with config.shortcuts.density='dense', which takes all levels; leave it out"),
+    ({"shortcuts.count": 4}, {"shortcuts.density": "granite4"},
+     "with config.shortcuts.density='granite4', whose pairs are its own; leave it out"),
+    ({"shortcuts.order": "parallel"}, {"shortcuts.density": "random"},
+     "with config.shortcuts.density='random', whose pairs are its own; leave it out"),
+    ({"shortcuts.seed": 3}, {}, "with config.shortcuts.density='sparse'; leave it out, or set that to 'random'"),
+    ({"shortcuts.position": "post"}, {"shortcuts.density": "qwen3vl"},
+     "with config.shortcuts.density='qwen3vl', which adds after the layer; leave it out"),
     ({"shortcuts.vit_levels": (0,)}, {}, "with config.shortcuts.density='sparse'; leave it out, or set that to 'explicit'"),
     ({"shortcuts.llm_layers": (0,)}, {"shortcuts.density": "none"},
      "with config.shortcuts.density='none'; leave it out, or set that to 'explicit'"),
@@ -92,6 +99,12 @@ def test_a_flag_without_effect(flag, switch, expected):
         assert refusal(given, flag | switch) == sentence
 
 
+def test_the_default_place_is_refused_where_a_plan_has_another():
+    reason = "with config.shortcuts.density='qwen3vl', which adds after the layer; leave it out"
+    sentence = f"config.shortcuts.position='pre' has no effect {reason}"
+    assert refusal(given, {"shortcuts.position": "pre", "shortcuts.density": "qwen3vl"}) == sentence
+
+
 BASED_ON = ("shortcuts.count", "data.source", "tokenizer.vocab_size", "stages.align.epochs", "eval.every")
 
 
@@ -112,6 +125,8 @@ def test_a_config_file_without_effect(setting, switch, expected):
     "settings",
     [
         {"shortcuts.order": "parallel", "shortcuts.distribution": "top", "shortcuts.density": "dense"},
+        {"shortcuts.count": 3, "shortcuts.seed": 5, "shortcuts.density": "random"},
+        {"shortcuts.count": 3, "shortcuts.density": "qwen3vl"},
         {"shortcuts.feature_order_reverse": True, "shortcuts.density": "none"},  # it moves the main feature
         {"llm.sliding_window": 8, "llm.sliding_from": 11},
         {"llm.rope.kind": "linear", "llm.rope.factor": 4.0},

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from sparsecut_jax.models import plans
 from sparsecut_jax.settings import ShortcutConfig
 from sparsecut_jax.types import UserError
 
@@ -87,7 +88,8 @@ def wire_shortcuts(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, select_l
     main = block_of(select_layer, vit_depth, depths)
     if cfg.feature_order_reverse:
         main = 0  # the output of the tower's first block, as the released code has it
-    return Shortcuts(tuple(sorted(pairs, key=lambda p: (p[1], p[0]))), main, vit_depth, llm_depth, cfg.position)
+    position = "post" if cfg.density in plans.AFTER else cfg.position
+    return Shortcuts(tuple(sorted(pairs, key=lambda p: (p[1], p[0]))), main, vit_depth, llm_depth, position)
 
 
 def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> tuple[list[int], list[int]]:
@@ -101,6 +103,11 @@ def _lists(cfg: ShortcutConfig, vit_depth: int, llm_depth: int, depths: str) -> 
                 f"expected two lists of equal length, at least 1: {depths}"
             )
         return list(cfg.vit_levels), list(cfg.llm_layers)
+    if cfg.density in plans.NAMED:
+        try:
+            return plans.NAMED[cfg.density](cfg, vit_depth, llm_depth)
+        except UserError as error:
+            raise UserError(f"shortcuts.density={cfg.density!r} {error}: {depths}") from None
     count = vit_depth if cfg.density == "dense" else cfg.count
     if not 1 <= count <= vit_depth:
         raise UserError(f"shortcuts.count={count} levels cannot be picked: {depths}; expected 1 to {vit_depth}")

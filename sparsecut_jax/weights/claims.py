@@ -30,7 +30,8 @@ OF_WEIGHTS = {
     "fusion": ("name", "shared"),  # and what the way of fusing names, OF_WEIGHTS
 }  # fmt: skip
 LISTS = ("shortcuts.vit_levels", "shortcuts.llm_layers")
-WIRING = {"shortcuts.density", "shortcuts.count", "shortcuts.distribution", "shortcuts.order", *LISTS}  # one, together
+# One, together.
+WIRING = {*(f"shortcuts.{name}" for name in ("density", "count", "seed", "distribution", "order")), *LISTS}
 HINTS = {"vision.image_size": "; config.init.image_size sets another size"}
 
 

@@ -1,0 +1,74 @@
+"""Shortcut plans by name: `config.shortcuts.density=NAME` makes all pairs of tower level and LLM layer.
+
+With a tower of R blocks and an LLM of L layers, "nearest" rounding halves up:
+
+random       count levels and count layers, all different, the lowest chosen layer with any of the levels, and so on
+qwen3vl      count levels, the shallowest first, after layers 0, 1, ...: level i R // (count + 1) - 1, i from 1. For the
+             published tower of 24 blocks and 3 levels these are Qwen3-VL's 5, 11 and 17; its tower of 27 blocks has 8, 16
+             and 24, which follow no common rule: give these as explicit pairs
+granite4     Granite 4 Vision: of 27 blocks 26, 20, 14 and 8 before layers 0, 3, 6 and 9 of 40, so the deepest comes first
+             and all enter the lower part of the LLM. Other depths: hidden state nearest to h R / 27, layer nearest to l L / 40
+lin_3_18_23  arXiv 2503.06063: hidden states s = 3, 18 and 23 of 24 blocks before layer int(s L / 24 - 1), one for each stage
+             of the tower. Another depth: hidden state nearest to s R / 24
+
+Hidden state h is the output of block h - 1. Levels that meet in a layer of a shallow LLM add up. Each plan raises UserError for
+depths that it cannot join, with the middle of a sentence that models/shortcuts.py completes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from sparsecut_jax.settings import ShortcutConfig
+from sparsecut_jax.types import UserError
+
+Lists = tuple[list[int], list[int]]  # levels and layers, pair by pair
+
+
+def random(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
+    most = min(vit_depth, llm_depth)
+    if not 1 <= cfg.count <= most:
+        raise UserError(f"cannot pick shortcuts.count={cfg.count} different levels and layers (expected 1 to {most})")
+
+    def drawn(what: str, depth: int) -> list[int]:
+        # A hash gives the same plan with every version of every library.
+        key = lambda i: hashlib.sha256(f"{cfg.seed} {what} {i}".encode()).digest()
+        return sorted(range(depth), key=key)[: cfg.count]
+
+    return drawn("level", vit_depth), sorted(drawn("layer", llm_depth))
+
+
+def qwen3vl(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
+    most = min(vit_depth - 1, llm_depth)
+    if not 1 <= cfg.count <= most:
+        raise UserError(
+            f"cannot add shortcuts.count={cfg.count} levels below the last one after as many layers (expected 1 to {most})"
+        )
+    return [i * vit_depth // (cfg.count + 1) - 1 for i in range(1, cfg.count + 1)], list(range(cfg.count))
+
+
+def granite4(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
+    _need(vit_depth, 4)
+    levels = [nearest(h * vit_depth, 27) - 1 for h in (27, 21, 15, 9)]
+    return levels, [nearest(layer * llm_depth, 40) for layer in (0, 3, 6, 9)]
+
+
+def lin_3_18_23(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
+    _need(vit_depth, 4)
+    states = (3, 18, 23)
+    return [nearest(s * vit_depth, 24) - 1 for s in states], [max(0, s * llm_depth // 24 - 1) for s in states]
+
+
+def nearest(dividend: int, divisor: int) -> int:
+    """The integer nearest to dividend / divisor, halves up."""
+    return (2 * dividend + divisor) // (2 * divisor)
+
+
+def _need(vit_depth: int, least: int) -> None:
+    if vit_depth < least:
+        raise UserError(f"needs a tower of {least} blocks or more")
+
+
+NAMED = {plan.__name__: plan for plan in (random, qwen3vl, granite4, lin_3_18_23)}
+COUNTED = ("sparse", "random", "qwen3vl")  # plans that read shortcuts.count
+AFTER = ("qwen3vl",)  # plans that add after the layer, whatever shortcuts.position
