@@ -7,8 +7,10 @@ import re
 import pytest
 from flax import linen as nn
 
-from configs import llava, siglip_qwen, sparsecut
-from sparsecut_jax.config import check, check_override
+from configs import fusion, llava, siglip_qwen, sparsecut
+from sparsecut_jax.checks import check_room
+from sparsecut_jax.config import asked, check, check_override
+from sparsecut_jax.models.ways import FUSING
 from sparsecut_jax.runs.parameters import boxed_shapes
 from sparsecut_jax.runtime import backends
 from sparsecut_jax.settings import LoraConfig, StageConfig
@@ -108,6 +110,19 @@ def test_sizes(file, arguments, expected):
     model = build_model(cfg)
     shapes = boxed_shapes(model, cfg.data.max_images)
     assert {part: count(nn.meta.unbox(tree)) for part, tree in shapes.items()} == expected
+
+
+@pytest.mark.parametrize("way", FUSING)
+def test_every_way_of_fusing_on_scenes(way):
+    """No setting is without effect, rows have room for images, and the model can be made; workdirs differ."""
+    cfg = asked(fusion.get_config(f"way={way},smoke"), ())
+    assert (cfg.fusion.name, cfg.data.source, cfg.workdir) == (way, "scenes", f"runs/scenes_smoke_{way}")
+    assert [cfg.stages[name].max_steps for name in cfg.run_stages] == [20, 20]
+    check_room(cfg)
+    cfg = backends.resolve(dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, vocab_size=512)), "cpu")
+    parts = boxed_shapes(build_model(cfg), cfg.data.max_images)
+    assert set(parts) == {"vision", "fusion", "llm"}
+    assert 5_000 < count(nn.meta.unbox(parts["fusion"])) < 200_000
 
 
 def test_other_rates_are_flags():
