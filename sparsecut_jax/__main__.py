@@ -47,10 +47,10 @@ def run() -> None:
         return
     word = given[0]
     if word in COMMANDS:
-        told = f"the command is: python -m sparsecut_jax.{word}"
+        sentence = f"the command is: python -m sparsecut_jax.{word}"
     else:
-        told = f"{word!r} is not a command{nearest(word, COMMANDS)}; python -m sparsecut_jax lists them"
-    print(f"error: {told}", file=sys.stderr)
+        sentence = f"{word!r} is not a command{nearest(word, COMMANDS)}; python -m sparsecut_jax lists them"
+    print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -102,8 +102,8 @@ def asked(raw: ConfigDict | dict, given: Iterable[str]) -> settings.Config:
     """
     cfg, given = check(raw), set(given)
     effects.check(cfg, given)
-    kept = {key for key in given if cfg.init.decides(key) or cfg.init_from and key.startswith(PARTS)}
-    init = dataclasses.replace(cfg.init, keep=tuple(sorted({*cfg.init.keep, *kept})))
+    overrides = {key for key in given if cfg.init.decides(key) or cfg.init_from and key.startswith(PARTS)}
+    init = dataclasses.replace(cfg.init, keep=tuple(sorted({*cfg.init.keep, *overrides})))
     return dataclasses.replace(cfg, init=init)
 
 

@@ -61,13 +61,13 @@ def help_text(
     groups = [Group("flags", [of_flag(flag, words_of.get(flag.name, ())) for flag in own])]
     groups += settings(cfg, Config(), "config") if cfg else []
     if search:
-        found = [Group(g.heading, [e for e in g.entries if _contains(e, search)]) for g in groups]
-        if not any(group.entries for group in found):
+        matching = [Group(g.heading, [e for e in g.entries if _contains(e, search)]) for g in groups]
+        if not any(group.entries for group in matching):
             names = [part for g in groups for e in g.entries for part in (e.name, e.name.rsplit(".")[-1])]
             raise UserError(
                 f"--help={search}: no flag or setting contains this{nearest(search, names)}; --help shows them all"
             )
-        groups, doc = [group for group in found if group.entries], ""
+        groups, doc = [group for group in matching if group.entries], ""
     width = min(120, max(80, shutil.get_terminal_size((100, 24)).columns))
     blocks = [doc.strip()] if doc else []
     for group in groups:
@@ -91,8 +91,8 @@ def settings(values: Any, defaults: Any, path: str) -> Iterator[Group]:
         else:
             changed = "" if value == default else f"; default {typed(default)}"
             own.append(Entry(f"--{name}", typed(value), kind_of(hint) + changed, field.metadata["meaning"]))
-    told = " ".join(type(values).__doc__.split())
-    yield Group(f"{path}: {told}", own)
+    meaning = " ".join(type(values).__doc__.split())
+    yield Group(f"{path}: {meaning}", own)
     yield from below
 
 
@@ -148,5 +148,7 @@ def _shown(entry: Entry, width: int) -> str:
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     indent = " " * 6
-    told = textwrap.fill(entry.meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    return f"{head}\n{told}"
+    meaning = textwrap.fill(
+        entry.meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return f"{head}\n{meaning}"

@@ -161,7 +161,7 @@ def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, slots: int) -> li
     """
     shelves = _Shelves(tokens, images)
     positions, count = int(tokens.sum()), len(tokens)
-    found = []
+    sequences = []
     while count:
         each = seq_len * count // positions
         members, room, free = [], seq_len, slots
@@ -180,8 +180,8 @@ def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, slots: int) -> li
                 members.append(shelves.take(size, kind))
                 room, free = room - size, free - kind
         positions, count = positions - (seq_len - room), count - len(members)
-        found.append(members)
-    return found
+        sequences.append(members)
+    return sequences
 
 
 Kind = tuple[int, int]  # positions and images of a row

@@ -230,10 +230,10 @@ def _example(row: dict[str, Any], read_bytes: Callable[[str | bytes], bytes]) ->
 
 def _finish_shard(file: str, records: int, bucket: epath.Path | None) -> None:
     reader = ArrayRecordReader(file)
-    found = reader.num_records()
+    written = reader.num_records()
     reader.close()
-    if found != records:
-        raise OSError(f"{file} holds {found} records after writing {records}")
+    if written != records:
+        raise OSError(f"{file} holds {written} records after writing {records}")
     _publish(file, bucket)
 
 

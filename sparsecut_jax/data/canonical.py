@@ -119,8 +119,8 @@ def _has_nulls(value: Any) -> bool:
 def _without_nulls(value: Any) -> Any:
     """The value without null keys and items and without objects in which all is null; None if nothing is left."""
     if isinstance(value, dict):
-        found = {key: _without_nulls(inner) for key, inner in value.items()}
-        return {key: inner for key, inner in found.items() if inner is not None} or (None if value else value)
+        without = {key: _without_nulls(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in without.items() if inner is not None} or (None if value else value)
     if isinstance(value, list):
         return [inner for inner in map(_without_nulls, value) if inner is not None]
     return None if _has_nulls(value) else value
@@ -163,11 +163,11 @@ def _turn(turn: Any, i: int) -> tuple[Row, list[str | bytes]]:
     trained = None if TRAINED.isdisjoint(turn) else _trained(turn, i, speaker)
     if text is turn.get("value") and speaker == turn.get("from") and trained is None:
         return turn, images
-    found = {key: turn[key] for key in turn if key not in TRAINED and key not in ("role", "content")}
-    found |= {"from": speaker, "value": text}
+    canonical_turn = {key: turn[key] for key in turn if key not in TRAINED and key not in ("role", "content")}
+    canonical_turn |= {"from": speaker, "value": text}
     if trained is False and speaker == GPT:
-        found["loss"] = False
-    return found, images
+        canonical_turn["loss"] = False
+    return canonical_turn, images
 
 
 def _trained(turn: Row, i: int, speaker: str) -> bool:

@@ -50,8 +50,8 @@ def check_rows(readers: dict[str, Reader], look: Look, workdir: str, strict: boo
     warnings = {} if strict else {cause: counts.pop(cause) for cause in WARNINGS if cause in counts}
     counts = dict(counts.most_common())
     path = os.path.join(workdir, "data_check.json")
-    told = {"rows": rows, "seconds": seconds, "look": look, "counts": counts, "warnings": warnings}
-    write_json(path, {**told, "cut_answers": answers, "bad": [dataclasses.asdict(bad) for bad in found]})
+    summary = {"rows": rows, "seconds": seconds, "look": look, "counts": counts, "warnings": warnings}
+    write_json(path, {**summary, "cut_answers": answers, "bad": [dataclasses.asdict(bad) for bad in found]})
     how = {"none": "images not checked", "stat": "images exist, none opened", "decode": "every image opened"}
     print(f"{rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} per second), {how[look]}")
     if not found:
@@ -90,22 +90,22 @@ def _cut(split: Split, encoders: Encoders, cut: np.ndarray) -> list[Bad]:
     """Rows that lose answers. `cut`: int32[n], how many."""
     stages = encoders.stages.items()
     lengths = " or ".join(f"{encoder.seq_len} of stage {name}" for name, encoder in stages)
-    found = []
+    bad = []
     for i in np.flatnonzero(cut).tolist():
         part, local = split.find(i)
         answers = len(part.row(local)["conversations"]) // 2
-        found.append(_warning(part, local, "cut", f"{cut[i]} of {answers} answers do not fit into seq_len={lengths}"))
-    return found
+        bad.append(_warning(part, local, "cut", f"{cut[i]} of {answers} answers do not fit into seq_len={lengths}"))
+    return bad
 
 
 def _duplicates(split: Split, digests: np.ndarray) -> list[Bad]:
     """Rows whose digest an earlier row of the split has."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    found = []
+    bad = []
     for i in np.flatnonzero((first[inverse] != np.arange(len(digests))) & (digests != 0)).tolist():
         other, place = split.find(int(first[inverse[i]]))
-        found.append(_warning(*split.find(i), "duplicate", f"the same as {other.name} row {other.number(place)}"))
-    return found
+        bad.append(_warning(*split.find(i), "duplicate", f"the same as {other.name} row {other.number(place)}"))
+    return bad
 
 
 def _warning(part: Part, local: int, cause: str, what: str) -> Bad:

@@ -27,10 +27,10 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     transform = _transform(profile, mode) if profile and mode and len(profile) <= LARGEST else None
     if transform is None:
         return image
-    found = ImageCms.applyTransform(image.convert(mode), transform)
+    converted = ImageCms.applyTransform(image.convert(mode), transform)
     if image.has_transparency_data:
-        found.putalpha(image.convert("RGBA").getchannel("A"))
-    return found
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
 
 
 @functools.lru_cache(maxsize=32)
@@ -51,5 +51,5 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
         levels = np.concatenate([grid, np.repeat(levels[:, None], 3, 1)])
     given = Image.fromarray(levels[None])
-    found = np.asarray(ImageCms.applyTransform(given, transform), np.int16)
-    return transform if np.abs(found - np.asarray(given.convert("RGB"), np.int16)).max() > SAME else None
+    converted = np.asarray(ImageCms.applyTransform(given, transform), np.int16)
+    return transform if np.abs(converted - np.asarray(given.convert("RGB"), np.int16)).max() > SAME else None

@@ -63,10 +63,10 @@ class Spelling:
     def _pictures(self, values: Row) -> Any:
         """One image or a list of them as bytes or paths; from whichever of the columns `image` and `images` is not null."""
         given = [_entries(values.get(name)) for name in (IMAGES if self.image in IMAGES else (self.image,))]
-        found = [pictures for pictures in given if pictures not in (None, [])]
-        if len(found) > 1:
+        present = [pictures for pictures in given if pictures not in (None, [])]
+        if len(present) > 1:
             raise BadSample("format", "both columns 'image' and 'images' are present; expected only one")
-        return found[0] if found else next((pictures for pictures in given if pictures is not None), None)
+        return present[0] if present else next((pictures for pictures in given if pictures is not None), None)
 
 
 def spelling_of(names: Collection[str], source: SourceConfig, pictures: Sequence[str] = ()) -> Spelling:

@@ -40,15 +40,15 @@ def _row(name: str, image: str, questions: Iterable[tuple[str, str]]) -> dict[st
 
 def captions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Caption rows ("a red circle") derived from the answers of `rows`; rows that do not determine one are omitted."""
-    made = []
+    captioned = []
     for row in rows:
         turns = row["conversations"]
         color = _find(COLORS, turns)
         shape = _find(SHAPES, turns)
         if color and shape:
             conversation = [{"from": HUMAN, "value": IMAGE}, {"from": GPT, "value": f"a {color} {shape}"}]
-            made.append({"id": row["id"] + "/caption", "image": row["image"], "conversations": conversation})
-    return made
+            captioned.append({"id": row["id"] + "/caption", "image": row["image"], "conversations": conversation})
+    return captioned
 
 
 def _find(words: tuple[str, ...], turns: list[dict[str, str]]) -> str | None:

@@ -90,9 +90,9 @@ def draw_runs(draw: ImageDraw.ImageDraw, x: int, y: int, runs: tuple[Run, ...]) 
 @functools.cache
 def _fonts() -> tuple[str, ...]:
     """Font files, regular ones first; searched by each process, since matplotlib's list is cached."""
-    found = [path for path in font_manager.findSystemFonts() if not BLANKS.search(os.path.basename(path))]
+    fonts = [path for path in font_manager.findSystemFonts() if not BLANKS.search(os.path.basename(path))]
     plain = lambda path: (bool(STYLED.search(os.path.basename(path))), os.path.basename(path), path)
-    return (PLAIN, *sorted(found, key=plain))
+    return (PLAIN, *sorted(fonts, key=plain))
 
 
 @functools.cache

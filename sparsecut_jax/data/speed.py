@@ -29,7 +29,7 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
     walked = walk(reader.split, reader.encode)
     plan = stage_plan(name, walked, reader.split, stage, cfg)
     reader.pictures.forget = True
-    told = []
+    rates = []
     for count in workers:
         one = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=count))
         batches = train_batches(reader, plan, one, (cfg.seed, 0))
@@ -42,7 +42,7 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
                 tokens += int(np.sum(batch.segments > 0))
                 read += 1
             took = time.monotonic() - began
-        told.append({
+        rates.append({
             "workers": count, "threads": cfg.data.threads, "batches": read, "seconds": took,
             "images_per_second": images / took, "tokens_per_second": tokens / took,
         })  # fmt: skip
@@ -50,7 +50,7 @@ def speed(reader: Reader, cfg: Config, name: str, workers: list[int], seconds: f
     print(f"stage {name}: {views} views of {size} pixels, {stage.batching}, {cfg.data.threads} threads per process")
     rows = [
         [str(t["workers"]), f"{t['images_per_second']:,.1f}", f"{t['tokens_per_second']:,.0f}", str(t["batches"])]
-        for t in told
+        for t in rates
     ]
     print(table(["worker processes", "images/s", "tokens/s", "batches read"], rows))
-    write_json(os.path.join(cfg.workdir, "data_speed.json"), told)
+    write_json(os.path.join(cfg.workdir, "data_speed.json"), rates)

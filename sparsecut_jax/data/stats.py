@@ -37,21 +37,21 @@ def stats(readers: dict[str, Reader], cfg: Config) -> None:
             plan = stage_plan(name, walked, split, one, cfg)
             filled[batching] = {"useful": plan.useful, "batches": len(plan), "slots": plan.slots}
         usable = walked.lengths.usable
-        kept = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
-        text = kept.tokens - kept.images * ways.positions(cfg)
-        told = {
+        usable_lengths = Lengths(walked.lengths.tokens[usable], walked.lengths.images[usable], walked.lengths.branched)
+        text = usable_lengths.tokens - usable_lengths.images * ways.positions(cfg)
+        summary = {
             "rows": len(split),
             "left_out": len(split) - len(usable),
             "cut_answers": walked.cut_counts[0],
             "cut_rows": walked.cut_counts[1],
-            "text_only": float(np.mean(kept.images == 0)),
-            "tokens": _summary(kept.tokens),
+            "text_only": float(np.mean(usable_lengths.images == 0)),
+            "tokens": _summary(usable_lengths.tokens),
             "text_tokens": _summary(text),
-            "images": _summary(kept.images),
+            "images": _summary(usable_lengths.images),
             "batching": filled,
         }
-        _print(name, stage, told)
-        written[name], lengths[name] = told, (kept, text)
+        _print(name, stage, summary)
+        written[name], lengths[name] = summary, (usable_lengths, text)
     path = os.path.join(cfg.workdir, "data_stats")
     write_json(path + ".json", written)
     _draw(path + ".png", lengths, written, cfg)
@@ -96,17 +96,19 @@ def bin_edges(longest: int) -> np.ndarray:
 def _draw(path: str, lengths: dict, written: dict, cfg: Config) -> None:
     """Histograms of row lengths and images per row, and bars of non-padding tokens; one line per stage."""
     figure, grid = plt.subplots(len(lengths), 3, figsize=(13, 3.6 * len(lengths)), dpi=110, squeeze=False)
-    for (name, (kept, text)), axes in zip(lengths.items(), grid, strict=True):
-        seq_len, longest = cfg.stages[name].seq_len, int(kept.tokens.max())
+    for (name, (usable_lengths, text)), axes in zip(lengths.items(), grid, strict=True):
+        seq_len, longest = cfg.stages[name].seq_len, int(usable_lengths.tokens.max())
         edges = bin_edges(longest)
-        axes[0].hist(kept.tokens, bins=edges, color="#4477aa", label="image and text tokens")
+        axes[0].hist(usable_lengths.tokens, bins=edges, color="#4477aa", label="image and text tokens")
         axes[0].hist(text, bins=edges, color="#ee6677", alpha=0.7, label="text tokens")
         if seq_len <= 2 * longest:  # further right it would squeeze the bars
             axes[0].axvline(seq_len, color="black", linewidth=1, linestyle="--", label="seq_len")
         axes[0].set(title=f"{name}: row lengths (seq_len = {seq_len:,})", xlabel="tokens per row", ylabel="rows")
         axes[0].margins(y=0.35)  # room for the legend
         axes[0].legend(loc="upper left")
-        axes[1].hist(kept.images, bins=bin_edges(int(kept.images.max())), color="#4477aa", rwidth=0.8)
+        axes[1].hist(
+            usable_lengths.images, bins=bin_edges(int(usable_lengths.images.max())), color="#4477aa", rwidth=0.8
+        )
         axes[1].set(title="images per row", xlabel="images", ylabel="rows")
         for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis, axes[1].yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))

@@ -135,10 +135,10 @@ def _schema(file: DataFile) -> pa.Schema:
 
 def _rows(file: DataFile) -> list[int]:
     """Rows of each group."""
-    found = _open(file)
+    opened = _open(file)
     if file.kind == "parquet":
-        return [found.metadata.row_group(i).num_rows for i in range(found.num_row_groups)]
-    return [batch.num_rows for batch in found]
+        return [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+    return [batch.num_rows for batch in opened]
 
 
 @functools.lru_cache(maxsize=OPEN)

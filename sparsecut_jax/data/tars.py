@@ -54,7 +54,7 @@ class TarRows(Sequence):
         prints = hashlib.sha256(repr(image).encode())
         for number, file in enumerate(files):
             try:
-                found = _scan(file, self.endings, prints)
+                scanned = _scan(file, self.endings, prints)
             except (tarfile.TarError, OSError, EOFError, ValueError) as error:
                 reason = (str(error) or type(error).__name__).rstrip(".")
                 raise UserError(
@@ -62,7 +62,7 @@ class TarRows(Sequence):
                     "download or write it again"
                 ) from error
             prints.update(sampled(file.local).encode())
-            for key, parts in found.items():
+            for key, parts in scanned.items():
                 rows.extend((number, len(members) // 3, len(keys)))
                 keys += key.encode("utf-8", "surrogateescape")
                 members.extend(parts)

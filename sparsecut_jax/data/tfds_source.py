@@ -256,11 +256,11 @@ def _check_shard(file: str, records: int) -> None:
     """Raises UserError if a shard cannot be read, or its number of records differs from the metadata."""
     try:
         reader = ArrayRecordReader(file)  # supports gs://; reports an unreadable file only when closed
-        found = reader.num_records()
+        count = reader.num_records()
         reader.close()
-        if found == records:
+        if count == records:
             return
-        reason = f"expected {records} records, got {found}"
+        reason = f"expected {records} records, got {count}"
     except RuntimeError as error:
         reason = first_line(error) if str(error) else "it is truncated or damaged"
     hint = "; if the bucket cannot be read from here, mount it (gcsfuse) and name that folder" * ("://" in file)

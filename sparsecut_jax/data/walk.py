@@ -288,10 +288,10 @@ def walk_once(path: str, split: Split, encoder: RowEncoder, data: str, progress:
             bad = [Bad(**fields) for fields in json.loads(str(kept["bad"]))]
             lengths = Lengths(kept["tokens"], kept["images"], bool(kept["branched"]))
             return Walked(lengths, bad, np.zeros(0, np.uint64), kept["cut"])
-    found = walk(split, encoder, progress=progress)
+    walked = walk(split, encoder, progress=progress)
     partial = path + ".tmp.npz"
-    bad = json.dumps([dataclasses.asdict(bad) for bad in found.bad])
-    lengths = dataclasses.asdict(found.lengths)
-    np.savez(partial, key=key, bad=bad, cut=found.cut, **lengths)
+    bad = json.dumps([dataclasses.asdict(bad) for bad in walked.bad])
+    lengths = dataclasses.asdict(walked.lengths)
+    np.savez(partial, key=key, bad=bad, cut=walked.cut, **lengths)
     os.replace(partial, path)
-    return found
+    return walked

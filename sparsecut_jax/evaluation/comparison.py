@@ -101,15 +101,15 @@ def _load(folder: str, name: str) -> Finished:
 def settings_that_differ(runs: Sequence[Finished]) -> dict[str, list[str]]:
     """{name: its value in every run}, without the workdir and stages that no run has."""
     stages = {stage for run in runs for stage in run.settings.get("run_stages", ())}
-    found = {}
+    values_by_key = {}
     for key in sorted({key for run in runs for key in run.settings}):
         parts = key.split(".")
         if key == "workdir" or parts[0] == "stages" and parts[1] not in stages:
             continue
         values = [_shown(run.settings[key]) if key in run.settings else "-" for run in runs]
         if len(set(values)) > 1:
-            found[key] = values
-    return found
+            values_by_key[key] = values
+    return values_by_key
 
 
 def _shown(value: Any) -> str:
@@ -150,15 +150,17 @@ def _difference(first: dict[Key, float], second: dict[Key, float]) -> Difference
 
 def notes(lines: Sequence[Line], runs: Sequence[Finished]) -> list[str]:
     """A sentence for each run whose questions in a test differ from the first run's."""
-    found = []
+    sentences = []
     for line in lines:
         if line.kind or line.score != "accuracy":
             continue
         for run, value, other in zip(runs[1:], line.values[1:], line.differences, strict=True):
             who = f"{line.test}: {runs[0].name} and {run.name}"
             if other is not None and not other.paired:
-                found.append(f"{who} were asked different questions; their difference is not paired")
+                sentences.append(f"{who} were asked different questions; their difference is not paired")
             elif other is not None and not other.score.count == value.count == line.values[0].count:
                 counts = f"{line.values[0].count:,} and {value.count:,}"
-                found.append(f"{who} share {other.score.count:,} of {counts} questions; the difference is over these")
-    return found
+                sentences.append(
+                    f"{who} share {other.score.count:,} of {counts} questions; the difference is over these"
+                )
+    return sentences

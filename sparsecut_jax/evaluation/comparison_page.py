@@ -98,13 +98,13 @@ def value(item: Answered) -> float:
 
 def interesting(runs: Sequence[Finished]) -> dict[Key, float]:
     """Questions that a run answered wrong, or runs differently: by how much their values differ, from 0 to 1."""
-    found = {}
+    spreads = {}
     for key in dict.fromkeys(key for run in runs for key in run.answers):
         items = [run.answers[key] for run in runs if key in run.answers]
         values = [value(item) for item in items]
         if min(values) < 1 or len({item.answer for item in items}) > 1:
-            found[key] = max(values) - min(values)
-    return found
+            spreads[key] = max(values) - min(values)
+    return spreads
 
 
 def pick(keys: dict[Key, float], limit: int) -> list[Key]:
@@ -130,17 +130,17 @@ def tally(runs: Sequence[Finished]) -> list[tuple[list[str], int]]:
 
 
 def cards(runs: Sequence[Finished], keys: Sequence[Key]) -> list[Card]:
-    opened, found = Pictures(runs), {}
+    opened, cards_by_row = Pictures(runs), {}
     for key in keys:
         items = {i: run.answers[key] for i, run in enumerate(runs) if key in run.answers}
         first = next(iter(items.values()))
         at = (first.test, first.row)
-        if at not in found:
-            found[at] = Card(first.test, first.row, opened.of(first), [])
+        if at not in cards_by_row:
+            cards_by_row[at] = Card(first.test, first.row, opened.of(first), [])
         others = [text for text in dict.fromkeys(first.references) if text != first.expected]
         said = [_said(i, item) for i, item in items.items()]
-        found[at].asked.append(Asked(first.question, first.kind, first.expected, others, said))
-    return list(found.values())
+        cards_by_row[at].asked.append(Asked(first.question, first.kind, first.expected, others, said))
+    return list(cards_by_row.values())
 
 
 def _said(run: int, item: Answered) -> Said:

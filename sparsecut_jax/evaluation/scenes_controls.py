@@ -162,14 +162,14 @@ def summary(right: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         groups[name] = [
             i for i, t in enumerate(TEMPLATES) if member[0] in (None, t.level) and member[1] in (None, t.scale)
         ]
-    found = {}
+    scores = {}
     for name, columns in groups.items():
         parts = {part: array[:, columns] for part, array in right.items()}
         both = np.concatenate(list(parts.values()))
         chance = np.mean([1 / len(TEMPLATES[i].answers) for i in columns])
-        found[name] = {"questions": both.size, "chance": float(chance)}
-        found[name] |= {part: float(array.mean()) for part, array in parts.items()} | {"both": float(both.mean())}
-    return found
+        scores[name] = {"questions": both.size, "chance": float(chance)}
+        scores[name] |= {part: float(array.mean()) for part, array in parts.items()} | {"both": float(both.mean())}
+    return scores
 
 
 def report(figures: dict[str, dict[str, float]]) -> str:
@@ -181,14 +181,14 @@ def report(figures: dict[str, dict[str, float]]) -> str:
 def speed(cfg: ScenesConfig, low: int) -> dict[str, float]:
     """Pictures drawn per second by one process, and by two in parallel."""
     rows = scenes.rows(cfg, "train", 2 * low, low)
-    found = {}
+    rates = {}
     for processes in (1, 2):
         with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             list(pool.map(_draw, [rows[:10]] * 8 * processes))  # starts the processes and fills their caches
             start = time.perf_counter()
             list(pool.map(_draw, [rows[i : i + 50] for i in range(0, len(rows), 50)]))
-            found[f"{processes} process" + "es" * (processes > 1)] = len(rows) / (time.perf_counter() - start)
-    return found
+            rates[f"{processes} process" + "es" * (processes > 1)] = len(rows) / (time.perf_counter() - start)
+    return rates
 
 
 def _draw(rows: Scenes) -> None:

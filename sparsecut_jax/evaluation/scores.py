@@ -79,11 +79,11 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic) -> tuple[float, float
     from scipy import stats
 
     batch = max(1, 2_000_000 // max(map(len, samples)))
-    found = stats.bootstrap(
+    bootstrapped = stats.bootstrap(
         samples, statistic, n_resamples=RESAMPLES, batch=batch, vectorized=True, method="percentile",
         rng=np.random.default_rng(0),
     )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(bootstrapped.confidence_interval.low), float(bootstrapped.confidence_interval.high)
 
 
 def results(test: str, groups: dict[str, dict[str, Score]]) -> dict[str, float | int | list[float]]:

@@ -74,11 +74,11 @@ def generate(
         return (i < max_new_tokens) & ~jnp.all(done)
 
     def step(carry):
-        i, logits, done, out, cache, kept = carry
+        i, logits, done, out, cache, all_logits = carry
         token = jnp.where(done, stop[0], pick(logits, i))
         out = out.at[:, i].set(token)
         if return_logits:
-            kept = kept.at[:, i].set(logits)
+            all_logits = all_logits.at[:, i].set(logits)
         done = done | jnp.isin(token, stop)
         # Prompts have different lengths: new tokens are stored after the longest one, but their rotary positions
         # follow on from their own prompt.
@@ -90,7 +90,7 @@ def generate(
             outgrown = ~done & (length + i == rope.original_length)  # the new token is the first one beyond
             read = lambda: read_again(out, length + i + 1, t + i, visible, logits, cache, outgrown)
             logits, cache = jax.lax.cond(outgrown.any(), read, lambda: (logits, cache))
-        return i + 1, logits, done, out, cache, kept
+        return i + 1, logits, done, out, cache, all_logits
 
     def read_again(out, lengths, last, visible, logits, cache, rows):
         """Logits and cache, with `rows`, bool[B], recomputed from the prompts and `out`."""
@@ -104,9 +104,9 @@ def generate(
         return jnp.where(rows[:, None], new_logits, logits), cache
 
     out = jnp.full((b, max_new_tokens), stop[0], jnp.int32)
-    kept = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None
+    all_logits = jnp.zeros((b, max_new_tokens, first.shape[-1]), jnp.float32) if return_logits else None
     # A row without a prompt is padding: it has ended.
-    carry = (jnp.int32(0), first, length == 0, out, cache, kept)
+    carry = (jnp.int32(0), first, length == 0, out, cache, all_logits)
     carry = jax.lax.while_loop(unfinished, step, carry)
     return carry[3], carry[5]
 

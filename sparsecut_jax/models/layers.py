@@ -137,9 +137,9 @@ def rotary_table(
     elif rope.kind == "llama3":
         # By the rotations within the original length: few -> divided, many -> kept, between -> blended.
         rotations = rope.original_length * frequency / (2 * jnp.pi)
-        kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        kept = jnp.clip(kept, 0, 1)
-        frequency *= kept + (1 - kept) / rope.factor
+        share = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        share = jnp.clip(share, 0, 1)
+        frequency *= share + (1 - share) / rope.factor
     elif rope.kind == "longrope":
         short, long = jnp.array(rope.short_factor, jnp.float32), jnp.array(rope.long_factor, jnp.float32)
         is_long = (lengths > rope.original_length)[..., None, None]

@@ -79,25 +79,25 @@ def _with_gradients(hidden: Any, words: Any, targets: Any, mask: Any, size: int)
     in_blocks = ways("embed") > 1 and ways("act_vocab") == 1
 
     def add(carry: tuple, part: tuple, at: jax.Array) -> tuple:
-        (total, by_words, made), (hidden, targets, mask) = carry, part
+        (total, by_words, chunks), (hidden, targets, mask) = carry, part
         logits = _logits(hidden, copies)
         log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         by_logits = _by_logits(logits, log_sum, targets, mask).astype(words.dtype)
         if by_words is not None:
             by_words += jnp.einsum("gBTD,gBTW->gDW", hidden, by_logits)
         by_hidden = jnp.einsum("gBTW,gDW->gBTD", by_logits, copies)
-        made = [
+        chunks = [
             jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
-            for x, new in zip(made, (by_hidden, log_sum), strict=True)
+            for x, new in zip(chunks, (by_hidden, log_sum), strict=True)
         ]
-        return total + _nll(logits, targets, mask), by_words, made
+        return total + _nll(logits, targets, mask), by_words, chunks
 
     parts = _chunks(size, hidden, targets, mask)
-    made = [jnp.zeros_like(parts[0]), jnp.zeros((*parts[1].shape, 1), jnp.float32)]
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies) if trained and not in_blocks else None, made)
-    total, by_words, made = _over_supervised(add, carry, parts)
+    chunks = [jnp.zeros_like(parts[0]), jnp.zeros((*parts[1].shape, 1), jnp.float32)]
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies) if trained and not in_blocks else None, chunks)
+    total, by_words, chunks = _over_supervised(add, carry, parts)
     whole = lambda x: jnp.moveaxis(x, 0, 2).reshape(*targets.shape[:2], -1, x.shape[-1])[:, :, : targets.shape[2]]
-    by_hidden, log_sum = map(whole, made)
+    by_hidden, log_sum = map(whole, chunks)
     if by_words is not None:
         by_words = constrain_weight(by_words.sum(0), "embed", "vocab")
     elif trained:

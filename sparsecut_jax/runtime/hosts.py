@@ -69,19 +69,19 @@ def start(resumes: bool, debug: bool) -> None:
       UserError: inconsistent flags, or the coordinator does not answer.
     """
     global _me, _notes
-    found = _asked() or _found()
-    if found is None or found.count == 1:
+    process = _asked() or _found()
+    if process is None or process.count == 1:
         return
-    name = f"process {found.index} of {found.count} (host {socket.gethostname()}, pid {os.getpid()})"
-    me = dataclasses.replace(found, name=name)
+    name = f"process {process.index} of {process.count} (host {socket.gethostname()}, pid {os.getpid()})"
+    me = dataclasses.replace(process, name=name)
     noise, notes = tempfile.TemporaryFile(), tempfile.TemporaryFile("w+")  # noqa: SIM115 - open for the whole run
-    ended, held = os.pipe()  # closing it tells the child that its parent died
+    ended, alive = os.pipe()  # closing it tells the child that its parent died
     sys.stdout.flush()
     child = os.fork()
     if child:
         os.close(ended)
         watch.wait(child, me, noise, notes, resumes)
-    os.close(held)
+    os.close(alive)
     os.setpgid(0, 0)  # ^C reaches the waiting parent, which passes it on
     threading.Thread(target=lambda: os.read(ended, 1) or os._exit(1), daemon=True).start()
     _me, _notes, sys.excepthook = me, notes, _uncaught

@@ -26,8 +26,8 @@ def require(platform: str | None) -> None:
             raise UserError(f"--require-platform={platform}: {reason}") from error
         raise
     if devices[0].platform != platform:
-        found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-        raise UserError(f"--require-platform={platform}: JAX finds only {found}; {REMEDY[platform]}")
+        devices_text = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+        raise UserError(f"--require-platform={platform}: JAX finds only {devices_text}; {REMEDY[platform]}")
 
 
 def missing(error: BaseException) -> str | None:

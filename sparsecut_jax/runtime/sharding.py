@@ -185,8 +185,8 @@ def constrain_weight(x: jax.Array, *names: str | None) -> jax.Array:
     XLA reduces whole gradients on every device and slices them only after a cast.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    found = None if mesh.empty else _weight_spec(x.shape, names, x.dtype.itemsize, mesh.shape)
-    return x if found is None else jax.lax.with_sharding_constraint(x, found)
+    layout = None if mesh.empty else _weight_spec(x.shape, names, x.dtype.itemsize, mesh.shape)
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout)
 
 
 def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -200,15 +200,15 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     def place(path: tuple, box: Any) -> NamedSharding:
         if not is_box(box):
             return NamedSharding(mesh, PartitionSpec())
-        found = _box_spec(box, mesh.shape)
-        if found is None:
+        layout = _box_spec(box, mesh.shape)
+        if layout is None:
             name, asked = "/".join(str(key.key) for key in path), dict(mesh.shape)
             boxes = jax.tree.leaves(boxed, is_leaf=is_box)
             raise UserError(
                 f"{mesh_text(asked)} cannot shard parameter {name} of shape {box.value.shape} as {spec(box.names)}; "
                 f"{_mended(boxes, asked)}"
             )
-        return NamedSharding(mesh, found)
+        return NamedSharding(mesh, layout)
 
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
 

@@ -41,14 +41,14 @@ def wait(child: int, me: Any, noise: IO[bytes], notes: IO[str], resumes: bool) -
     known: dict[str, Any] = {}
     for line in notes:
         known |= json.loads(line)
-    told, silent = known.get("last", ""), []
-    told = told if code == GONE else f"{me.name} ended: {told}"
+    message, silent = known.get("last", ""), []
+    message = message if code == GONE else f"{me.name} ended: {message}"
     if code < 0:
         again = "; run the same command on all hosts to resume from the last checkpoint" if resumes else ""
-        code, told, silent = reason(-code, me, known, noise.read().decode(errors="replace"), again)
-        print(told, file=sys.stderr, flush=True)
+        code, message, silent = reason(-code, me, known, noise.read().decode(errors="replace"), again)
+        print(message, file=sys.stderr, flush=True)
     if me.index == 0 and code not in ALIKE and "coordinator" in known:
-        answer(address(known["coordinator"])[1], told, me.count - 1 - len(silent))
+        answer(address(known["coordinator"])[1], message, me.count - 1 - len(silent))
     os._exit(code)
 
 

@@ -35,12 +35,12 @@ def scores_of(item: Answered) -> dict[str, float]:
     `vqa_accuracy` needs the answers of ten humans, `rouge_l` an expected answer of LONG words or more.
     """
     said, known = normalize(item.answer), {item.expected, *item.references}
-    found = {"accuracy": float(item.correct), "normalized_accuracy": float(said in map(normalize, known))}
+    scores = {"accuracy": float(item.correct), "normalized_accuracy": float(said in map(normalize, known))}
     if len(item.references) == HUMANS:
-        found["vqa_accuracy"] = vqa_score(item.answer, item.references)
+        scores["vqa_accuracy"] = vqa_score(item.answer, item.references)
     if len(WORDS.findall(item.expected)) >= LONG:
-        found["rouge_l"] = rouge_l(item.answer, sorted(known))
-    return found
+        scores["rouge_l"] = rouge_l(item.answer, sorted(known))
+    return scores
 
 
 def asked_turns(row: Row) -> list[tuple[dict, dict]]:

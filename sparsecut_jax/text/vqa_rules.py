@@ -34,12 +34,12 @@ CONTRACTIONS = [
 
 def _with_apostrophes() -> dict[str, str]:
     """Every contraction by its spellings with one or more apostrophes missing."""
-    found = {}
+    spellings = {}
     for word in CONTRACTIONS:
         parts = word.split("'")
         for marks in itertools.product(("", "'"), repeat=len(parts) - 1):
-            found["".join(itertools.chain(*zip(parts, (*marks, ""), strict=True)))] = word
-    return found
+            spellings["".join(itertools.chain(*zip(parts, (*marks, ""), strict=True)))] = word
+    return spellings
 
 
 APOSTROPHES = _with_apostrophes()

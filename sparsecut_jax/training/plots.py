@@ -53,9 +53,9 @@ def save_curves(path: str | os.PathLike, runs: dict[str, list[dict[str, Any]]]) 
                     points[:, 0], points[:, 1] if smooth is None else smooth, color=color, linewidth=1.5, label=label
                 )
                 label = None
-        held = [(line["step"], line["holdout_loss"]) for line in metrics if line.get("holdout_loss") is not None]
-        if held:
-            axes.plot(*zip(*held, strict=True), "o", color=color, markersize=4, label=f"{name}, held out")
+        holdout = [(line["step"], line["holdout_loss"]) for line in metrics if line.get("holdout_loss") is not None]
+        if holdout:
+            axes.plot(*zip(*holdout, strict=True), "o", color=color, markersize=4, label=f"{name}, held out")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)", yscale="log")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis(_PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.6)))

@@ -26,8 +26,8 @@ def heading(mesh: Mesh, wiring: Wiring, params: Any, states: dict[str, TrainStat
     """
     devices = mesh.devices.flatten()
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "replica" or size > 1)
-    held = holdings(params, states)
-    numbers = {stage: sum(h.trained[stage] for h in held.values()) for stage in states}
+    holdings_by_part = holdings(params, states)
+    numbers = {stage: sum(h.trained[stage] for h in holdings_by_part.values()) for stage in states}
     trained = [f"{number:,} of {count(params):,} parameters in {stage}" for stage, number in numbers.items()]
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {jax.process_count()} process"
@@ -35,7 +35,7 @@ def heading(mesh: Mesh, wiring: Wiring, params: Any, states: dict[str, TrainStat
         f"mesh       {axes}, computing in {jnp.dtype(dtype).name}",
         *([f"trained    {', '.join(trained)}"] if trained else []),
         "",
-        holdings_table(held, list(states)),
+        holdings_table(holdings_by_part, list(states)),
         "",
         wiring_table(wiring),
     ]
@@ -137,17 +137,17 @@ class MetricsWriter:
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; incomplete or damaged ones are skipped."""
-    found = []
+    lines = []
     try:
         with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:
             for text in file:
                 with contextlib.suppress(ValueError):
                     line = json.loads(text)
                     if isinstance(line, dict) and isinstance(line.get("step"), int):
-                        found.append(line)
+                        lines.append(line)
     except FileNotFoundError:
         pass
-    return found
+    return lines
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
