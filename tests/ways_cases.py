@@ -29,6 +29,7 @@ from tiny import random_params
 B, T, SLOTS, WORDS = 8, 72, 2, 64
 QUESTION = 5  # tokens of a question that are read
 PICTURES = 3
+MOST_POSITIONS = 28  # of an image, for two of them and their text to fit into a row
 
 # Besides: settings that are no choice of words, but change what a way does.
 MORE = {
@@ -41,7 +42,7 @@ MORE = {
 
 
 def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
-    """16 tokens a view, two crops side by side; two levels enter LLM layer 2, none enters 1 and 3.
+    """16 tokens a view (4 if an image would not fit), two crops side by side; two levels enter LLM layer 2, none 1 and 3.
 
     The tower is as wide as it has to be for a tensor axis of two devices.
     """
@@ -55,6 +56,8 @@ def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
         raw.fusion[fusion["name"]].question = QUESTION
     for group, values in {"fusion": fusion, **groups}.items():
         raw[group].update(values)
+    if ways.positions(config.check(raw)) > MOST_POSITIONS:
+        raw.vision.image_size = 8
     odd = lambda: any(size % 2 for size in ways.sharded_sizes(config.check(raw)).values())
     while odd():
         raw.vision.width *= 2
