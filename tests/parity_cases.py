@@ -11,8 +11,9 @@ import numpy as np
 
 from sparsecut_jax import config
 from sparsecut_jax.data.batches import spec_of
+from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.parameters import flatten, unflatten
-from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.models.sparsecut import Encoded, SparseCut
 from sparsecut_jax.runs.parameters import abstract_params
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.settings import Config
@@ -75,3 +76,19 @@ def text_batch(ids: np.ndarray, cfg: Config) -> Batch:
     batch.segments[:] = 1
     batch.positions[:] = np.arange(ids.shape[1])
     return batch.replace(tokens=ids)
+
+
+def last_hidden(loaded: Loaded, ids: np.ndarray, image_start: np.ndarray, tokens: Any, bank: Any) -> np.ndarray:
+    """Rows int32[B, T] with an image each, from int32[B] on: [B, T, D] after the last norm.
+
+    tokens: [B, S, D]; bank: [R, B, S, D].
+    """
+    encoded = Encoded(tokens[:, None], bank[:, :, None], np.float32(0))
+    start, segments = image_start[:, None], np.ones_like(ids)
+
+    def run(model: SparseCut) -> jax.Array:
+        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        x = model.embed(ids, start, encoded)
+        return model.llm(x, positions, Packed(segments, None, positions, 1), model.sources(encoded, start, segments))[0]
+
+    return np.asarray(jax.jit(lambda params: loaded.model.apply({"params": params}, method=run))(loaded.params))

@@ -1,7 +1,8 @@
-"""Parts that ways of fusing share: one module for each level, the LLaVA projector, and where the crops' tokens belong."""
+"""Parts that ways of fusing share: one module for each level, the LLaVA projector, blocks of tokens, and the crops' cells."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -12,13 +13,24 @@ from sparsecut_jax.models.layers import ACTIVATIONS, Linear
 from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.models.shortcuts import Shortcuts, block_of, depths_text, wire_shortcuts
 from sparsecut_jax.settings import Config, FusionConfig
+from sparsecut_jax.types import UserError
 
 gelu = ACTIVATIONS["gelu"]  # the exact one
 
 
 def patches(cfg: Config) -> int:
     """Tokens of one view (N)."""
-    return (cfg.vision.image_size // cfg.vision.patch_size) ** 2
+    return side(cfg) ** 2
+
+
+def side(cfg: Config) -> int:
+    """Rows, and columns, of the tokens of one view (h; N = h * h)."""
+    return cfg.vision.image_size // cfg.vision.patch_size
+
+
+def heads_of(width: int) -> int:
+    """Attention heads of 64 channels each, at least one."""
+    return max(1, width // 64)
 
 
 def main_level(cfg: Config) -> int:
@@ -46,17 +58,46 @@ def wiring_of_shortcuts(shortcuts: Shortcuts, positions: int, grid: tuple[int, .
     )
 
 
+def wiring_after_first_layers(setting: str, levels: tuple[int, ...], positions: int, cfg: Config) -> Wiring:
+    """Wiring of a way whose k-th level enters after LLM layer k, beside the main feature at the image's positions.
+
+    setting: name of the setting that holds the levels, for the errors.
+
+    Raises UserError for a level that is no block's output or that is named twice, and for more levels than LLM layers.
+    """
+    depth, layers = cfg.vision.layers, cfg.llm.layers
+    if len(set(levels)) < len(levels) or not all(0 <= level < depth for level in levels):
+        raise UserError(
+            f"{setting}={levels}: expected different blocks of the vision tower, which has 0 to {depth - 1}"
+        )
+    if len(levels) > layers:
+        raise UserError(
+            f"{setting}={levels}: {len(levels)} levels enter after one LLM layer each, but the LLM has {layers} layers"
+        )
+    return Wiring(
+        levels=(main_level(cfg), *levels),
+        positions=positions,
+        entering=tuple((layer,) if layer < len(levels) else () for layer in range(layers)),
+        names=tuple(f"vit{level}" for level in levels),
+        position="post",
+    )
+
+
 def each_level(module: type[nn.Module], count: int, config: FusionConfig) -> Any:
     """`module`, which maps one level [I, V, N, C] to [I, S, D], for `count` levels at once: [K, I, V, N, C] -> [K, I, S, D].
 
     With `config.fusion.shared` one set of weights serves all; otherwise parameters keep their names and get a leading axis, so that one
     table of names reads both forms.
     """
+    return stack(module, count, config.remat, config.shared)
+
+
+def stack(module: type[nn.Module], count: int, remat: str, shared: bool = False) -> Any:
+    """`module` for `count` inputs at once, along a leading axis of every input: one set of weights each, or one for all."""
     # vmap, not a reshape to [K * I, ...]: merging the replicated axis of levels with the sharded axis of images would
     # all-gather the images.
-    shared = config.shared
     return nn.vmap(
-        rematted(module, config.remat, scanned=False),
+        rematted(module, remat, scanned=False),
         in_axes=0,
         axis_size=count,
         variable_axes={"params": None if shared else 0},
@@ -71,6 +112,18 @@ def level_per_source(fused: jax.Array, seen: Seen) -> Fused:
     # Split before it is cut: the other way round XLA copies the bank.
     fused = fused.reshape(count, images // seen.slots, seen.slots, *sizes)
     return Fused(fused[0], fused[1:] if count > 1 else None)
+
+
+def merge_blocks(x: jax.Array, size: int) -> jax.Array:
+    """Each block of size x size tokens as one token of many channels: [..., N, C] -> [..., N / size^2, size^2 * C].
+
+    N = h * h tokens in row-major order, h a multiple of `size`. Blocks are in row-major order, and so are the tokens of a
+    block along the channels. This is Qwen3-VL's merge as well as Idefics' pixel shuffle.
+    """
+    *lead, n, c = x.shape
+    blocks = math.isqrt(n) // size
+    x = x.reshape(*lead, blocks, size, blocks, size, c)
+    return x.swapaxes(-4, -3).reshape(*lead, blocks * blocks, size * size * c)
 
 
 def crops_to_cells(crops: jax.Array, grid: tuple[int, ...]) -> jax.Array:

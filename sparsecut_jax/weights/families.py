@@ -143,7 +143,7 @@ def fusion_rules(cfg: Config, paths: Iterable[str], names: Collection[str] = ())
     ours = LLAVA if LLAVA in tables else next(iter(tables), "")
     prefix = next((p for p in tables if any(name.startswith(f"{p}.") for name in names)), ours)
     # With a set of weights per level ours have the level in their names; a foreign file's only set serves all of them.
-    each = not cfg.fusion.shared
+    each = not cfg.fusion.shared and "fusion.shared" not in getattr(ways.FUSING[cfg.fusion.name], "IGNORES", ())
     numbered = f"{prefix}.{{i}}" if each and prefix == ours else prefix
     rules = [
         dataclasses.replace(rule, name=f"{numbered}.{rule.name}", repeated=each and prefix != ours)

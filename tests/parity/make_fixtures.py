@@ -6,7 +6,7 @@ environment of its own:
     pip install torch transformers safetensors
     python tests/parity/make_fixtures.py [NAME ...]
 
-Written with torch 2.13.0 and transformers 5.23.0 on CPU, in float32 with eager attention. Seeds are fixed: the same
+Written with torch 2.13.0 and transformers 5.23.0 (qwen3vl, docling and granite4: 5.24.0) on CPU, in float32 with eager attention. Seeds are fixed: the same
 versions write the same files. Every case is a folder with config.json, the weights, and io.npz:
 
     vision  pixel_values (2,3,S,S); hidden_states (layers+1, 2, P, C): the input of layer 0, then every layer's output,
@@ -17,6 +17,10 @@ versions write the same files. Every case is a folder with config.json, the weig
             With the suffix _long the same for another T.
     llava   pixel_values and input_ids, logits, and greedy_ids (2,8) after the whole of input_ids
     official_cross_attention  no config.json; low (2,9,C), the tokens of four crops (2,4,9,C), and the adapter's out
+    qwen3vl, docling, granite4  a way of fusing before its text model, both with random weights. levels (1+K,2,N,C): the
+            main feature, then what the level projectors read, in row-major order; tokens (2,S,D) and sources (R,2,S,D) of
+            the fusion; input_ids (2,T), image_start (2,) and hidden (2,T,D), the text model's last hidden states. config.json
+            is that of the plain text model, whose multipliers are one.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
+from transformers.models.granite4_vision import modeling_granite4_vision as granite4_vision
+from transformers.models.granite_docling import modeling_granite_docling as granite_docling
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 
 HERE = Path(__file__).parent
 MIN_MARGIN = 1e-2  # far more than float32 rounding moves a logit
@@ -254,10 +261,132 @@ def write_official_cross_attention(folder: Path) -> None:
     write_io(folder, dict(low=low, crops=crops, out=adapter["mlp"](x)))
 
 
+WAY = TOKENS | dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
+WAY |= dict(head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=True)
+ONES = dict(embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=8**-0.5, logits_scaling=1.0)
+
+
+def write_text(
+    folder: Path, text: hf.PreTrainedModel, config: hf.PreTrainedConfig, parts: dict[str, nn.Module]
+) -> None:
+    """The text model and the parts of a fusion, by the prefix of their names, in one file; the plain model's config."""
+    tensors = {f"model.language_model.{name}": tensor for name, tensor in text.state_dict().items()}
+    for prefix, part in parts.items():
+        tensors |= {f"model.{prefix}.{name}": tensor for name, tensor in part.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def image_rows(rng: Generator, count: int, tokens: Tensor, text: nn.Module) -> tuple[dict, Tensor, Tensor]:
+    """Two rows of random ids with `count` image positions each; their embeddings with `tokens` there, and bool (2,T)."""
+    starts = torch.tensor([2, 4])
+    ids = torch.randint(3, WAY["vocab_size"], (2, count + 7), generator=rng)
+    place = torch.arange(count + 7)
+    image = (place >= starts[:, None]) & (place < starts[:, None] + count)
+    x = text.get_input_embeddings()(ids).clone()
+    x[image] = tokens.reshape(-1, x.shape[-1])
+    return dict(input_ids=ids.masked_fill(image, 0), image_start=starts), x, image
+
+
+def injected_after(text: nn.Module, rng: Generator, tokens: Tensor, sources: Tensor) -> dict:
+    """Last hidden states where source k is added after layer k, with the fusion's outputs, as entries of io.npz."""
+    rows, x, image = image_rows(rng, tokens.shape[1], tokens, text)
+    hidden = text(inputs_embeds=x, visual_pos_masks=image, deepstack_visual_embeds=list(sources.flatten(1, 2)))
+    return rows | dict(tokens=tokens, sources=sources, hidden=hidden.last_hidden_state)
+
+
+def write_qwen3vl(folder: Path) -> None:
+    """The main merger and two level mergers, on 6 x 6 tokens that are brought into the order of 2 x 2 blocks for them."""
+    rng = Generator().manual_seed(0)
+    config = WAY | dict(num_hidden_layers=4)
+    rope_of = dict(rope_theta=1e4, rope_type="default", mrope_section=[2, 1, 1], mrope_interleaved=True)
+    text = qwen3_vl.Qwen3VLTextModel(qwen3_vl.Qwen3VLTextConfig(**config, rope_parameters=rope_of)).eval()
+    vision = hf.Qwen3VLConfig().vision_config
+    vision.hidden_size, vision.out_hidden_size, vision.spatial_merge_size = 8, 16, 2
+    mergers = [qwen3_vl.Qwen3VLVisionPatchMerger(vision, use_postshuffle_norm=late) for late in (False, True, True)]
+    main, *others = mergers
+    parts = {"visual.merger": main, "visual.deepstack_merger_list": nn.ModuleList(others)}
+    for module in (text, *parts.values()):
+        randomize(module, rng)
+    levels = torch.randn(3, 2, 36, 8, generator=rng)
+    blocks = [6 * y + x for top in (0, 2, 4) for left in (0, 2, 4) for y in (top, top + 1) for x in (left, left + 1)]
+    tokens, *sources = (merger(level[:, blocks]).view(2, 9, 16) for merger, level in zip(mergers, levels, strict=True))
+    write_text(folder, text, hf.Qwen3Config(**config, **rope(1e4)), parts)
+    write_io(folder, dict(levels=levels) | injected_after(text, rng, tokens, torch.stack(sources)))
+
+
+def write_docling(folder: Path) -> None:
+    """The connector with two levels on 8 x 8 tokens, for its coarse and its fine path, which end the names in io.npz."""
+    rng = Generator().manual_seed(0)
+    config = WAY | dict(num_hidden_layers=4) | rope(1e4)
+    text = granite_docling.GraniteDoclingTextModel(granite_docling.GraniteDoclingTextConfig(**config, **ONES)).eval()
+    vision = hf.GraniteDoclingConfig().vision_config
+    vision.hidden_size, vision.out_hidden_size, vision.image_size, vision.patch_size = 8, 16, 64, 8
+    vision.deepstack_visual_indexes = [0, 2]
+    connector = granite_docling.GraniteDoclingConnector(vision).eval()
+    for module in (text, connector):
+        randomize(module, rng)
+    levels = torch.randn(3, 2, 64, 8, generator=rng)
+    io = dict(levels=levels)
+    for end, fine in (("_coarse", False), ("_fine", True)):
+        tokens, sources = connector(levels[0], list(levels[1:]), fine=fine)
+        both = (x.view(-1, 2, 16 if fine else 4, 16) for x in (tokens, torch.stack(sources)))
+        tokens, sources = both
+        io |= {name + end: value for name, value in injected_after(text, rng, tokens[0], sources).items()}
+    write_text(folder, text, hf.LlamaConfig(**config), {"vision_model.connector": connector})
+    write_io(folder, io)
+
+
+def write_granite4(folder: Path) -> None:
+    """Two level projectors and the four spatial ones at rate 2/4 on 8 x 8 tokens, before layers that are in no order.
+
+    The projectors are in a file of their own. levels has the main feature last: what the spatial projectors read.
+    """
+    rng = Generator().manual_seed(0)
+    config = WAY | dict(hidden_size=8, num_attention_heads=2, head_dim=4, num_hidden_layers=7) | rope(1e4)
+    ones = ONES | dict(attention_multiplier=0.5)
+    text = granite4_vision.Granite4VisionTextModel(granite4_vision.Granite4VisionTextConfig(**config, **ones)).eval()
+    whole = granite4_vision.Granite4VisionConfig(downsample_rate="2/4", deepstack_layer_map=[[-1, 3], [-2, 0]])
+    whole.text_config.hidden_size, whole.vision_config.hidden_size = 8, 12
+    whole.vision_config.image_size, whole.vision_config.patch_size = 64, 8
+    q_former = whole.qformer_config
+    q_former.hidden_size = q_former.encoder_hidden_size = 12
+    q_former.num_attention_heads, q_former.intermediate_size = 1, 20
+    of_levels, of_groups = (
+        nn.ModuleList(
+            granite4_vision.Granite4VisionWindowQFormerDownsampler(whole, offset) for offset in offsets
+        ).eval()
+        for offsets in ((None, None), range(4))
+    )
+    parts = {"layerwise_projectors": of_levels, "spatial_projectors": of_groups}
+    for module in (text, *parts.values()):
+        randomize(module, rng)
+    levels = torch.randn(3, 2, 64, 12, generator=rng)
+    read = [levels[0], levels[1], *[levels[2]] * 4]
+    sources = [projector(level) for projector, level in zip([*of_levels, *of_groups], read, strict=True)]
+    layers = [3, 0, 6, 1, 5, 2]
+    rows, x, image = image_rows(rng, 16, torch.zeros(2, 16, 8), text)
+    entering = {layer: source.flatten(0, 1) for layer, source in zip(layers, sources, strict=True)}
+    hidden = text(inputs_embeds=x, vision_mask=image[..., None], deepstack_features=entering)
+    io = rows | dict(levels=levels, tokens=torch.zeros(2, 16, 8), sources=torch.stack(sources), layers=layers)
+    weights = {f"{prefix}.{n}": p.data for prefix, part in parts.items() for n, p in part.named_parameters()}
+    save_file(weights, folder / "projectors.safetensors")
+    write_text(folder, text, hf.LlamaConfig(**config), {})
+    write_io(folder, io | dict(hidden=hidden.last_hidden_state))
+
+
+OTHERS = {
+    "official_cross_attention": write_official_cross_attention,
+    "qwen3vl": write_qwen3vl,
+    "docling": write_docling,
+    "granite4": write_granite4,
+}
+
+
 @torch.no_grad()
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)  # threads would split sums, and round, as the machine has cores
-    known = [*CASES, "official_cross_attention"]
+    known = [*CASES, *OTHERS]
     if unknown := set(names) - set(known):
         sys.exit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for name in names or known:
@@ -266,7 +395,7 @@ def main(names: list[str]) -> None:
         if name in CASES:
             write_case(HERE / name, CASES[name])
         else:
-            write_official_cross_attention(HERE / name)
+            OTHERS[name](HERE / name)
 
 
 if __name__ == "__main__":

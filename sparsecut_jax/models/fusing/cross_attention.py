@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from sparsecut_jax.models.interfaces import Fused, Fusing, Question, Seen, Wiring
 from sparsecut_jax.models.layers import LayerNorm, Linear, MultiHeadAttention
-from sparsecut_jax.models.levels import Projector, each_level, gelu, level_per_source, shortcut_wiring
+from sparsecut_jax.models.levels import Projector, each_level, gelu, heads_of, level_per_source, shortcut_wiring
 from sparsecut_jax.models.rules import linear, norm, packed_attention, projector
 from sparsecut_jax.settings import Config
 from sparsecut_jax.types import UserError
@@ -36,10 +36,6 @@ def check(settings: None, cfg: Config) -> None:
 
 def sharded_sizes(settings: None, cfg: Config) -> dict[str, int]:
     return {"config.vision.width // 64": heads_of(cfg.vision.width)}
-
-
-def heads_of(width: int) -> int:
-    return max(1, width // 64)
 
 
 def wiring(settings: None, cfg: Config) -> Wiring:
