@@ -5,7 +5,7 @@
 
 Stage 1 learns captions ("a red circle"), stage 2 the questions, as in the paper's recipe; the tower is trained too, since
 nothing is pretrained. Any setting can be changed on the command line, for example --config.llm.layers=12;
-`sparsecut_jax/settings.py` lists them all. For your own data start from configs/own.py.
+`sparsecut_jax/settings/` lists them all. For your own data start from configs/own.py.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Turns a ConfigDict into checked settings; every error is one sentence.
 
-`check` is called once, at the start of a command; from then on the code reads frozen dataclasses (settings.py),
+`check` is called once, at the start of a command; from then on the code reads frozen dataclasses (settings/),
 and a misspelt key cannot hide.
 """
 

@@ -78,7 +78,7 @@ def help_text(
 
 
 def settings(values: Any, defaults: Any, path: str) -> Iterator[Group]:
-    """The groups of a dataclass of settings.py, itself first. `values` and `defaults` are of the same class."""
+    """The groups of a dataclass of settings/, itself first. `values` and `defaults` are of the same class."""
     hints, own, below = typing.get_type_hints(type(values)), [], []
     for field in dataclasses.fields(values):
         value, default, hint = getattr(values, field.name), getattr(defaults, field.name), hints[field.name]
