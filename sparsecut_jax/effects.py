@@ -99,8 +99,9 @@ def _other_way(name: str) -> Callable[[Config, Any], str]:
 
 def _other_injection(name: str) -> Callable[[Config, Any], str]:
     def why(cfg: Config, _: Any) -> str:
-        used = ways.wiring_of(cfg).injecting
-        return f"with config.fusion.name={cfg.fusion.name!r}, which injects by {used!r}" * (used != name)
+        wiring = ways.wiring_of(cfg)
+        how = f"injects by {wiring.injecting!r}" if wiring.names else "injects nothing"
+        return f"with config.fusion.name={cfg.fusion.name!r}, which {how}" * (wiring.injecting != name)
 
     return why
 

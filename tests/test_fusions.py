@@ -12,7 +12,14 @@ from tiny import tiny_config
 PAGE = (ROOT / "docs/fusions.md").read_text()
 ROWS = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)`" + r" \|([^|\n]*)" * 7 + r"\|$", PAGE, re.M)}
 WORDS = re.compile(r"`(\w+)`")
-SIZES = {"N": 64, "N + 1": 65, "N / 4": 16, "N / 16": 4}  # of a view of 8 x 8 tokens
+SIZES = {
+    "N": 64,
+    "N + 1": 65,
+    "N / 4": 16,
+    "N / 16": 4,
+    "V N, V views": 320,
+    "`tokens`, 4 by default": 4,
+}  # of 8 x 8 tokens a view
 
 
 def test_every_way_has_a_row():

@@ -37,6 +37,18 @@ def test_a_wiring_that_reads_the_question():
     )
 
 
+def test_many_sources_take_several_lines():
+    entering = tuple((2 * layer, 2 * layer + 1) for layer in range(5))
+    names = [f"{what}{layer}" for layer in range(5) for what in "kv"]
+    assert wiring_table(Wiring((0,), 16, entering, tuple(names), injecting="llm_kv")).splitlines() == [
+        "fusion     reads ViT blocks 0; 16 positions per image; injected by 'llm_kv'",
+        "  source            k0  v0  k1  v1  k2  v2  k3  v3",
+        "  LLM layer (of 5)   0   0   1   1   2   2   3   3",
+        "  source            k4  v4",
+        "  LLM layer (of 5)   4   4",
+    ]
+
+
 def test_table_aligns():
     assert table(["kind", "n"], [["all", "12,000"], ["color", "5"]]).splitlines() == [
         "  kind        n", "  all    12,000", "  color       5",

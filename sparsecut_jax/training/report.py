@@ -18,6 +18,8 @@ from sparsecut_jax.runtime.tables import size_text, table
 from sparsecut_jax.training.holdings import Holding, holdings
 from sparsecut_jax.types import TrainState
 
+SOURCES = 8  # in a line of the table of what enters which layer
+
 
 def heading(mesh: Mesh, wiring: Wiring, params: Any, states: dict[str, TrainState], dtype: Any) -> str:
     """Devices, mesh, memory per device and wiring, as text.
@@ -83,9 +85,11 @@ def _source_table(wiring: Wiring) -> str:
     if not wiring.names:
         return f"{head}; nothing is injected"
     entries = [(wiring.names[row], layer) for layer, rows in enumerate(wiring.entering) for row in rows]
-    rows = [["source", *(name for name, _ in entries)], [f"LLM layer (of {len(wiring.entering)})"]]
-    rows[1] += [str(layer) for _, layer in entries]
-    return f"{head}; injected by {wiring.injecting!r}\n{table(rows[0], rows[1:])}"
+    lines = [f"{head}; injected by {wiring.injecting!r}"]
+    for first in range(0, len(entries), SOURCES):
+        names, layers = zip(*entries[first : first + SOURCES], strict=True)
+        lines.append(table(["source", *names], [[f"LLM layer (of {len(wiring.entering)})", *map(str, layers)]]))
+    return "\n".join(lines)
 
 
 def count(params: Any) -> int:
