@@ -145,6 +145,12 @@ def visible(segments, branches):
     return mask
 
 
+def projected(attention, name, x, cfg):
+    """[T, D] -> [T, heads, H]: queries, keys or values, with their bias and norm where the layer has them."""
+    y = np.einsum("td,dqh->tqh", x, attention[name]) + attention.get(f"{name}_bias", 0)
+    return rms_norm(attention[f"{name}_norm"], y, cfg.norm_eps) if f"{name}_norm" in attention else y
+
+
 def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position="pre", inside=None):
     """Embeddings [B, T, D] -> logits [B, T, W] and the inputs of every layer [L, B, T, D].
 
@@ -169,7 +175,7 @@ def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position
             shortcut(i, x)
         for b in range(len(x)):
             y = rms_norm(layer["norm1"], x[b], cfg.norm_eps)
-            q, k, v = (np.einsum("td,dqh->tqh", y, layer["attention"][name]) for name in "qkv")
+            q, k, v = (projected(layer["attention"], name, y, cfg) for name in "qkv")
             q, k = rotary(q, positions[b], cfg.rope_theta), rotary(k, positions[b], cfg.rope_theta)
             out = attend(q, k, v, mask[b])
             if inside is not None:

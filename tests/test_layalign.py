@@ -1,6 +1,8 @@
 """LayAlign against a reference in float64, and the attention that it adds: masked, gated, and there for generated tokens."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,15 @@ from flax import linen as nn
 
 import reference
 from sparsecut_jax.inference.decoding import encode_images, generate
+from sparsecut_jax.models.attention import Packed
 from sparsecut_jax.models.fusion import Fusion
-from sparsecut_jax.models.parameters import flatten
+from sparsecut_jax.models.llm import empty_cache
+from sparsecut_jax.models.lora import merge
+from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.ways import wiring_of
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.tasks.registry import build_model
+from test_sharding import gathered_activations, parameter_shapes
 from tiny import IMAGE, N, Tiny, make_batch, random_params, refusal, tiny_config
 
 ROWS = [[1, 5, IMAGE, 7, IMAGE, 8, 9], [1, 2, 3, 4], [6, 1, IMAGE, 3, 2]]
@@ -77,7 +83,7 @@ def logits_of(model, batch):
                     values.append(sources[2 * site + 1, row * m + slot])
             if keys:
                 k, v = (
-                    np.einsum("sd,dgh->sgh", np.concatenate(tokens), attention[name])
+                    reference.projected(attention, name, np.concatenate(tokens), cfg.llm)
                     for tokens, name in ((keys, "k"), (values, "v"))
                 )
                 out[t] = gates[site] * reference.attend(q[t : t + 1], k, v)[0]
@@ -92,10 +98,12 @@ def model():
     return model_of(config_of())
 
 
-@pytest.mark.parametrize("rows, structure", [("after", "linear"), ("all", "mlp")])
-def test_equals_the_reference(rows, structure):
+@pytest.mark.parametrize(
+    "rows, structure, llm", [("after", "linear", {}), ("all", "mlp", dict(qk_norm=True, qkv_bias=True))]
+)
+def test_equals_the_reference(rows, structure, llm):
     """Two images in a row, a row of text, and two texts in one sequence, each with an image."""
-    model = model_of(config_of(rows, structure=structure))
+    model = model_of(config_of(rows, llm, structure=structure))
     batch = batch_of(model.cfg, [*ROWS, [1, IMAGE, 2, 4, IMAGE, 3]])
     batch.segments[3] = np.where(np.arange(32) < 13, 1, 2) * (batch.segments[3] > 0)
     batch.positions[3] = np.where(np.arange(32) < 13, np.arange(32), np.arange(32) - 13)
@@ -103,7 +111,7 @@ def test_equals_the_reference(rows, structure):
     batch.tokens[3, 13:24] = [0] * 10 + [3]
     batch.segments[3, 24:] = 0
     expected, real = logits_of(model, batch), batch.segments > 0
-    np.testing.assert_allclose(model(batch)[real], expected[real], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model(batch)[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
 def test_positions_before_the_image(model):
@@ -123,6 +131,17 @@ def test_a_gate_of_zero_adds_nothing_and_is_the_first_to_learn(model):
     np.testing.assert_array_equal(logits[0], logits[1])
     assert np.abs(logits[0] - logits[2]).max() > 1e-3
 
+    one, params = batch_of(model.cfg, [[1, IMAGE, 2]], length=13), {"params": {**model.params, "fusion": closed}}
+    encoded = encode_images(model.model, params["params"], one.views)
+
+    def hidden(module, encoded):
+        x, sight = module.embed(one.tokens, one.image_start, encoded), Packed(one.segments, None, one.positions, 1)
+        return module.llm(x, one.positions, sight, module.sources(encoded, one.image_start, one.segments))[0]
+
+    with jax.disable_jit():  # compiled, the two are different programs, which may round differently
+        of = lambda encoded: model.model.apply(params, encoded, method=hidden)
+        np.testing.assert_array_equal(of(encoded), of(encoded.replace(bank=None)))
+
     def loss(fusion):
         params = {**model.params, "fusion": fusion}
         return model.model.apply({"params": params}, batch, 32, method="loss")[0]
@@ -132,24 +151,26 @@ def test_a_gate_of_zero_adds_nothing_and_is_the_first_to_learn(model):
     assert moves == {"inject/gate", "prefix/end", *(f"prefix/fc{i}/{x}" for i in (1, 2) for x in ("kernel", "bias"))}
 
 
-@pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize(
-    "llm",
-    [{}, dict(qk_norm=True, qkv_bias=True, kv_heads=1), dict(sliding_window=4, scan_layers=False)],
-    ids=["plain", "norms and biases", "window"],
+    "rows, llm, prefix",
+    [
+        ("after", dict(qk_norm=True, qkv_bias=True, kv_heads=1), True),
+        ("all", {}, False),
+        ("after", dict(sliding_window=4, scan_layers=False), False),
+    ],
+    ids=["norms and biases", "without a prefix", "window"],
 )
-def test_generated_tokens_see_the_image(llm, prefix):
-    """A prompt and its answer, token by token and in chunks, as one forward pass has them."""
-    model = model_of(config_of(llm=llm, prefix=prefix))
-    batch = batch_of(model.cfg, [[1, 5, IMAGE, 7, IMAGE, 8], [1, 2, 3], [1, IMAGE, 3]])
+def test_generated_tokens_see_the_image(rows, llm, prefix):
+    """A prompt and its answer, token by token and in chunks, as one forward pass has them; a prompt may end in an image."""
+    model = model_of(config_of(rows, llm, prefix=prefix))
+    batch = batch_of(model.cfg, [[1, 5, IMAGE, 7, IMAGE, 8], [1, 2, 3], [1, 4, IMAGE]])
     length, steps = (batch.segments > 0).sum(1), 4
     encoded = encode_images(model.model, model.params, batch.views)
     inputs = (model.model, model.params, batch.tokens, length, batch.image_start, encoded, steps)
     ids, logits = generate(*inputs, return_logits=True)
-    for chunk in (1, 5):
-        same, near = generate(*inputs, return_logits=True, chunk=chunk)
-        np.testing.assert_array_equal(same, ids)
-        np.testing.assert_allclose(near, logits, rtol=0, atol=1e-5)
+    same, near = generate(*inputs, return_logits=True, chunk=5)
+    np.testing.assert_array_equal(same, ids)
+    np.testing.assert_allclose(near, logits, rtol=0, atol=1e-5)
     for row, n in enumerate(length):
         batch.tokens[row, n : n + steps] = ids[row]
         batch.segments[row, : n + steps] = 1
@@ -160,10 +181,49 @@ def test_generated_tokens_see_the_image(llm, prefix):
     assert np.abs(model.apply({**model.params, "fusion": blind}, batch)[0][0] - forward[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_on_a_mesh(kv_heads):
-    """Data, fsdp and tensor axes of two devices each, also where devices hold copies of the only KV head."""
-    model = model_of(config_of(llm=dict(kv_heads=kv_heads, replicate_kv=kv_heads == 1)))
+def test_what_is_kept_beside_the_cache():
+    """Keys and values of the two chosen layers alone, computed once, in the dtype of the computation."""
+    cfg = config_of()
+    model = build_model(cfg, jnp.dtype("bfloat16"))
+    batch = batch_of(cfg, [[1, IMAGE, 3]])
+    params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), batch))["params"])
+
+    def read(params):
+        encoded = model.apply({"params": params}, batch.views, method="encode")
+        cache = empty_cache(cfg.llm, 1, 40, model.dtype)
+        inputs = (batch.tokens, jnp.array([12]), batch.image_start, encoded, cache)
+        return model.apply({"params": params}, *inputs, method="prefill")[1]
+
+    kept = jax.eval_shape(read, params).sources
+    expected = jax.ShapeDtypeStruct((2, 1, 2 * N, 2, 8), jnp.bfloat16)  # two image slots, two KV heads of width 8
+    assert kept == {"k": expected, "v": expected}
+
+
+def test_adapters_of_keys_and_values_act_on_the_sources():
+    """As if they were merged into the matrices."""
+    lora = dict(rank=2, alpha=3.0, targets=("llm/layers/attention/[kv]",))
+    raw = config_of()
+    cfg = dataclasses.replace(raw, lora=dataclasses.replace(raw.lora, **lora))
+    adapted = model_of(cfg)
+    merged = unflatten(merge(flatten(adapted.params), cfg.lora))
+    batch = batch_of(cfg)
+    plain = Tiny(raw, build_model(raw), merged)
+    np.testing.assert_allclose(adapted(batch), plain(batch), rtol=1e-5, atol=1e-5)
+    without = {path: 0 * leaf if path.endswith("lora_b") else leaf for path, leaf in flatten(adapted.params).items()}
+    assert np.abs(adapted(batch) - adapted.apply(unflatten(without), batch)[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "structure, llm",
+    [("linear", {}), ("mlp", dict(kv_heads=1, replicate_kv=True, qk_norm=True, qkv_bias=True))],
+    ids=["split KV heads", "whole KV heads"],
+)
+def test_on_a_mesh(structure, llm):
+    """Data, fsdp and tensor axes of two devices each, also where devices hold copies of the only KV head.
+
+    Scores are split by rows and heads, and no activation is gathered.
+    """
+    model = model_of(config_of(llm=llm, structure=structure))
     batch = batch_of(model.cfg, [*ROWS, ROWS[0]])
 
     def step(params, batch):
@@ -176,7 +236,13 @@ def test_on_a_mesh(kv_heads):
     with jax.set_mesh(mesh):
         params = jax.device_put(model.params, sharding.param_shardings(boxed, mesh))
         rows = jax.device_put(batch, sharding.batch_sharding(mesh))
-        loss, sharded = jax.jit(jax.value_and_grad(step))(params, rows)
+        compiled = jax.jit(jax.value_and_grad(step)).lower(params, rows).compile()
+        loss, sharded = compiled(params, rows)
+    text = compiled.as_text()
+    assert gathered_activations(text, parameter_shapes(model.params, (1, 2, 2, 2))) == []
+    rows, heads, words, tokens = 1, 2, 32, 2 * N  # of a device
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+),{tokens}\]", text)}
+    assert rows * heads * words in sizes and 2 * rows * heads * words not in sizes
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), sharded, gradients)
 

@@ -24,7 +24,8 @@ A way of injecting is a file `models/injecting/NAME.py` with functions of one la
     after(settings, x, here) -> x, ratio                x: the layer's output
 
 `keys(x[B, S, D])` and `values(x)` give [B, S, G, H] by the layer's own matrices, not rotated; G may be Q where devices hold
-copies of KV heads (llm.replicate_kv). `ratio` is float32[A], the norm of what was added over the norm of what was there, for every entry of the layer's route.
+copies of KV heads (llm.replicate_kv). `ratio` is float32[A], the norm of what was added over the norm of what was there, for
+every entry of the layer's route.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def belonging(segments: jax.Array, image_start: jax.Array, length: int) -> tuple
       segments: int32[B, T], text that each position belongs to, 0 for padding.
       image_start: int32[B, M]; length: positions of an image.
     """
-    theirs = jnp.take_along_axis(segments, jnp.maximum(image_start, 0), axis=1)[:, None, :]
+    theirs = jnp.take_along_axis(segments, jnp.maximum(image_start, 0), axis=1, mode="clip")[:, None, :]
     own = (image_start != EMPTY_SLOT)[:, None, :] & (segments[:, :, None] == theirs) & (segments > 0)[:, :, None]
     place = jnp.arange(segments.shape[1])[:, None]
     return own, own & (place >= image_start[:, None, :] + length)

@@ -221,7 +221,8 @@ class SparseCut(nn.Module):
             mask = jnp.pad(mask, ((0, 0), (0, 0), (0, cache.k.shape[3] - t)))
             start = None if size == t else jnp.asarray(first, jnp.int32)
             x = model.embed(cut(tokens), image_start, encoded, start)
-            sources = model.sources(encoded, image_start, real.astype(jnp.int32), start, size)
+            # Each row is one text, with its padding: an image without positions may be the last of it.
+            sources = model.sources(encoded, image_start, jnp.ones_like(tokens), start, size)
             x, cache, _ = model.llm(x, cut(positions), mask, sources, cache, length[:, None], fill)
             at = jnp.clip(last - first, 0, size - 1)
             return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0], cache

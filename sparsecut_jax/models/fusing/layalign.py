@@ -9,8 +9,8 @@ With E[K, N, C] the outputs of all K tower blocks for the low-res view, J chosen
 The layers attend to their sources as models/injecting/llm_kv.py says. Without the prefix an image takes no position; its
 place in the text still says which tokens stand behind it.
 
-Every layer of the LLM computes the keys, values and scores, chosen or not, because one compiled body serves all of them;
-what layers without sources compute is discarded. The sources take 2 J N D numbers per image.
+Each mixture begins as the mean of all levels. All begin alike, but each has a layer's own matrices behind it, and with them
+its own gradient. The sources take 2 J N D numbers per image.
 
 Source: LayAlign (arXiv 2502.11405), which aligns the layers of a text encoder; here tower levels take their place.
 """
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparsecut_jax.models.interfaces import Fused, Fusing, Question, Seen, Wiring
-from sparsecut_jax.models.layers import Linear, fan_in, normal, weight
+from sparsecut_jax.models.layers import Linear, normal, weight
 from sparsecut_jax.models.levels import patches
 from sparsecut_jax.models.remat import rematted
 from sparsecut_jax.settings import Config, setting
@@ -77,9 +77,13 @@ class Align(nn.Module):
     @nn.compact
     def __call__(self, levels: jax.Array) -> jax.Array:
         shape = (levels.shape[0], self.count)
-        mix = weight(self, "mix", shape, ("levels", None), fan_in(shape[0]), levels.dtype)
-        x = Linear(self.width, ("embed", "mlp"), name="fc1")(nn.relu(jnp.einsum("KINC,KR->RINC", levels, mix)))
-        return x if self.structure == "linear" else Linear(self.width, ("mlp", "embed"), name="fc2")(nn.relu(x))
+        mix = weight(self, "mix", shape, ("levels", None), nn.initializers.constant(1 / shape[0]), levels.dtype)
+        x = nn.relu(jnp.einsum("KINC,KR->RINC", levels, mix))
+        if self.structure == "linear":
+            # Not split over the tensor axis: every layer would gather its sources over it.
+            return Linear(self.width, ("embed", None), name="fc1")(x)
+        x = nn.relu(Linear(self.width, ("embed", "mlp"), name="fc1")(x))
+        return Linear(self.width, ("mlp", "embed"), name="fc2")(x)
 
 
 class Prefix(nn.Module):

@@ -5,7 +5,17 @@
 q are the layer's rotated queries, k and v the layer's keys of its first source and values of its second, not rotated. The
 softmax is one of its own over all images that a position sees; a position that sees none gets nothing. The gate, a scalar
 of each layer that has sources, is zero before the first step, so the first gradient reaches the gates alone. It acts on
-generated tokens too: k and v are computed once per image and kept beside the KV cache.
+generated tokens too: k and v are computed once per image and kept beside the KV cache, in the dtype of the computation.
+
+The body of the scan over layers computes all this in layers without sources, too, and discards it. For T positions and M
+images of Sr tokens, with Q heads and G KV heads of width H, one such layer costs a row in the forward pass
+
+    4 M Sr D G H + 4 T M Sr Q H FLOPs
+
+which is 6.5 % of a layer of 7B (D = Q H = G H = 4096) for a picture of 576 tokens and T = 2048. With `lax.cond` on the
+layer's number among those with sources, a training step with 2 of 8 layers (T = 512, Sr = 144, D = 256) took 0.90 of the
+CPU time, 0.97 without remat. The masked form stays: with `lax.cond` the planner and the compiler's cost analysis still count
+every layer in full, and its branches cannot use Linen modules, as the norm of keys and the dropout of adapters are.
 
 Source: LayAlign (arXiv 2502.11405), without tanh, with a mask that the original lacks.
 """
