@@ -1,6 +1,7 @@
 """What `data preview` draws: tokens as words, characters with fonts or labels, images within the page."""
 
 import os
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ from tokenizers import decoders, models
 
 from sparsecut_jax.data import glyphs, preview
 from sparsecut_jax.text.tokenizer import train, wrap
+from sparsecut_jax.types import batch_spec, empty_batch
 
 FONTS = os.path.join(matplotlib.get_data_path(), "fonts/ttf")
 STIX = os.path.join(FONTS, "STIXGeneral.ttf")
@@ -126,3 +128,14 @@ def test_all_images_fit_the_page(grid):
     assert max(x + group.width for line in lines for x, group in line) <= preview.WIDTH
     assert {group.height for group in groups} == {preview.SIDE}
     assert (len(lines) == 20) == (grid == (1, 8))  # only the widest ones have a line of their own
+
+
+def test_images_that_take_no_position(byte_level):
+    """Two in a row, before the words that follow; each is drawn once."""
+    batch = empty_batch(batch_spec(1, 8, 2, (1, 4, 4, 3)))
+    ids = byte_level.encode("ab")
+    batch.tokens[0, : len(ids)], batch.segments[0, : len(ids)], batch.image_start[0] = ids, 1, 0
+    reader = SimpleNamespace(encode=SimpleNamespace(tokenizer=byte_level))
+    words = preview._words(batch, 0, reader, image_tokens=0)
+    said = ["".join(run.text for run in word.runs) for word in words]
+    assert said[:2] == ["image, 0 tokens"] * 2 and "".join(said[2:]) == "ab"

@@ -119,7 +119,7 @@ class Bench:
         self.stage, self.dtype = cfg.stages[name], self.model.dtype
         self.device = self.mesh.devices.flat[0].device_kind
         # As many images as fit into the sequence, at most the number of slots, at least one.
-        self.slots = max(1, min(slots_of(cfg, name), self.stage.seq_len // ways.positions(cfg)))
+        self.slots = max(1, min(slots_of(cfg, name), self.stage.seq_len // max(1, ways.positions(cfg))))
         with jax.set_mesh(self.mesh):
             batch = drawn_batch(cfg, name, self.slots)
             self.predicted = float(batch.loss_mask.mean())  # share of target positions

@@ -122,7 +122,7 @@ def _group(views: np.ndarray, grid: tuple[int, ...]) -> Image.Image:
 
 def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[Word]:
     """The tokens of sequence i as words; an image is one word."""
-    starts = set(batch.image_start[i][batch.image_start[i] >= 0].tolist())
+    starts = batch.image_start[i][batch.image_start[i] >= 0].tolist()
     branches = np.zeros_like(batch.segments) if batch.branches is None else batch.branches
     words, at, segment, branch = [], 0, 1, 0
     pieces: list[tuple[int, str, str]] = []  # tokens since the last image: id, colour, edge
@@ -131,6 +131,7 @@ def _words(batch: Batch, i: int, reader: Reader, image_tokens: int) -> list[Word
         edge = ROW if new_row else BRANCH if new_branch else ""
         segment, branch = batch.segments[i, at], branches[i, at]
         if at in starts:
+            starts.remove(at)  # an image may take no position
             words += token_words(reader.encode.tokenizer, pieces)
             words.append(Word(runs_of(f"image, {image_tokens} tokens"), COLORS["image"], edge))
             pieces, at = [], at + image_tokens
