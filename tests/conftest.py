@@ -20,6 +20,8 @@ os.environ["NPROC"] = "32"  # threads for eight devices that wait for one anothe
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        # It reorders collectives, and devices whose branches have some then wait for one another for ever.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         os.environ.get("XLA_FLAGS", ""),  # wins over the line above
         "--xla_force_host_platform_device_count=8",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from sparsecut_jax.settings import InjectingConfig
 class Injection:
     """A way of injecting, in one layer: which of its functions act, and on what.
 
-    Layers without sources compute what the others do and discard it: one body serves all layers.
+    One compiled body serves all layers. A way with weights runs under a condition there, only where the layer has sources;
+    one without, as `add`, runs everywhere and finds zeros where there are none, which is cheaper than a branch.
 
     Attributes:
       way: module in models/injecting; settings: its own.
@@ -28,6 +30,8 @@ class Injection:
         self.way = INJECTING[wiring.injecting]
         self.settings = own_settings(config, wiring.injecting, INJECTING)
         self.site = jnp.asarray(wiring.sites)[index]
+        # Read by planning/jaxprs.py: how often the condition holds.
+        self.scope = f"{wiring.site_count}_of_{len(wiring.entering)}_layers"
         self.here = Here(
             sources.bank,
             route,
@@ -36,29 +40,54 @@ class Injection:
             sources.after,
             {name: self._of_site(weight) for name, weight in sources.weights.items()},
             sources.first,
-            wiring.position,
+            position=wiring.position,
         )
 
     def _of_site(self, x: jax.Array) -> jax.Array:
         """[J, ...] -> [...], this layer's row."""
         return jax.lax.dynamic_index_in_dim(x, jnp.maximum(self.site, 0), keepdims=False)
 
-    def at(self, where: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """x after the way's function "before" or "after", and its ratios; x itself if it has none."""
-        function = getattr(self.way, where, None)
-        return (x, None) if function is None else function(self.settings, x, self.here)
+    def _in_sites(self, function: Callable, otherwise: Callable, *args: Any) -> Any:
+        """function(*args) in layers that have sources, and otherwise(*args), of the same shapes, in the others."""
+        if not self.here.weights:
+            return function(*args)
+        with jax.named_scope(self.scope):
+            return jax.lax.cond(self.site >= 0, function, otherwise, *args)
 
+    def remember(self, stored: Any, keys: Callable | None = None, values: Callable | None = None) -> None:
+        """Puts the layer's memory into `here`: that of its site in `stored`, [J, B, ...], or a new one if that is None.
+
+        keys, values: as in models/interfaces.py, for ways that attend.
+        """
+        if stored is not None:
+            memory = jax.tree.map(self._of_site, stored)
+        elif keys is not None:  # not under the condition: adapters of the layer's matrices may draw random numbers
+            memory = self.way.memory(self.settings, keys, values, self.here)
+        else:
+            make = lambda: self.way.memory(self.settings, None, None, self.here)
+            memory = self._in_sites(make, lambda: _zeros(jax.eval_shape(make)))
+        self.here = self.here.replace(memory=memory)
+
+    @property
+    def remembers(self) -> bool:
+        return hasattr(self.way, "memory")
+
+    @property
     def attends(self) -> bool:
         return hasattr(self.way, "attend")
 
-    def memory(self, keys: Callable, values: Callable) -> Any:
-        """The layer's memory, from its sources; `keys` and `values` as in models/interfaces.py."""
-        return self.way.memory(self.settings, keys, values, self.here)
+    def at(self, where: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x after the way's function "before" or "after", and its ratios; x itself if it has none."""
+        if not hasattr(self.way, where):
+            return x, None
+        act = functools.partial(getattr(self.way, where), self.settings, here=self.here)
+        return self._in_sites(act, lambda x: (x, _zeros(jax.eval_shape(act, x)[1])), x)
 
-    def stored(self, memories: Any) -> Any:
-        """The layer's memory, from those of all sites [J, B, ...]."""
-        return jax.tree.map(self._of_site, memories)
-
-    def attend(self, q: jax.Array, memory: Any) -> jax.Array:
+    def attend(self, q: jax.Array) -> jax.Array:
         """What is added to attention's output, [B, T, Q, H]; zeros in layers without sources."""
-        return jnp.where(self.site >= 0, self.way.attend(self.settings, q, memory, self.here), 0)
+        act = functools.partial(self.way.attend, self.settings, here=self.here)
+        return self._in_sites(act, lambda q: _zeros(jax.eval_shape(act, q)), q)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -19,13 +19,15 @@ A way of injecting is a file `models/injecting/NAME.py` with functions of one la
     class Settings            the settings of the group `config.injecting.NAME`
     weights(module, sites, llm) -> {name: [J, ...]}     parameters, one row for every layer that has sources
     before(settings, x, here) -> x, ratio               x: [B, T, D], the layer's input
-    memory(settings, keys, values, here) -> tree        computed once per image, kept beside the KV cache in generation
-    attend(settings, q, memory, here) -> [B, T, Q, H]   added to attention's output, before its output matrix
+    memory(settings, keys, values, here) -> tree        computed once per image, found as `here.memory` by the others, and
+                                                kept beside the KV cache in generation
+    attend(settings, q, here) -> [B, T, Q, H]           added to attention's output, before its output matrix
     after(settings, x, here) -> x, ratio                x: the layer's output
 
 `keys(x[B, S, D])` and `values(x)` give [B, S, G, H] by the layer's own matrices, not rotated; G may be Q where devices hold
-copies of KV heads (llm.replicate_kv). `ratio` is float32[A], the norm of what was added over the norm of what was there, for
-every entry of the layer's route.
+copies of KV heads (llm.replicate_kv). They are None for ways that do not attend. `ratio` is float32[A], the norm of what was
+added over the norm of what was there, for every entry of the layer's route; or None. Functions of a way with weights run only
+in layers that have sources, in a branch, so they can neither make parameters nor draw random numbers.
 """
 
 from __future__ import annotations
@@ -174,6 +176,7 @@ class Here:
     """`Sources` in one layer.
 
     rows: int32[A], rows of the bank that enter the layer, -1 for none.
+    memory: what the way of injecting keeps of the sources, which is there in generation, too.
     weights: {name: [...]}, the layer's row of the weights.
     position: "pre" or "post", see Wiring.
     """
@@ -185,6 +188,7 @@ class Here:
     after: jax.Array | None
     weights: dict[str, jax.Array]
     first: jax.Array | None
+    memory: Any = None
     position: str = flax.struct.field(pytree_node=False, default="pre")
 
     def source(self, place: int) -> jax.Array:

@@ -85,7 +85,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     x: [B, T, D] -> ([B, T, D], the cache with layer `index`, int32[], extended by the T positions; None without one), and
-    what a way of injecting leaves: "ratio", float32[], of what it added, and its "memory"; {} if it adds nothing here.
+    the ratio, float32[], of what a way of injecting added; None if it adds nothing here.
     """
 
     config: LLMConfig
@@ -134,20 +134,18 @@ class Attention(nn.Module):
             each = lambda y: constrain(
                 jnp.repeat(y, cfg.heads // cfg.kv_heads, 2), "batch", "length", "act_heads", None
             )
-        out, left = attention(q, each(k), each(v), sight, window, self.backend), {}
-        if injection is not None and injection.attends():
-            if context.fill:
-                memory = injection.memory(lambda x: each(k_norm(to_k(x))), lambda x: each(to_v(x)))
-            else:
-                memory = injection.stored(cache.sources)
-            added = injection.attend(q, memory)
-            left = {"ratio": norm_ratio(added, out), "memory": memory}
+        out, ratio = attention(q, each(k), each(v), sight, window, self.backend), None
+        if injection is not None and injection.attends:
+            stored = None if context.fill else cache.sources
+            injection.remember(stored, lambda x: each(k_norm(to_k(x))), lambda x: each(to_v(x)))
+            added = injection.attend(q)
+            ratio = norm_ratio(added, out)
             out += added.astype(out.dtype)
         shape, axes = (cfg.heads, cfg.head_dim, cfg.width), ("heads", "head_dim", "embed")
         kernel = weight(self, "out", shape, axes, fan_in(cfg.heads * cfg.head_dim), x.dtype)
         adapter = matrices(self, self.lora, "llm/layers/attention/out", shape, axes, inputs=2)
         y = jnp.einsum("BTQH,QHD->BTD", out, kernel)
-        return add_adapter(self, self.lora, out, y, adapter), cache, left
+        return add_adapter(self, self.lora, out, y, adapter), cache, ratio
 
 
 class Mlp(nn.Module):
@@ -197,12 +195,14 @@ class Layer(nn.Module):
         injection = None
         if context.sources is not None:
             injection = Injection(self.wiring, self.injecting, context.sources, index, route)
+            if injection.remembers and not injection.attends:
+                injection.remember(None if context.fill else cache.sources)
             x, ratio = injection.at("before", x)
             ratios.append(ratio)
         y = RMSNorm(cfg.norm_eps, name="norm1")(x)
         attend = Attention(cfg, self.lora, self.attention, name="attention")
-        y, cache, left = attend(y, context, cache, index, injection)
-        ratios.append(left.get("ratio"))
+        y, cache, ratio = attend(y, context, cache, index, injection)
+        ratios.append(ratio)
         x = constrain(x + y, "batch", "length", "act_embed")
         x = x + Mlp(cfg, self.lora, name="mlp")(RMSNorm(cfg.norm_eps, name="norm2")(x))
         if injection is not None:
@@ -212,7 +212,8 @@ class Layer(nn.Module):
             seen["shortcut_ratio"] = jnp.broadcast_to(functools.reduce(jnp.maximum, ratios), route.shape)
         x = constrain(x, "batch", "length", "act_embed")
         seen = {name: seen[name] for name in self.intermediates if name in seen}
-        return (x, cache), (seen, left.get("memory") if cache is not None and context.fill else None)
+        keep = injection is not None and cache is not None and context.fill
+        return (x, cache), (seen, injection.here.memory if keep else None)
 
 
 class Decoder(nn.Module):

@@ -1,6 +1,7 @@
 """The matmuls of a function, read from its jaxpr: what they compute, read and write, and which parameters enter.
 
-Nothing runs and nothing is compiled. Loops count as often as they run, of branches the most expensive one.
+Nothing runs and nothing is compiled. Loops count as often as they run, of branches the most expensive one; a branch that a
+way of injecting takes in some layers counts for these.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Product:
         words = re.split(r"[/()]", self.scope)
         return next((part for part in ("loss", "fusion", "vision") if part in words), "llm")
 
-    def times(self, count: int) -> Product:
+    def times(self, count: float) -> Product:
         sizes = {key: count * getattr(self, key) for key in ("flops", "moved", "outputs", "weights")}
         return dataclasses.replace(self, **sizes)
 
@@ -149,7 +150,9 @@ def _equation(eqn: JaxprEqn, inputs: list[Array], scope: str) -> tuple[list[Prod
     if name == "cond":
         branches = [_walk(body, [], inputs[1:], scope) for body in bodies]
         outputs = [_joined((inputs[0], *each)) for each in zip(*(outs for _, outs in branches), strict=True)]
-        return max((inside for inside, _ in branches), key=lambda inside: sum(p.flops for p in inside)), outputs
+        most = max((inside for inside, _ in branches), key=lambda inside: sum(p.flops for p in inside))
+        share = re.search(r"(\d+)_of_(\d+)_layers", scope)  # models/injection.py
+        return [p.times(int(share[1]) / int(share[2])) for p in most] if share else most, outputs
     # A Pallas kernel runs once for each cell of its grid, a shard_map once for each device.
     times = math.prod(getattr(eqn.params.get("grid_mapping"), "grid", ()))
     times *= eqn.params["mesh"].size if name == "shard_map" else 1

@@ -57,9 +57,10 @@ def memory(settings: Settings, keys: Callable, values: Callable, here: Here) -> 
     return {"k": keys(tokens(here.source(0))), "v": values(tokens(here.source(1)))}
 
 
-def attend(settings: Settings, q: jax.Array, memory: dict[str, jax.Array], here: Here) -> jax.Array:
+def attend(settings: Settings, q: jax.Array, here: Here) -> jax.Array:
+    kept = here.memory
     sees = here.own if settings.rows == "all" else here.after  # [B, T, M]
-    each = memory["k"].shape[1] // sees.shape[-1]
-    out = attention(q, memory["k"], memory["v"], jnp.repeat(sees, each, axis=-1))
+    each = kept["k"].shape[1] // sees.shape[-1]
+    out = attention(q, kept["k"], kept["v"], jnp.repeat(sees, each, axis=-1))
     gate = here.weights["gate"].astype(q.dtype)
     return jnp.where(sees.any(-1)[..., None, None], gate * out, 0)
