@@ -31,13 +31,15 @@ QUESTION = 5  # tokens of a question that are read
 PICTURES = 3
 MOST_POSITIONS = 28  # of an image, for two of them and their text to fit into a row
 
-# Besides: settings that are no choice of words, but change what a way does.
+# Besides: settings that are no choice of words, but change where sources enter or what is made of them.
 MORE = {
-    "channel": {
-        "after the layer": dict(shortcuts=dict(position="post")),
-        "with a set for each level": dict(fusion=dict(shared=False)),
-    },
-    "deepstack": {"with two projectors": dict(fusion=dict(shared=False))},
+    "channel after the layer, a set for each level": dict(
+        fusion=dict(name="channel", shared=False), shortcuts=dict(position="post")
+    ),
+    "deepstack with two projectors": dict(fusion=dict(name="deepstack", shared=False)),
+    "layalign without a prefix, two layers": dict(
+        fusion=dict(name="layalign", layalign=dict(prefix=False, layers=(2, 0)))
+    ),
 }
 
 
@@ -47,10 +49,12 @@ def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
     The tower is as wide as it has to be for a tensor axis of two devices.
     """
     raw = config.default()
+    raw.update(attention="xla", dtype="float32")
     raw.vision.update(image_size=16, patch_size=4, width=32, layers=4, heads=2, mlp_dim=40)
     raw.llm.update(vocab_size=WORDS, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
     raw.shortcuts.update(density="explicit", vit_levels=(3, 0, 1), llm_layers=(0, 2, 2))
     raw.fusion.grid = (1, 2)
+    raw.stages.instruct.update(seq_len=256, batch_size=2)
     raw.data.max_images = SLOTS
     if "question" in raw.fusion.get(fusion["name"], {}):
         raw.fusion[fusion["name"]].question = QUESTION
@@ -74,9 +78,7 @@ def all_cases() -> dict[str, dict[str, Any]]:
         injecting = ways.wiring_of(config_of(**cases[name])).injecting
         for choice in _choices(ways.INJECTING[injecting]):
             cases[" ".join((name, *choice.values()))] = dict(fusion=dict(name=name), injecting={injecting: choice})
-        for title, groups in MORE.get(name, {}).items():
-            cases[f"{name} {title}"] = {**groups, "fusion": dict(name=name, **groups.get("fusion", {}))}
-    return cases
+    return cases | MORE
 
 
 def _choices(way: Any) -> list[dict[str, str]]:
@@ -89,7 +91,7 @@ def _choices(way: Any) -> list[dict[str, str]]:
 
 @dataclasses.dataclass
 class Case:
-    """A small model and its functions, each compiled once. All its parameters are drawn: no gate is closed."""
+    """A small model and its functions, each compiled once. All its parameters are drawn, gates with a width that opens them."""
 
     name: str
     cfg: Config
@@ -97,7 +99,10 @@ class Case:
     def __post_init__(self) -> None:
         self.model = build_model(self.cfg)
         self.wiring = self.model.wiring
-        self.params = jax.device_put(random_params(boxed_shapes(self.model, SLOTS)))
+        params = random_params(boxed_shapes(self.model, SLOTS))
+        if "inject" in params["fusion"]:
+            params["fusion"]["inject"] = jax.tree.map(lambda leaf: 4 * leaf, params["fusion"]["inject"])
+        self.params = jax.device_put(params)
         self.step = jax.jit(jax.value_and_grad(functools.partial(loss, self.model), has_aux=True))
 
     @property
