@@ -8,7 +8,7 @@ import reference
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.ways import wiring_of
 from sparsecut_jax.types import UserError
-from tiny import Tiny, change_with_the_images, params_of, tiny_config
+from tiny import params_of, tiny_config
 
 
 def group_of(crops, grid, sampling, group):
@@ -54,13 +54,6 @@ def test_layers():
 def test_a_layer_that_does_not_exist():
     with pytest.raises(UserError, match="puts 4 groups into layers 4 to 7, but the LLM has layers 0 to 6"):
         wiring_of(tiny_config(fusion=dict(name="deepstack", deepstack=dict(start=4))))
-
-
-def test_in_the_whole_model():
-    """A row with an image changes with it, a text-only row does not."""
-    model = Tiny.build(fusion=dict(name="deepstack"))
-    changed = change_with_the_images(model)
-    assert changed[0] > 1e-3 and changed[1] == 0
 
 
 def test_settings_of_shortcuts_do_not_matter():

@@ -8,7 +8,7 @@ import reference
 from sparsecut_jax.models.fusion import Fusion
 from sparsecut_jax.models.ways import wiring_of
 from sparsecut_jax.types import UserError
-from tiny import Tiny, change_with_the_images, params_of, tiny_config
+from tiny import params_of, tiny_config
 
 
 def config_of(kind, depth=5, **groups):
@@ -58,10 +58,3 @@ def test_equals_the_reference(kind):
 def test_tokens_that_cannot_be_averaged():
     with pytest.raises(UserError, match="averages runs of 8 tokens, but a view has 9"):
         wiring_of(tiny_config(fusion=dict(name="dense", dense=dict(kind="sti"))))
-
-
-def test_the_embeddings_are_a_level():
-    """`dci` reads the input of the first block; a row without an image does not change with it."""
-    model = Tiny.build(fusion=dict(name="dense"))
-    changed = change_with_the_images(model)
-    assert changed[0] > 1e-3 and changed[1] == 0

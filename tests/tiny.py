@@ -119,12 +119,6 @@ class Tiny:
         return np.asarray(self.apply(self.params, batch)[0])
 
 
-def change_with_the_images(model: Tiny) -> list[float]:
-    """How much the logits of a row with an image, and of a text-only row, change with the images."""
-    batch = make_batch([[1, 5, IMAGE, 7, 8], [1, 20, 21]])
-    return np.abs(model(batch) - model(batch.replace(views=255 - batch.views))).max((1, 2)).tolist()
-
-
 def refusal(read, *inputs, **named) -> str:
     """The one sentence with which `read` refuses its inputs."""
     with pytest.raises(UserError) as caught:
