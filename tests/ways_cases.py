@@ -26,10 +26,9 @@ from sparsecut_jax.tasks.registry import build_model
 from sparsecut_jax.types import Batch, empty_batch
 from tiny import random_params
 
-B, T, SLOTS, WORDS = 8, 72, 2, 64
+B, SLOTS, WORDS = 8, 2, 64
 QUESTION = 5  # tokens of a question that are read
 PICTURES = 3
-MOST_POSITIONS = 28  # of an image, for two of them and their text to fit into a row
 
 # Besides: settings that are no choice of words, but change where sources enter or what is made of them.
 MORE = {
@@ -44,7 +43,7 @@ MORE = {
 
 
 def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
-    """16 tokens a view (4 if an image would not fit), two crops side by side; two levels enter LLM layer 2, none 1 and 3.
+    """16 tokens a view, two crops side by side; two levels enter LLM layer 2, none 1 and 3.
 
     The tower is as wide as it has to be for a tensor axis of two devices.
     """
@@ -54,14 +53,12 @@ def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
     raw.llm.update(vocab_size=WORDS, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
     raw.shortcuts.update(density="explicit", vit_levels=(3, 0, 1), llm_layers=(0, 2, 2))
     raw.fusion.grid = (1, 2)
-    raw.stages.instruct.update(seq_len=256, batch_size=2)
+    raw.stages.instruct.update(seq_len=512, batch_size=2)
     raw.data.max_images = SLOTS
     if "question" in raw.fusion.get(fusion["name"], {}):
         raw.fusion[fusion["name"]].question = QUESTION
     for group, values in {"fusion": fusion, **groups}.items():
         raw[group].update(values)
-    if ways.positions(config.check(raw)) > MOST_POSITIONS:
-        raw.vision.image_size = 8
     odd = lambda: any(size % 2 for size in ways.sharded_sizes(config.check(raw)).values())
     while odd():
         raw.vision.width *= 2
@@ -99,6 +96,7 @@ class Case:
     def __post_init__(self) -> None:
         self.model = build_model(self.cfg)
         self.wiring = self.model.wiring
+        self.length = 16 + SLOTS * self.wiring.positions  # of a sequence (T)
         params = random_params(boxed_shapes(self.model, SLOTS))
         if "inject" in params["fusion"]:
             params["fusion"]["inject"] = jax.tree.map(lambda leaf: 4 * leaf, params["fusion"]["inject"])
@@ -126,7 +124,7 @@ class Case:
         text are targets.
         """
         rng = np.random.default_rng(0)
-        batch = empty_batch(spec_of(self.cfg, B, T, SLOTS, most_segments=2))
+        batch = empty_batch(spec_of(self.cfg, B, self.length, SLOTS, most_segments=2))
         batch.views[:] = rng.integers(0, 256, batch.views.shape, np.uint8)
         pictures = rng.integers(0, 256, (PICTURES, *batch.views.shape[2:]), np.uint8)
         extras = {name: np.array(array) for name, array in batch.extras.items()}
