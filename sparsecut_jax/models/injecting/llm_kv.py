@@ -7,15 +7,11 @@ softmax is one of its own over all images that a position sees; a position that 
 of each layer that has sources, is zero before the first step, so the first gradient reaches the gates alone. It acts on
 generated tokens too: k and v are computed once per image and kept beside the KV cache, in the dtype of the computation.
 
-The body of the scan over layers computes all this in layers without sources, too, and discards it. For T positions and M
-images of Sr tokens, with Q heads and G KV heads of width H, one such layer costs a row in the forward pass
-
-    4 M Sr D G H + 4 T M Sr Q H FLOPs
-
-which is 6.5 % of a layer of 7B (D = Q H = G H = 4096) for a picture of 576 tokens and T = 2048. With `lax.cond` on the
-layer's number among those with sources, a training step with 2 of 8 layers (T = 512, Sr = 144, D = 256) took 0.90 of the
-CPU time, 0.97 without remat. The masked form stays: with `lax.cond` the planner and the compiler's cost analysis still count
-every layer in full, and its branches cannot use Linen modules, as the norm of keys and the dropout of adapters are.
+Scores are computed in layers that have sources alone; keys and values of the sources in all layers, and discarded in the
+others, since adapters of k and v may draw dropout, which a branch cannot. That costs 4 M Sr D G H FLOPs a row and layer in
+the forward pass, for M images of Sr tokens and G KV heads of width H: 4 % of a layer of 7B (D = G H = 4096) for a picture of
+576 tokens in 2,048 positions. With all of it in the branch, a training step with 2 of 8 layers (D = 256, 144 tokens in 512
+positions) took 0.90 of the CPU time of one with all of it in every layer, 0.97 without remat.
 
 Source: LayAlign (arXiv 2502.11405), without tanh, with a mask that the original lacks.
 """
