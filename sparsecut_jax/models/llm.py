@@ -50,7 +50,7 @@ class Cache:
     positions: int32[B, S], the rotary position of each entry.
     length: int32[], how many of the S entries are filled.
     sources: what a way of injecting that acts on generated tokens keeps, [J, B, ...] each; None for other ways.
-    filled: bool[B, M], the image slots that hold an image.
+    image_start: int32[B, M], where the images of these began in the prompt, -1 for an empty slot.
     """
 
     k: jax.Array
@@ -58,7 +58,7 @@ class Cache:
     positions: jax.Array
     length: jax.Array
     sources: Any = None
-    filled: jax.Array | None = None
+    image_start: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -308,7 +308,7 @@ class Decoder(nn.Module):
             cache = cache.replace(length=cache.length + x.shape[1])
         if memory is not None:
             layers = np.flatnonzero(self.wiring.sites >= 0)
-            cache = cache.replace(sources=jax.tree.map(lambda x: x[layers], memory), filled=sources.filled)
+            cache = cache.replace(sources=jax.tree.map(lambda x: x[layers], memory), image_start=sources.image_start)
         return self.norm(x), cache, seen
 
     def logits(self, hidden: jax.Array) -> jax.Array:

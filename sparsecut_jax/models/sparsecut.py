@@ -252,8 +252,7 @@ class SparseCut(nn.Module):
         x = self.llm.embed(token[:, None], self.dtype)
         lengths, sources = position[:, None] + 1, None
         if cache.sources is not None:
-            look = cache.filled[:, None, :]
-            image_start = jnp.where(cache.filled, 0, EMPTY_SLOT)  # all images stand before a generated token
-            sources = Sources(None, image_start, look, look, self.fusion.site_weights())
+            look = (cache.image_start != EMPTY_SLOT)[:, None, :]  # all images stand before a generated token
+            sources = Sources(None, cache.image_start, look, look, self.fusion.site_weights())
         x, cache, _ = self.llm(x, position[:, None], visible[:, None, :], sources, cache, lengths, fill=False)
         return self.llm.logits(x)[:, 0], cache
