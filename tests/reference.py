@@ -151,11 +151,12 @@ def projected(attention, name, x, cfg):
     return rms_norm(attention[f"{name}_norm"], y, cfg.norm_eps) if f"{name}_norm" in attention else y
 
 
-def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position="pre", inside=None):
+def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position="pre", inside=None, before=None):
     """Embeddings [B, T, D] -> logits [B, T, W] and the inputs of every layer [L, B, T, D].
 
     shortcuts: (layer, fused [B, M, N, D]), added to the runs of positions that begin at starts[B, M].
     inside: function (layer, its attention weights, rotated q [T, Q, H], row) -> [T, Q, H], added to attention's output.
+    before: function (layer, x [T, D], row) -> [T, D], what stands before a layer.
     """
     p = double(params)
     x = np.array(x, np.float64)
@@ -174,6 +175,7 @@ def decoder(params, x, positions, mask, cfg, shortcuts=(), starts=None, position
         if position == "pre":
             shortcut(i, x)
         for b in range(len(x)):
+            x[b] = x[b] if before is None else before(i, x[b], b)
             y = rms_norm(layer["norm1"], x[b], cfg.norm_eps)
             q, k, v = (projected(layer["attention"], name, y, cfg) for name in "qkv")
             q, k = rotary(q, positions[b], cfg.rope_theta), rotary(k, positions[b], cfg.rope_theta)
