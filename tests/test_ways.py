@@ -244,7 +244,10 @@ def test_flops_are_counted_within_three_percent(case):
     )
     cfg = config_of(**CASES[case.name], vision=vision, llm=llm)
     asked = lower_step(cfg, "instruct", jax.devices()[:1]).cost_analysis()["flops"]
-    counted = work.by_part(work.products(cfg, "instruct", Parameters(cfg, "instruct").shapes, 2, 512))
+    sites, layers = case.wiring.site_count, cfg.llm.layers
+    # XLA counts a branch in all layers, the planner in those that take it.
+    taken = lambda p: p.times(layers / sites) if f"{sites}_of_{layers}_layers" in p.scope else p
+    counted = work.by_part(map(taken, work.products(cfg, "instruct", Parameters(cfg, "instruct").shapes, 2, 512)))
     assert counted["fusion"].model > 0
     assert counted["total"].model == pytest.approx(asked, rel=0.03)
 
