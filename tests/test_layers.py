@@ -11,6 +11,7 @@ from sparsecut_jax.models.layers import (
     Linear,
     MultiHeadAttention,
     RMSNorm,
+    norm_ratio,
     rotary_table,
     rotate,
 )
@@ -126,3 +127,9 @@ def test_activations():
     for name, values in expected.items():
         close(ACTIVATIONS[name](x.astype(np.float32)), values, atol=1e-6)
     assert np.abs(expected["gelu"] - expected["gelu_tanh"]).max() > 1e-4  # the tolerance tells them apart
+
+
+def test_norm_ratio():
+    """0, not a huge number, where nothing was there."""
+    assert norm_ratio(jnp.array([3.0, 4.0]), jnp.array([0.0, 10.0])) == 0.5
+    assert norm_ratio(jnp.array([3.0, 4.0]), jnp.zeros(2)) == 0

@@ -39,7 +39,9 @@ MORE = {
     "layalign without a prefix, two layers": dict(
         fusion=dict(name="layalign", layalign=dict(prefix=False, layers=(2, 0)))
     ),
+    "granite4 without groups": dict(fusion=dict(name="granite4", granite4=dict(spatial=False, rate="1/4"))),
 }
+LAYERS = {"granite4": 6}  # of the LLM, where a way's sources need more than 4
 
 
 def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
@@ -50,7 +52,8 @@ def config_of(fusion: dict[str, Any], **groups: dict[str, Any]) -> Config:
     raw = config.default()
     raw.update(attention="xla", dtype="float32")
     raw.vision.update(image_size=16, patch_size=4, width=32, layers=4, heads=2, mlp_dim=40)
-    raw.llm.update(vocab_size=WORDS, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+    raw.llm.update(vocab_size=WORDS, width=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+    raw.llm.layers = LAYERS.get(fusion["name"], 4)
     raw.shortcuts.update(density="explicit", vit_levels=(3, 0, 1), llm_layers=(0, 2, 2))
     raw.fusion.grid = (1, 2)
     raw.stages.instruct.update(seq_len=512, batch_size=2)

@@ -110,9 +110,10 @@ class MultiHeadAttention(nn.Module):
 
 
 def norm_ratio(added: jax.Array, to: jax.Array) -> jax.Array:
-    """float32[], without gradient: L2 norm of `added` over that of `to`."""
+    """float32[], without gradient: L2 norm of `added` over that of `to`; 0 if that is 0, as where a way leaves rows empty."""
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
-    return norm(added) / jnp.maximum(norm(to), 1e-30)
+    there = norm(to)
+    return jnp.where(there > 0, norm(added) / jnp.maximum(there, 1e-30), 0.0)
 
 
 def rotary_table(
