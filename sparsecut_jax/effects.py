@@ -85,16 +85,16 @@ def _one_fusion(cfg: Config, _: Any) -> str:
 
 def _ignored(key: str) -> Callable[[Config, Any], str]:
     def why(cfg: Config, _: Any) -> str:
-        ignored = getattr(ways.FUSING[cfg.fusion.name], "IGNORES", ())
+        ignored = all(key.startswith(getattr(ways.FUSING[name], "IGNORES", ())) for name in ways.read(cfg))
         drawn = key == "fusion.grid" and "scenes" in _paths(cfg) and not cfg.data.scenes.size  # as large as the grid
         what = "reads no crops" if key == "fusion.grid" else "does not use it"
-        return f"with config.fusion.name={cfg.fusion.name!r}, which {what}" * (key.startswith(ignored) and not drawn)
+        return f"with config.fusion.name={cfg.fusion.name!r}, which {what}" * (ignored and not drawn)
 
     return why
 
 
 def _other_way(name: str) -> Callable[[Config, Any], str]:
-    return lambda cfg, _: f"with config.fusion.name={cfg.fusion.name!r}" * (cfg.fusion.name != name)
+    return lambda cfg, _: f"with config.fusion.name={cfg.fusion.name!r}" * (name not in ways.read(cfg))
 
 
 def _other_injection(name: str) -> Callable[[Config, Any], str]:

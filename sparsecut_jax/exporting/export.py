@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from sparsecut_jax.exporting.tensors import tensors_of, write_tensors
 from sparsecut_jax.models import levels, ways
-from sparsecut_jax.models.interfaces import Wiring
+from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.rules import LLAVA
 from sparsecut_jax.runs.run import Run
 from sparsecut_jax.runtime.folders import write_json
@@ -47,9 +46,9 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
             f"{run.workdir} has LoRA adapters; --merge adds them to the LLM's weights, --as=adapter writes them separately"
         )
     if kind == "auto":
-        kind = "llava" if drop_shortcuts or not _not_llava(run.config, wiring, False) else "sparsecut"
+        kind = "llava" if drop_shortcuts or not _not_llava(run, False) else "sparsecut"
     if kind == "llava":
-        reason = _not_llava(run.config, wiring, drop_shortcuts)
+        reason = _not_llava(run, drop_shortcuts)
         if reason:
             raise UserError(f"this model cannot be written as llava: {reason}")
     cfg, params = portable(run, drop_shortcuts and kind == "llava")
@@ -57,7 +56,7 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     if kind == "llava":
         tokenizer, image_id = _with_image_token(run.tokenizer, cfg.llm.vocab_size)
         cfg, params = _with_room(cfg, params, image_id)
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(params)
     text = {} if kind == "vision" else llm_config_json(cfg.llm, _special_ids(tokenizer))
     depth = _depth(params) if kind == "vision" else cfg.vision.layers
     vision = {} if kind == "llm" else vision_config_json(cfg.vision, depth)
@@ -83,8 +82,9 @@ def write(run: Run, folder: str, kind: str, drop_shortcuts: bool) -> str:
     return f"{run.workdir}, step {run.step}, as {config['model_type']} in {config['dtype']}{lost}"
 
 
-def _not_llava(cfg: Config, wiring: Wiring, drop_shortcuts: bool) -> str:
+def _not_llava(run: Run, drop_shortcuts: bool) -> str:
     """Why transformers' LLaVA cannot represent this model; "" if it can."""
+    cfg, wiring = run.config, run.model.wiring
     fusion, patches, entries = f"its fusion {cfg.fusion.name!r}", levels.patches(cfg), sum(map(len, wiring.entering))
     if wiring.grid:
         return f"{fusion} reads hi-res views, which LLaVA does not have; use --as=sparsecut"
@@ -101,8 +101,14 @@ def _not_llava(cfg: Config, wiring: Wiring, drop_shortcuts: bool) -> str:
         )
     if hasattr(task_of(cfg).module, "Model"):
         return f"task {cfg.task.name!r} has a model of its own, which LLaVA does not know; use --as=sparsecut"
-    if LLAVA not in tables_of(cfg.fusion.name):
+    theirs = {rule.path for rule in tables_of(cfg.fusion.name).get(LLAVA, ())}
+    paths = {f"fusion/{path}" for path in flatten(run.params["fusion"])}
+    if not theirs:
         return f"{fusion} is not LLaVA's projector; use --as=sparsecut"
+    if wiring.hidden not in (0, cfg.llm.width):
+        return f"its projector has {wiring.hidden} hidden channels, LLaVA's as many as the LLM's width, {cfg.llm.width}; use --as=sparsecut"
+    if paths - theirs:
+        return f"{fusion} has parameters that LLaVA's projector does not have, as {min(paths - theirs)}; use --as=sparsecut"
     if not cfg.fusion.shared:
         return "its fusion has separate weights for each level (config.fusion.shared=False); use --as=sparsecut"
     if cfg.vision.family not in ("clip", "siglip"):
@@ -115,7 +121,9 @@ def portable(run: Run, drop_shortcuts: bool) -> tuple[Config, dict[str, Any]]:
 
     The config of a fusion that follows no shortcuts stays as it is: its sources may depend on the depth of the whole tower.
     """
-    cfg, shortcuts, params = run.config, run.model.wiring.shortcuts, run.params
+    wiring, params = run.model.wiring, run.params
+    shortcuts = wiring.shortcuts
+    cfg = dataclasses.replace(run.config, fusion=ways.portable(run.config.fusion, wiring))
     if shortcuts is None:
         return cfg, params
     depth = _depth(params)

@@ -7,6 +7,8 @@ A way of fusing is a file `models/fusing/NAME.py`, found by its name (models/way
     RULES                     optional: names of its tensors in foreign files (models/rules.py)
     OFFICIAL                  optional: its `mm_projector_type` in LLaVA's and SparseCut's own files
     OF_WEIGHTS                optional: settings besides its name that its weights are made for, such as ("fusion.grid",)
+    others(settings) -> names optional: other ways whose settings it reads, too
+    portable(settings, wiring) -> settings    optional: its settings for an exported model, whose tower may be shallower
     check(settings, cfg)      optional: raises UserError for values that can never work
     sharded_sizes(settings, cfg) -> {text: size}    optional: sizes that mesh axis tensor must divide, by how errors
                               name them, such as "config.vision.width // 64"
@@ -60,6 +62,7 @@ class Wiring:
       injecting: the way of injecting, a file in models/injecting.
       position: with "add", before ("pre") or after ("post") the layer.
       shortcuts: the pairs that it follows, if its sources are tower levels.
+      hidden: channels between the projector's matrices; 0: the LLM's width, as in LLaVA.
     """
 
     levels: tuple[int, ...]
@@ -71,6 +74,7 @@ class Wiring:
     injecting: str = "add"
     position: str = "pre"
     shortcuts: Shortcuts | None = None
+    hidden: int = 0
 
     @property
     def route(self) -> np.ndarray:

@@ -148,11 +148,12 @@ def crops_to_cells(crops: jax.Array, grid: tuple[int, ...]) -> jax.Array:
 
 
 class Projector(nn.Module):
-    """Linear, GELU, Linear, both of output width `width`: LLaVA's `mlp2x_gelu`. [..., C] -> [..., D]."""
+    """Linear to `hidden` channels, GELU, Linear to `width`: LLaVA's `mlp2x_gelu`. [..., C] -> [..., D]. hidden=0: `width`, as in LLaVA."""
 
     width: int
+    hidden: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Linear(self.width, ("embed", "mlp"), name="fc1")(x)
+        x = Linear(self.hidden or self.width, ("embed", "mlp"), name="fc1")(x)
         return Linear(self.width, ("mlp", "embed"), name="fc2")(gelu(x))

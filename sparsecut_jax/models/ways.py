@@ -68,6 +68,23 @@ def check(cfg: Config) -> None:
         way.check(own_settings(cfg.fusion, cfg.fusion.name, FUSING), cfg)
 
 
+def read(cfg: Config) -> list[str]:
+    """The config's way of fusing, and the others whose settings it reads."""
+    names = [cfg.fusion.name]
+    for name in names:
+        others = getattr(FUSING[name], "others", lambda settings: ())
+        names += [other for other in others(own_settings(cfg.fusion, name, FUSING)) if other not in names]
+    return names
+
+
+def portable(fusion: settings.FusionConfig, wiring: Wiring) -> settings.FusionConfig:
+    """The settings with which an exported model is read again, even if its tower is shallower than that of the config."""
+    if not hasattr(FUSING[fusion.name], "portable"):
+        return fusion
+    own = FUSING[fusion.name].portable(own_settings(fusion, fusion.name, FUSING), wiring)
+    return dataclasses.replace(fusion, **{fusion.name: own})
+
+
 def sharded_sizes(cfg: Config) -> dict[str, int]:
     """{text: size} of the config's way of fusing: sizes that mesh axis tensor must divide."""
     way = FUSING[cfg.fusion.name]
