@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparsecut_jax.models.attention import attention
+from sparsecut_jax.models.attention import Sight, attention
 from sparsecut_jax.runtime.sharding import constrain, constrain_weight
 from sparsecut_jax.settings import RopeConfig
 
@@ -85,14 +85,14 @@ class RMSNorm(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Attention with biases on q, k, v and out (CLIP's, and PyTorch's nn.MultiheadAttention).
 
-    x: [B, T, C] queries; memory: [B, S, C] keys and values (x itself when left out) -> [B, T, C].
+    x: [B, T, C] queries; memory: [B, S, C] keys and values (x itself when left out); sight: see `attention` -> [B, T, C].
     """
 
     heads: int
     backend: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array, memory: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: jax.Array | None = None, sight: Sight = None) -> jax.Array:
         memory = x if memory is None else memory
         width = x.shape[-1]
         shape = (width, self.heads, width // self.heads)
@@ -103,7 +103,7 @@ class MultiHeadAttention(nn.Module):
             y = jnp.einsum("BTC,CQH->BTQH", inputs, kernel) + bias
             return constrain(y, "batch", "length", "act_heads", None)
 
-        out = attention(project("q", x), project("k", memory), project("v", memory), backend=self.backend)
+        out = attention(project("q", x), project("k", memory), project("v", memory), sight, backend=self.backend)
         shape, axes = (self.heads, width // self.heads, width), ("heads", "head_dim", "embed")
         kernel = weight(self, "out_kernel", shape, axes, fan_in(width), x.dtype)
         return jnp.einsum("BTQH,QHC->BTC", out, kernel) + weight(self, "out_bias", (width,), ("norm",), zeros, x.dtype)
