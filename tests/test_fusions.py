@@ -29,7 +29,7 @@ def test_every_way_has_a_row():
 @pytest.mark.parametrize("name", FUSING)
 def test_rows(name):
     reads, size, _, injected_by, in_decode, settings, source = map(str.strip, ROWS[name])
-    cfg = tiny_config(fusion=dict(name=name), vision=dict(image_size=32))
+    cfg = tiny_config(fusion=dict(name=name), vision=dict(image_size=32, width=32))
     wiring = wiring_of(cfg)
     assert positions(cfg) == SIZES[size.partition(";")[0]]
     assert WORDS.findall(injected_by) == ([wiring.injecting] if wiring.names else [])

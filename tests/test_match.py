@@ -18,12 +18,12 @@ from sparsecut_jax.training.report import count
 from tiny import random_params, refusal, tiny_config
 
 OTHERS = [name for name in ways.FUSING if name != "mlp"]
-HEADS = {"mmfuser": dict(heads=4)}
+VISION = dict(image_size=16, width=32)  # 4 x 4 tokens
 
 
-def config_of(match, shared=True, **settings):
-    own = {name: dict(values) for name, values in HEADS.items()}
-    return tiny_config(fusion=dict(name="mlp", mlp=dict(match=match, **settings), shared=shared, **own))
+def config_of(match, shared=True, density="sparse", **settings):
+    fusion = dict(name="mlp", mlp=dict(match=match, **settings), shared=shared)
+    return tiny_config(fusion=fusion, vision=VISION, shortcuts=dict(density=density))
 
 
 def size(cfg):
@@ -42,16 +42,16 @@ def test_no_other_width_is_nearer(name):
     hidden = wiring_of(cfg).hidden
     off = {width: abs(size(with_fusion(cfg, mlp=Settings(width))) - target) for width in range(hidden - 1, hidden + 2)}
     assert min(off, key=off.get) == hidden
-    assert off[hidden] == abs(size(cfg) - target) <= (24 + 1 + 32) / 2
+    assert off[hidden] == abs(size(cfg) - target) <= (32 + 1 + 32) / 2
 
 
 def test_sets_of_weights_for_each_level():
     """With `fusion.shared=False` both have one for the main feature and for each of three levels."""
     cfg = config_of("channel", shared=False)
-    # channel: (5 x 24 + 1) x 32 + (32 + 1) x 32 = 4928; a hidden channel of mlp: 24 + 1 + 32 = 57, 32 biases besides
-    assert wiring_of(cfg).hidden == 86
-    assert size(cfg) == 4 * (86 * 57 + 32) == 19736
-    assert size(with_fusion(cfg, name="channel")) == 4 * 4928 == 19712
+    # channel: (5 x 32 + 1) x 32 + (32 + 1) x 32 = 6208; a hidden channel of mlp: 32 + 1 + 32 = 65, 32 biases besides
+    assert wiring_of(cfg).hidden == 95
+    assert size(cfg) == 4 * (95 * 65 + 32) == 24828
+    assert size(with_fusion(cfg, name="channel")) == 4 * 6208 == 24832
 
 
 @pytest.mark.parametrize("name", ["bcqlm", "cross_attention", "layalign", "mmfuser"])
@@ -95,12 +95,12 @@ def test_settings_of_the_other_way_have_an_effect():
 
 
 def test_is_not_written_as_llava(tmp_path):
-    cfg = tiny_config(fusion=dict(name="mlp", mlp=dict(match="channel")), shortcuts=dict(density="none"))
+    cfg = config_of("channel", density="none")
     model = build_model(cfg)
     params = random_params(boxed_shapes(model, 1))
     run = Run("runs/x", 7, cfg, sharding.make_mesh({}, jax.devices()[:1]), model, params, None, None)
     assert refusal(export.write, run, str(tmp_path), "llava", False) == (
-        "this model cannot be written as llava: its projector has 86 hidden channels, LLaVA's as many as the LLM's width, 32; "
+        "this model cannot be written as llava: its projector has 95 hidden channels, LLaVA's as many as the LLM's width, 32; "
         "use --as=sparsecut"
     )
-    assert export.portable(run, False)[0].fusion.mlp == Settings(hidden=86)
+    assert export.portable(run, False)[0].fusion.mlp == Settings(hidden=95)

@@ -36,6 +36,8 @@ MORE = {
         fusion=dict(name="channel", shared=False), shortcuts=dict(position="post")
     ),
     "deepstack with two projectors": dict(fusion=dict(name="deepstack", shared=False)),
+    "mlp of another width": dict(fusion=dict(name="mlp", mlp=dict(hidden=40))),
+    "repeat with a set for each level": dict(fusion=dict(name="repeat", shared=False)),
     "layalign without a prefix, two layers": dict(
         fusion=dict(name="layalign", layalign=dict(prefix=False, layers=(2, 0)))
     ),
