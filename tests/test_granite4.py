@@ -141,7 +141,7 @@ def entered(wiring):
 )
 def test_the_map_that_nobody_chose(depth, layers, levels, enters):
     wiring = wiring_of(config_of(depth=depth, layers=layers))
-    assert wiring.levels == (*levels, depth - 2)  # the groups read the main feature
+    assert wiring.levels == (*levels, depth - 1)  # the last one is for the groups
     names = [f"vit{level}" for level in levels] + ["spatial0", "spatial1", "spatial2", "spatial3"]
     assert entered(wiring) == dict(zip(enters, names, strict=True))
 
@@ -149,7 +149,7 @@ def test_the_map_that_nobody_chose(depth, layers, levels, enters):
 def test_any_map():
     wiring = wiring_of(config_of(own=dict(levels=(1, 1, 4))))
     assert entered(wiring) == {0: "vit1", 1: "vit1", 2: "vit4", **{3 + g: f"spatial{g}" for g in range(4)}}
-    own = dict(levels=(0, 4), layers=(5, 2), spatial_layers=(7, 0, 3, 1))
+    own = dict(levels=(0, 4), layers=(5, 2), spatial_level=3, spatial_layers=(7, 0, 3, 1))
     wiring = wiring_of(config_of(own=own))
     assert entered(wiring) == {5: "vit0", 2: "vit4", 7: "spatial0", 0: "spatial1", 3: "spatial2", 1: "spatial3"}
     assert (wiring.levels, wiring.position, wiring.positions) == ((0, 4, 3), "pre", 16)
@@ -163,7 +163,7 @@ TWICE = "config.fusion.granite4 names LLM layer 4 twice, in layers=(0, 4) and sp
     [
         ({}, dict(levels=(0, 4), layers=(0, 4), spatial_layers=(1, 2, 3, 4)), TWICE),
         ({}, dict(levels=(0, 5)), "config.fusion.granite4.levels=(0, 5): expected blocks of the vision tower, which has 0 to 4"),
-        (dict(layers=4), {}, "config.fusion.granite4 puts 1 levels and 4 spatial groups into LLM layers (0, 1, 2, 3, 4), but the LLM "
+        (dict(layers=4), {}, "config.fusion.granite4 puts 5 sources into LLM layers (0, 1, 2, 3, 4), but the LLM "
          "has 0 to 3; name fewer levels, other layers, or set spatial=False"),
         ({}, dict(layers=(0, 1)), "config.fusion.granite4 has 2 layers for 4 levels and 4 for 4 spatial groups; name one for each"),
         ({}, dict(rate="3/8"), "config.fusion.granite4.rate='3/8': the spatial groups need a rate of one half; set spatial=False"),
@@ -172,6 +172,8 @@ TWICE = "config.fusion.granite4 names LLM layer 4 twice, in layers=(0, 4) and sp
         ({}, dict(rate="0.5"), "config.fusion.granite4.rate='0.5': expected two sides such as '4/8', at most 1"),
         (dict(size=12), {}, "config.fusion.granite4.rate: no window of 8, 4 or 2 fills the 3 x 3 tokens of a view; set it"),
         (dict(width=194), {}, "config.fusion.name='granite4' has width // 64 heads, which does not divide config.vision.width=194"),
+        ({}, dict(spatial_level=5), "config.fusion.granite4.spatial_level=5: expected a block of the vision tower, which has 0 to 4, or -1"),
+        ({}, dict(spatial=False, spatial_level=2), "config.fusion.granite4.spatial_level=2 has no effect with spatial=False; leave one out"),
         ({}, dict(spatial=False, spatial_layers=(1,)), "config.fusion.granite4.spatial_layers=(1,) has no effect with spatial=False; leave one out"),
     ],
 )  # fmt: skip

@@ -10,13 +10,13 @@ Each source has a projector of its own. With h x h tokens x of C channels, a rat
     u = LN(u + W2 gelu(W1 u))                          C // 64 heads, exact GELU, biases everywhere
     source[(n q)^2, D] = u W, in raster order
 
-For a level d is the mean over areas. Four further sources, the spatial groups, read the main feature at a rate of one half:
+For a level d is the mean over areas. Four further sources, the spatial groups, all read one level at a rate of one half:
 group g takes the token (g // 2, g % 2) of every 2 x 2 block. Tokens at the input are zeros; before LLM layer l
 hidden[image positions] += source_l, so at layer 0 they are its source alone.
 
 One tile, the low-res view: the original's further tiles and its newline vector between their rows are left out, and so is
-its dropout (0.1 on memory, in the Q-Former and before W). The original takes the last block for the groups
-(vision.select_layer=-1) and 3072 for mlp_dim. Linear weights begin as everywhere in this framework.
+its dropout (0.1 on memory, in the Q-Former and before W). The original's mlp_dim is 3072. Linear weights begin as everywhere
+in this framework.
 
 Source: Granite 4 Vision; Hugging Face `Granite4VisionWindowQFormerDownsampler` and `Granite4VisionTextModel`.
 """
@@ -34,14 +34,15 @@ from flax import linen as nn
 
 from sparsecut_jax.models.interfaces import Fused, Fusing, Question, Seen, Wiring
 from sparsecut_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, normal, weight
-from sparsecut_jax.models.levels import gelu, heads_of, main_level, merge_blocks, side, stack
+from sparsecut_jax.models.levels import gelu, heads_of, merge_blocks, side, stack
 from sparsecut_jax.models.plans import nearest
 from sparsecut_jax.settings import Config, setting
 from sparsecut_jax.types import UserError
 
-IGNORES = ("shortcuts.", "fusion.grid", "fusion.shared")
+IGNORES = ("shortcuts.", "fusion.grid", "fusion.shared", "vision.select_layer")
 OF_WEIGHTS = tuple(
-    f"fusion.granite4.{name}" for name in ("rate", "levels", "layers", "spatial", "spatial_layers", "mlp_dim")
+    f"fusion.granite4.{name}"
+    for name in ("rate", "levels", "layers", "spatial", "spatial_level", "spatial_layers", "mlp_dim")
 )
 GROUPS = 4
 
@@ -61,7 +62,8 @@ class Settings:
     layers: tuple[int, ...] = setting(
         (), "LLM layer of each level; (): 0, 3, 6, ... of 40, at any depth as far up, 0, 1, 2, ... below 14 layers."
     )
-    spatial: bool = setting(True, "Whether four groups of tokens of the main feature enter, too.")
+    spatial: bool = setting(True, "Whether four groups of tokens of one more level enter, too.")
+    spatial_level: int = setting(-1, "Tower block of the four groups; -1: the last one.")
     spatial_layers: tuple[int, ...] = setting(
         (), "LLM layers of the four groups; (): those that follow in the same steps."
     )
@@ -77,10 +79,10 @@ def check(settings: Settings, cfg: Config) -> None:
         )
     if settings.mlp_dim < 0:
         raise UserError(f"config.fusion.granite4.mlp_dim={settings.mlp_dim}: expected 0 or more")
-    if settings.spatial_layers and not settings.spatial:
-        raise UserError(
-            f"config.fusion.granite4.spatial_layers={settings.spatial_layers} has no effect with spatial=False; leave one out"
-        )
+    for name in ("spatial_level", "spatial_layers"):
+        value = getattr(settings, name)
+        if value != getattr(Settings(), name) and not settings.spatial:
+            raise UserError(f"config.fusion.granite4.{name}={value} has no effect with spatial=False; leave one out")
 
 
 def sharded_sizes(settings: Settings, cfg: Config) -> dict[str, int]:
@@ -126,6 +128,11 @@ def layer_map(settings: Settings, cfg: Config) -> tuple[tuple[int, ...], tuple[i
         raise UserError(
             f"config.fusion.granite4.levels={levels}: expected blocks of the vision tower, which has 0 to {depth - 1}"
         )
+    if not -1 <= settings.spatial_level < depth:
+        raise UserError(
+            f"config.fusion.granite4.spatial_level={settings.spatial_level}: expected a block of the vision tower, which has 0 "
+            f"to {depth - 1}, or -1"
+        )
     if len(of_levels) != count or len(of_groups) != groups:
         raise UserError(
             f"config.fusion.granite4 has {len(of_levels)} layers for {count} levels and {len(of_groups)} for {groups} spatial "
@@ -134,7 +141,7 @@ def layer_map(settings: Settings, cfg: Config) -> tuple[tuple[int, ...], tuple[i
     for layer in (both := of_levels + of_groups):
         if not 0 <= layer < layers:
             raise UserError(
-                f"config.fusion.granite4 puts {count} levels and {groups} spatial groups into LLM layers {both}, but the LLM "
+                f"config.fusion.granite4 puts {len(both)} sources into LLM layers {both}, but the LLM "
                 f"has 0 to {layers - 1}; name fewer levels, other layers, or set spatial=False"
             )
         if both.count(layer) > 1:
@@ -151,7 +158,7 @@ def wiring(settings: Settings, cfg: Config) -> Wiring:
     levels, of_levels, of_groups = layer_map(settings, cfg)
     layers = of_levels + of_groups
     return Wiring(
-        levels=(*levels, *[main_level(cfg)] * settings.spatial),
+        levels=(*levels, *[settings.spatial_level % cfg.vision.layers] * settings.spatial),
         positions=(side(cfg) // w * q) ** 2,
         entering=tuple((layers.index(i),) if i in layers else () for i in range(cfg.llm.layers)),
         names=(*(f"vit{level}" for level in levels), *(f"spatial{group}" for group in range(len(of_groups)))),
@@ -200,7 +207,7 @@ class WindowQFormer(nn.Module):
 
 
 class Fuse(Fusing):
-    """Levels [K, I, 1, N, C], and the main feature for the groups -> tokens [I, S, D] of zeros, bank [K + 4, I, S, D]."""
+    """Levels [K, I, 1, N, C], and one more for the groups -> tokens [I, S, D] of zeros, bank [K + 4, I, S, D]."""
 
     @nn.compact
     def __call__(self, seen: Seen, question: Question | None = None) -> Fused:
