@@ -13,6 +13,7 @@ PAGE = (ROOT / "docs/fusions.md").read_text()
 ROWS = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)`" + r" \|([^|\n]*)" * 7 + r"\|$", PAGE, re.M)}
 WORDS = re.compile(r"`(\w+)`")
 SIZES = {
+    "1": 1,
     "N": 64,
     "N + 1": 65,
     "N / 4": 16,
