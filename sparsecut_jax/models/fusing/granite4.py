@@ -100,7 +100,9 @@ def window(settings: Settings, h: int) -> tuple[int, int]:
         return fits // 2, fits
     parts = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", settings.rate)
     if not parts or int(parts[1]) > int(parts[2]):
-        raise UserError(f"config.fusion.granite4.rate={settings.rate!r}: expected two sides such as '4/8', at most 1")
+        raise UserError(
+            f"config.fusion.granite4.rate={settings.rate!r}: expected two sides such as '4/8', the first no larger"
+        )
     q, w = int(parts[1]), int(parts[2])
     if h % w:
         raise UserError(
