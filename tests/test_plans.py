@@ -18,7 +18,7 @@ def plan(name, vit_depth, llm_depth, **settings):
         ("qwen3vl", (5, 8), dict(count=4), ((0, 0), (1, 1), (2, 2), (3, 3))),
         ("granite4", (27, 40), {}, ((26, 0), (20, 3), (14, 6), (8, 9))),  # as published
         ("granite4", (24, 32), {}, ((23, 0), (18, 2), (12, 5), (7, 7))),
-        ("granite4", (5, 8), {}, ((4, 0), (2, 1), (3, 1), (1, 2))),
+        ("granite4", (5, 8), {}, ((4, 0), (3, 1), (2, 2), (1, 3))),
         ("lin_3_18_23", (24, 24), {}, ((2, 2), (17, 17), (22, 22))),  # as published
         ("lin_3_18_23", (24, 32), {}, ((2, 3), (17, 23), (22, 29))),
         ("lin_3_18_23", (5, 8), {}, ((0, 0), (3, 5), (4, 6))),
@@ -56,8 +56,8 @@ SHALLOW = "the vision tower has 3 blocks (0 to 2) and the LLM 2 layers (0 to 1)"
         ("random", 3, "cannot pick shortcuts.count=3 different levels and layers (expected 1 to 2)"),
         ("random", 0, "cannot pick shortcuts.count=0 different levels and layers (expected 1 to 2)"),
         ("qwen3vl", 3, "cannot add shortcuts.count=3 levels below the last one after as many layers (expected 1 to 2)"),
-        ("granite4", 8, "needs a tower of 4 blocks or more"),
-        ("lin_3_18_23", 8, "needs a tower of 4 blocks or more"),
+        ("granite4", 8, "needs 4 blocks and 4 layers or more"),
+        ("lin_3_18_23", 8, "needs 4 blocks or more"),
     ],
 )
 def test_depths_that_cannot_be(name, count, reason):

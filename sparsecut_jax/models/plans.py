@@ -7,7 +7,8 @@ qwen3vl      count levels, the shallowest first, after layers 0, 1, ...: level i
              published tower of 24 blocks and 3 levels these are Qwen3-VL's 5, 11 and 17; its tower of 27 blocks has 8, 16
              and 24, which follow no common rule: give these as explicit pairs
 granite4     Granite 4 Vision: of 27 blocks 26, 20, 14 and 8 before layers 0, 3, 6 and 9 of 40, so the deepest comes first
-             and all enter the lower part of the LLM. Other depths: hidden state nearest to h R / 27, layer nearest to l L / 40
+             and all enter the lower part of the LLM. Other depths: hidden state nearest to h R / 27, layer nearest to l L / 40,
+             and layers 0 to 3 of an LLM of less than 14, as the way of fusing of this name
 lin_3_18_23  arXiv 2503.06063: hidden states s = 3, 18 and 23 of 24 blocks before layer int(s L / 24 - 1), one for each stage
              of the tower. Another depth: hidden state nearest to s R / 24
 
@@ -48,13 +49,15 @@ def qwen3vl(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
 
 
 def granite4(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
-    _need(vit_depth, 4)
+    if min(vit_depth, llm_depth) < 4:
+        raise UserError("needs 4 blocks and 4 layers or more")
     levels = [nearest(h * vit_depth, 27) - 1 for h in (27, 21, 15, 9)]
-    return levels, [nearest(layer * llm_depth, 40) for layer in (0, 3, 6, 9)]
+    return levels, [nearest(3 * i * llm_depth, 40) if llm_depth >= 14 else i for i in range(4)]
 
 
 def lin_3_18_23(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
-    _need(vit_depth, 4)
+    if vit_depth < 4:
+        raise UserError("needs 4 blocks or more")
     states = (3, 18, 23)
     return [nearest(s * vit_depth, 24) - 1 for s in states], [max(0, s * llm_depth // 24 - 1) for s in states]
 
@@ -62,11 +65,6 @@ def lin_3_18_23(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
 def nearest(dividend: int, divisor: int) -> int:
     """The integer nearest to dividend / divisor, halves up."""
     return (2 * dividend + divisor) // (2 * divisor)
-
-
-def _need(vit_depth: int, least: int) -> None:
-    if vit_depth < least:
-        raise UserError(f"needs a tower of {least} blocks or more")
 
 
 NAMED = {plan.__name__: plan for plan in (random, qwen3vl, granite4, lin_3_18_23)}
