@@ -34,7 +34,7 @@ def plan(cfg: Config) -> None:
     topologies = [hardware.parse(text) for text in FLAGS.topology.split(",")]
     several = len(topologies) > 1
     requests = [
-        answer.Request(
+        answer.PlanRequest(
             topology=topology,
             stage=stage,
             mfu=FLAGS.mfu,
@@ -68,7 +68,7 @@ def plan(cfg: Config) -> None:
     print(f"written    {os.path.join(folder, name)}.json, {name}.png")
 
 
-def with_rows(cfg: Config, request: answer.Request) -> Config:
+def with_rows(cfg: Config, request: answer.PlanRequest) -> Config:
     """The config with --rows_per_chip sequences per chip in each micro-batch; unchanged without that flag."""
     if not FLAGS.rows_per_chip:
         return cfg

@@ -17,7 +17,7 @@ SEVEN = ("sparsecut", "size=7b,stage=finetune")
 
 
 def plan_of(cfg, stage, topology, **request):
-    return answer.answer(cfg, answer.Request(parse(topology), stage, **request))
+    return answer.answer(cfg, answer.PlanRequest(parse(topology), stage, **request))
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_without_the_compiler(monkeypatch):
     ],
 )
 def test_requests(asked, sentence):
-    assert refusal(lambda: answer.Request(parse("cpu:1"), "instruct", **asked)) == sentence
+    assert refusal(lambda: answer.PlanRequest(parse("cpu:1"), "instruct", **asked)) == sentence
 
 
 def test_nothing_is_expected_to_be_faster_than_the_roofline():

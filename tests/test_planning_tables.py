@@ -16,7 +16,7 @@ def plans():
     found = []
     for chips in (8, 16):
         cfg, stage = load("sparsecut", "size=7b,stage=finetune", stage__batch_size=4 * chips)
-        question = answer.Request(parse(f"h100:{chips}"), stage, search=True)
+        question = answer.PlanRequest(parse(f"h100:{chips}"), stage, search=True)
         found.append({"config": "sparsecut.py", **answer.answer(cfg, question)})
     return found
 

@@ -37,7 +37,7 @@ DRAWN = 16_384  # number of sampled rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to plan, besides the config.
 
     Attributes:
@@ -71,7 +71,7 @@ class Request:
                 raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
 
 
-def answer(cfg: Config, request: Request, during: During = contextlib.nullcontext) -> dict[str, Any]:
+def answer(cfg: Config, request: PlanRequest, during: During = contextlib.nullcontext) -> dict[str, Any]:
     """The plan of one stage, as JSON-compatible data. What is slow runs inside `during(what it is)`.
 
     Raises:
@@ -114,7 +114,7 @@ def answer(cfg: Config, request: Request, during: During = contextlib.nullcontex
 
 
 def _needed(
-    cfg: Config, request: Request, expected: Bytes, during: During
+    cfg: Config, request: PlanRequest, expected: Bytes, during: During
 ) -> tuple[Bytes | compiling.TooLarge, str, list[compiling.Collective] | None]:
     """Memory of the step, the source of that figure, and the step's collectives, if it was compiled."""
     if request.topology.chip.platform != "tpu":
@@ -156,7 +156,7 @@ def _bytes(
 
 
 def _time(
-    cfg: Config, request: Request, total: float, line: work.Roofline, parameters: Parameters, steps: Steps
+    cfg: Config, request: PlanRequest, total: float, line: work.Roofline, parameters: Parameters, steps: Steps
 ) -> dict[str, Any]:
     """Seconds per step, tokens/s, hours and price. `total`: model FLOPs per step."""
     name, topology = request.stage, request.topology
