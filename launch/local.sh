@@ -31,7 +31,8 @@ command -v "$python" >/dev/null || fail 2 "--python=$python does not exist"
 
 command=("$python" -m sparsecut_jax.train)
 if [[ $devices ]]; then
-  flag="--xla_force_host_platform_device_count=$devices"
+  # The other scheduler lets the collectives of several CPU devices wait for one another for ever.
+  flag="--xla_force_host_platform_device_count=$devices --xla_cpu_enable_concurrency_optimized_scheduler=false"
   command=(env JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$flag" "${command[@]}")
 fi
 command+=(--coordinator="localhost:$port" --processes="$processes")

@@ -678,7 +678,8 @@ def test_local_starts_every_process(launch, python):
         "wait"
     ]
     fake = launch("local", "--dry-run", "--devices=4", *args, XLA_FLAGS="--a").out.splitlines()[0]
-    flag = "'XLA_FLAGS=--a --xla_force_host_platform_device_count=4'"
+    scheduler = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flag = f"'XLA_FLAGS=--a --xla_force_host_platform_device_count=4 {scheduler}'"
     assert fake.startswith(f"env JAX_PLATFORMS=cpu {flag} {prefix}-m sparsecut_jax.train --coordinator")
 
 
