@@ -34,7 +34,7 @@ def test_most_cases_are_held_out(platform):
 
 def test_what_the_compiler_says_today():
     """One of the cases, compiled now: what is recorded is still true."""
-    case = CASES["cpu"]["base on eight"]
+    case = CASES["cpu"]["fsdp"]
     cfg, stage, sizes = case.load("cpu")
     found = lower_step(cfg, stage, jax.devices()).compile().memory_analysis()
     ours = memory.estimate(cfg, stage, sizes, "cpu")
