@@ -77,7 +77,7 @@ class Injection:
         return hasattr(self.way, "attend")
 
     def at(self, where: str, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """x after the way's function "before" or "after", and its ratios; x itself if it has none."""
+        """x after the way's function `where`, "before" or "after", and its ratios; (x, None) if the way has no such function."""
         if not hasattr(self.way, where):
             return x, None
         act = functools.partial(getattr(self.way, where), self.settings, here=self.here)

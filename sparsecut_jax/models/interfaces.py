@@ -45,7 +45,6 @@ from flax import linen as nn
 
 from sparsecut_jax.models.shortcuts import Shortcuts
 from sparsecut_jax.settings import FusionConfig
-from sparsecut_jax.types import EMPTY_SLOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +110,7 @@ class Question:
     """The question that is asked about each of I images.
 
     there: bool[I, Tq], which positions hold a token.
-    words: [I, Tq, D], the LLM's word embeddings, of which no gradient is taken.
+    words: [I, Tq, D], the LLM's word embeddings, through which no gradient flows.
     """
 
     there: jax.Array
@@ -122,8 +121,8 @@ class Question:
 class Fused:
     """What a way of fusing makes. The axis of images, I, may be split into rows and slots, [B, M].
 
-    tokens: [I, S, D], which stand at the image's positions.
-    bank: [R, I, Sr, D], the sources that are injected; None without any. With "add", Sr = S.
+    tokens: [I, S, D], for the image's positions at the LLM's input.
+    bank: [R, I, Sr, D], the sources that are injected; None if there are none. With "add", Sr = S.
     aux_loss: float32[], a loss of its own, added to the mean loss of a batch.
     """
 
@@ -169,18 +168,13 @@ class Sources:
     weights: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
     first: jax.Array | None = None
 
-    @property
-    def filled(self) -> jax.Array:
-        """bool[B, M], the slots that hold an image."""
-        return self.image_start != EMPTY_SLOT
-
 
 @flax.struct.dataclass
 class Here:
     """`Sources` in one layer.
 
     rows: int32[A], rows of the bank that enter the layer, -1 for none.
-    memory: what the way of injecting keeps of the sources, which is there in generation, too.
+    memory: what the way of injecting keeps of the sources; generation has it too.
     weights: {name: [...]}, the layer's row of the weights.
     position: "pre" or "post", see Wiring.
     """

@@ -2,7 +2,7 @@
 
 With a tower of R blocks and an LLM of L layers, "nearest" rounding halves up:
 
-random       count levels and count layers, all different, the lowest chosen layer with any of the levels, and so on
+random       count levels and count layers, all different: the levels in random order, the layers from the lowest up
 qwen3vl      count levels, the shallowest first, after layers 0, 1, ...: level i R // (count + 1) - 1, i from 1. For the
              published tower of 24 blocks and 3 levels these are Qwen3-VL's 5, 11 and 17; its tower of 27 blocks has 8, 16
              and 24, which follow no common rule: give these as explicit pairs
@@ -13,7 +13,7 @@ lin_3_18_23  arXiv 2503.06063: hidden states s = 3, 18 and 23 of 24 blocks befor
              of the tower. Another depth: hidden state nearest to s R / 24
 
 Hidden state h is the output of block h - 1. Levels that meet in a layer of a shallow LLM add up. Each plan raises UserError for
-depths that it cannot join, with the middle of a sentence that models/shortcuts.py completes.
+depths that it cannot join; models/shortcuts.py completes the sentence.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every way of fusing and of injecting, found by its file name, and what a config asks of them.
 
-A file in models/fusing/ or models/injecting/ is a way by being there. What it must have says models/interfaces.py.
+Every file in models/fusing/ or models/injecting/ is a way; models/interfaces.py says what it must have.
 """
 
 from __future__ import annotations

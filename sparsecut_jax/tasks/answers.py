@@ -1,4 +1,4 @@
-"""`answers`: questions about pictures, answered in text, one answer for each.
+"""`answers`: questions about pictures, each answered in text.
 
 Every question is asked on its own: all independent turns of a row, the first one of a conversation.
 """
@@ -25,8 +25,8 @@ SCORES = {
     "rouge_l": "ROUGE-L",
 }
 SHARES = ("accuracy", "normalized_accuracy")  # means of zeros and ones
-LONG = 5  # words of an expected answer from which on ROUGE-L is meaningful
-MOST_TOKENS = 512  # of an answer, if no setting gives it: the KV cache grows with it
+LONG = 5  # words that an expected answer needs for ROUGE-L to be meaningful
+MOST_TOKENS = 512  # of an answer, unless a setting gives another number: the KV cache grows with it
 
 
 def scores_of(item: Answered) -> dict[str, float]:

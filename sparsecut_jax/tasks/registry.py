@@ -1,6 +1,6 @@
 """The contract of a task, every task found by its file name, and what a config asks of its own.
 
-A task is a file `tasks/NAME.py`, chosen by `config.task.name`. All of this is optional but for what stands below the line:
+A task is a file `tasks/NAME.py`, chosen by `config.task.name`. What stands above the line is optional, the rest is required:
 
     class Settings            frozen dataclass: the settings of the group `config.task.NAME`
     check(settings, cfg)      raises UserError for values that can never work
@@ -39,11 +39,11 @@ from sparsecut_jax.settings import Config, setting
 from sparsecut_jax.text.conversation import Example, Row
 from sparsecut_jax.types import Answered, AskedRow, Extra, UserError
 
-HERE = "registry"  # the one file in tasks/ that is no task
+REGISTRY = "registry"  # this file, the only one in tasks/ that is not a task
 
 
 def _tasks() -> dict[str, ModuleType]:
-    names = sorted(module.name for module in pkgutil.iter_modules(tasks.__path__) if module.name != HERE)
+    names = sorted(module.name for module in pkgutil.iter_modules(tasks.__path__) if module.name != REGISTRY)
     return {name: importlib.import_module(f"{tasks.__name__}.{name}") for name in names}
 
 
@@ -75,7 +75,7 @@ class Task:
 
     @property
     def encodes(self) -> bool:
-        """Whether rows become text in a way of its own."""
+        """Whether the task turns rows into text itself."""
         return hasattr(self.module, "encode")
 
     def check_row(self, row: Row) -> None:
@@ -98,7 +98,7 @@ def task_of(cfg: Config) -> Task:
 
 
 def extras_of(cfg: Config) -> dict[str, Extra]:
-    """{name: what the config's way of fusing and its task read besides text and pictures}"""
+    """{name: array of a batch}: what the config's way of fusing and its task read besides text and pictures."""
     question = ways.wiring_of(cfg).question
     asked = {"question": Extra((question,), "int32")} if question else {}
     return asked | task_of(cfg).extras(cfg)

@@ -1,7 +1,7 @@
 """`bcqlm`: image tokens attend, through a gate, to the question's word embeddings in the LLM, not to those of a text encoder.
 
-The original pools the question with its text encoder's class token, and has no mask; this way pools by the mean of the words, of
-which no gradient is taken, and masks positions that hold no token. With x[N, C] the main feature and e[Tq, D] the words,
+The original pools the question with its text encoder's class token, and has no mask; this way pools by the mean of the words,
+through which no gradient flows, and masks positions that hold no token. With x[N, C] the main feature and e[Tq, D] the words,
 
     x = x Wx                    Wx[C, D]
     a = attention(x, e, e)      8 heads, biases
@@ -79,11 +79,11 @@ class Ask(nn.Module):
         x = constrain(linear("project", self.width)(x), "batch", "length", "act_embed")
         there = question.there[..., None]  # [I, Tq, 1]
         words = jnp.where(there, question.words, 0).astype(x.dtype)
-        number = there.sum(1)  # [I, 1]
-        pooled = words.sum(1) / jnp.maximum(number, 1).astype(x.dtype)
+        word_count = there.sum(1)  # [I, 1]
+        pooled = words.sum(1) / jnp.maximum(word_count, 1).astype(x.dtype)
         sight = jnp.broadcast_to(question.there[:, None], (*x.shape[:2], there.shape[1]))
         asked = MultiHeadAttention(self.heads, self.attention, name="attention")(x, words, sight)
-        asked = jnp.where(number[..., None] > 0, asked, 0)
+        asked = jnp.where(word_count[..., None] > 0, asked, 0)
         both = jnp.concatenate([x, jnp.broadcast_to(pooled[:, None], x.shape)], axis=-1)
         gate = nn.sigmoid(linear("gate2", 1, ("embed", None))(nn.relu(linear("gate1", self.width)(both))))
         norm = LayerNorm(1e-5, name="norm")

@@ -1,6 +1,6 @@
 """`concat`: the tokens of every view stand in the text, one view after the other. Nothing is fused, nothing is injected.
 
-A control for ways that fuse crops: it sees the same pixels through LLaVA's projector, and pays with positions. Each of V views
+A control for ways that fuse crops: it sees the same pixels through LLaVA's projector, at the cost of positions. Each of V views
 takes N of them, the low-res view first, then the crops in row-major order: S = V N. LLaVA-NeXT's tiles are this with their
 tokens in the order of the whole picture, with separators, and without the padded parts.
 """

@@ -1,4 +1,4 @@
-"""`layalign`: every chosen LLM layer attends to a mixture of all tower levels of its own, besides a prefix of image tokens.
+"""`layalign`: every chosen LLM layer attends to its own mixtures of all tower levels, besides a prefix of image tokens.
 
 With E[K, N, C] the outputs of all K tower blocks for the low-res view, J chosen LLM layers and relu between matrices,
 
@@ -9,8 +9,8 @@ With E[K, N, C] the outputs of all K tower blocks for the low-res view, J chosen
 The layers attend to their sources as models/injecting/llm_kv.py says. Without the prefix an image takes no position; its
 place in the text still says which tokens stand behind it.
 
-Each mixture begins as the mean of all levels. All begin alike, but each has a layer's own matrices behind it, and with them
-its own gradient. The sources take 2 J N D numbers per image.
+Each mixture begins as the mean of all levels. All begin alike, but each feeds the matrices of another layer, which give it a
+gradient of its own. The sources take 2 J N D numbers per image.
 
 Source: LayAlign (arXiv 2502.11405), which aligns the layers of a text encoder; here tower levels take their place.
 """
@@ -46,13 +46,10 @@ class Settings:
     prefix: bool = setting(True, "Whether the last tower level also stands at the image's place in the text.")
 
 
-def layers_of(settings: Settings, cfg: Config) -> tuple[int, ...]:
-    return settings.layers or tuple(range(cfg.llm.layers))
-
-
 def wiring(settings: Settings, cfg: Config) -> Wiring:
     """Raises UserError for layers that do not exist, or one that is named twice."""
-    layers, depth = layers_of(settings, cfg), cfg.llm.layers
+    depth = cfg.llm.layers
+    layers = settings.layers or tuple(range(depth))
     if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
         raise UserError(
             f"config.fusion.layalign.layers={layers}: expected different layers of the LLM, which has 0 to {depth - 1}"

@@ -12,7 +12,7 @@ offset = q Wo + bo for every head, level and point, weights = softmax over level
 go through W[C, C]. At first Wo = Wa = 0 and bo has the points 1 to 4 tokens away, in another direction for every head.
 
 The published levels are outputs of blocks 2, 7, 12 and 17 of 24. Towers of another depth R have block l R / 24, rounded down;
-below 5 blocks one of them is read twice. As s2 waits for s1, b's weights begin to train with the third step. To begin with LLaVA's
+below 5 blocks one of them is read twice. s2 gets no gradient while s1 = 0, so b's weights begin to train with the third step. To begin with LLaVA's
 trained projector, name its file in `init.fusion` and set `init.fresh=("fusion/fuse/(?!projector/).*",)`.
 Source: MMFuser (arXiv 2410.11829).
 """

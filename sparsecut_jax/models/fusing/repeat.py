@@ -70,7 +70,7 @@ def wiring(settings: Settings, cfg: Config) -> Wiring:
 
 
 class Fuse(Fusing):
-    """The main feature, [1, I, V, N, C] or once for every set of weights -> tokens, and as many sources as the wiring has."""
+    """The main feature [K, I, V, N, C], K copies for K sets of weights -> tokens [I, S, D], and the sources of the wiring."""
 
     def setup(self) -> None:
         base = BASES[self.settings.base].Fuse

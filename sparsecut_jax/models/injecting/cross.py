@@ -3,7 +3,7 @@
     x = x + tanh(a) * attention(norm(x), sources)       a and f are scalars of each such layer,
     x = x + tanh(f) * mlp(norm(x))                      zero before the first step
 
-Both branches act on positions that see an image alone: those of its text behind it. Queries, keys, values and the gated MLP
+Both branches act only on positions that see an image: those of its text behind it. Queries, keys, values and the gated MLP
 have weights of their own, of the LLM's sizes; queries and keys are normalised per head and not rotated. Keys and values are
 computed once per image and kept beside the KV cache, so generated tokens see the image too.
 

@@ -4,10 +4,11 @@
 
 q are the layer's rotated queries, k and v the layer's keys of its first source and values of its second, not rotated. The
 softmax is one of its own over all images that a position sees; a position that sees none gets nothing. The gate, a scalar
-of each layer that has sources, is zero before the first step, so the first gradient reaches the gates alone. It acts on
-generated tokens too: k and v are computed once per image and kept beside the KV cache, in the dtype of the computation.
+of each layer that has sources, is zero before the first step, so in the first step the gates get a gradient and the sources
+none. It acts on generated tokens too: k and v are computed once per image and kept beside the KV cache, in the dtype of the
+computation.
 
-Scores are computed in layers that have sources alone; keys and values of the sources in all layers, and discarded in the
+Scores are computed only in layers that have sources; keys and values of the sources in all layers, and discarded in the
 others, since adapters of k and v may draw dropout, which a branch cannot. That costs 4 M Sr D G H FLOPs a row and layer in
 the forward pass, for M images of Sr tokens and G KV heads of width H: 4 % of a layer of 7B (D = G H = 4096) for a picture of
 576 tokens in 2,048 positions. With all of it in the branch, a training step with 2 of 8 layers (D = 256, 144 tokens in 512
