@@ -107,7 +107,7 @@ def test_levels_that_nobody_chose(depth, levels):
 @pytest.mark.parametrize(
     "named, text",
     [
-        (dict(levels=(5,)), "config.fusion.docling.levels=(5,): expected different blocks of the vision tower, which has 0 to 4"),
+        (dict(levels=(5,)), "config.fusion.docling.levels=(5,): expected different blocks of the vision tower, from 0 to 4"),
         (dict(layers=2), "config.fusion.docling.levels=(0, 2, 3): 3 levels enter after one LLM layer each, but the LLM has 2 layers"),
         (dict(size=24), "config.fusion.docling.path='coarse' joins blocks of 4 x 4 tokens, which do not fill the 6 x 6 tokens of a view"),
         (dict(width=30), "config.fusion.name='docling' needs a multiple of 4 for its table of positions; config.llm.width=30"),

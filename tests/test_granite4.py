@@ -162,7 +162,7 @@ TWICE = "config.fusion.granite4 names LLM layer 4 twice, in layers=(0, 4) and sp
     "named, own, text",
     [
         ({}, dict(levels=(0, 4), layers=(0, 4), spatial_layers=(1, 2, 3, 4)), TWICE),
-        ({}, dict(levels=(0, 5)), "config.fusion.granite4.levels=(0, 5): expected blocks of the vision tower, which has 0 to 4"),
+        ({}, dict(levels=(0, 5)), "config.fusion.granite4.levels=(0, 5): expected blocks of the vision tower, from 0 to 4"),
         (dict(layers=4), {}, "config.fusion.granite4 puts 5 sources into LLM layers (0, 1, 2, 3, 4), but the LLM "
          "has 0 to 3; name fewer levels, other layers, or set spatial=False"),
         ({}, dict(layers=(0, 1)), "config.fusion.granite4 has 2 layers for 4 levels and 4 for 4 spatial groups; name one for each"),
@@ -172,7 +172,7 @@ TWICE = "config.fusion.granite4 names LLM layer 4 twice, in layers=(0, 4) and sp
         ({}, dict(rate="0.5"), "config.fusion.granite4.rate='0.5': expected two sides such as '4/8', the first no larger"),
         (dict(size=12), {}, "config.fusion.granite4.rate: no window of 8, 4 or 2 fills the 3 x 3 tokens of a view; set it"),
         (dict(width=194), {}, "config.fusion.name='granite4' has width // 64 heads, which does not divide config.vision.width=194"),
-        ({}, dict(spatial_level=5), "config.fusion.granite4.spatial_level=5: expected a block of the vision tower, which has 0 to 4, or -1"),
+        ({}, dict(spatial_level=5), "config.fusion.granite4.spatial_level=5: expected a block of the vision tower, from 0 to 4, or -1"),
         ({}, dict(spatial=False, spatial_level=2), "config.fusion.granite4.spatial_level=2 has no effect with spatial=False; leave one out"),
         ({}, dict(spatial=False, spatial_layers=(1,)), "config.fusion.granite4.spatial_layers=(1,) has no effect with spatial=False; leave one out"),
     ],

@@ -255,7 +255,7 @@ def test_wiring():
     assert wiring_of(config_of(layers=())).site_count == 4
     for layers in ((4,), (1, 1), (-1,)):
         assert refusal(lambda layers=layers: wiring_of(config_of(layers=layers))) == (
-            f"config.fusion.layalign.layers={layers}: expected different layers of the LLM, which has 0 to 3"
+            f"config.fusion.layalign.layers={layers}: expected different layers of the LLM, from 0 to 3"
         )
 
 

@@ -145,5 +145,5 @@ def test_settings_that_cannot_be():
         "config.fusion.mmfuser.heads=5: expected a number that divides config.vision.width=24"
     )
     assert refusal(lambda: wiring_of(config_of((0, 5)))) == (
-        "config.fusion.mmfuser.levels=(0, 5): expected blocks of the vision tower, which has 0 to 4"
+        "config.fusion.mmfuser.levels=(0, 5): expected blocks of the vision tower, from 0 to 4"
     )

@@ -98,9 +98,9 @@ def test_levels_that_nobody_chose(depth, levels):
 @pytest.mark.parametrize(
     "named, text",
     [
-        (dict(levels=(1, 5)), "config.fusion.qwen3vl.levels=(1, 5): expected different blocks of the vision tower, which has 0 to 4"),
-        (dict(levels=(1, -1)), "config.fusion.qwen3vl.levels=(1, -1): expected different blocks of the vision tower, which has 0 to 4"),
-        (dict(levels=(1, 1)), "config.fusion.qwen3vl.levels=(1, 1): expected different blocks of the vision tower, which has 0 to 4"),
+        (dict(levels=(1, 5)), "config.fusion.qwen3vl.levels=(1, 5): expected different blocks of the vision tower, from 0 to 4"),
+        (dict(levels=(1, -1)), "config.fusion.qwen3vl.levels=(1, -1): expected different blocks of the vision tower, from 0 to 4"),
+        (dict(levels=(1, 1)), "config.fusion.qwen3vl.levels=(1, 1): expected different blocks of the vision tower, from 0 to 4"),
         (dict(layers=2), "config.fusion.qwen3vl.levels=(0, 1, 2): 3 levels enter after one LLM layer each, but the LLM has 2 layers"),
         (dict(size=12), "config.fusion.qwen3vl.merge=2: expected a divisor of the 3 rows and columns of tokens in a view"),
         (dict(merge=0), "config.fusion.qwen3vl.merge=0: expected a divisor of the 4 rows and columns of tokens in a view"),

@@ -97,10 +97,10 @@ def test_wiring():
     assert (wiring.levels, wiring.positions, wiring.grid) == ((0, 1, 3, 4), 1, None)
     assert wiring_of(tiny_config(fusion=dict(name="xattn"), llm=dict(layers=2))).entering == ((), (0,))
     assert refusal(lambda: wiring_of(config_of(layers=(4,)))) == (
-        "config.fusion.xattn.layers=(4,): expected different layers of the LLM, which has 0 to 3"
+        "config.fusion.xattn.layers=(4,): expected different layers of the LLM, from 0 to 3"
     )
     assert refusal(lambda: wiring_of(config_of(levels=(1, 1)))) == (
-        "config.fusion.xattn.levels=(1, 1): expected different blocks of the vision tower, which has 0 to 4"
+        "config.fusion.xattn.levels=(1, 1): expected different blocks of the vision tower, from 0 to 4"
     )
 
 

@@ -67,9 +67,7 @@ def wiring_after_first_layers(setting: str, levels: tuple[int, ...], positions: 
     """
     depth, layers = cfg.vision.layers, cfg.llm.layers
     if len(set(levels)) < len(levels) or not all(0 <= level < depth for level in levels):
-        raise UserError(
-            f"{setting}={levels}: expected different blocks of the vision tower, which has 0 to {depth - 1}"
-        )
+        raise UserError(f"{setting}={levels}: expected different blocks of the vision tower, from 0 to {depth - 1}")
     if len(levels) > layers:
         raise UserError(
             f"{setting}={levels}: {len(levels)} levels enter after one LLM layer each, but the LLM has {layers} layers"

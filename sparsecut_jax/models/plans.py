@@ -51,18 +51,18 @@ def qwen3vl(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
 def granite4(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
     if min(vit_depth, llm_depth) < 4:
         raise UserError("needs 4 blocks and 4 layers or more")
-    levels = [nearest(h * vit_depth, 27) - 1 for h in (27, 21, 15, 9)]
-    return levels, [nearest(3 * i * llm_depth, 40) if llm_depth >= 14 else i for i in range(4)]
+    levels = [rounded(h * vit_depth, 27) - 1 for h in (27, 21, 15, 9)]
+    return levels, [rounded(3 * i * llm_depth, 40) if llm_depth >= 14 else i for i in range(4)]
 
 
 def lin_3_18_23(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
     if vit_depth < 4:
         raise UserError("needs 4 blocks or more")
     states = (3, 18, 23)
-    return [nearest(s * vit_depth, 24) - 1 for s in states], [max(0, s * llm_depth // 24 - 1) for s in states]
+    return [rounded(s * vit_depth, 24) - 1 for s in states], [max(0, s * llm_depth // 24 - 1) for s in states]
 
 
-def nearest(dividend: int, divisor: int) -> int:
+def rounded(dividend: int, divisor: int) -> int:
     """The integer nearest to dividend / divisor, halves up."""
     return (2 * dividend + divisor) // (2 * divisor)
 

@@ -67,6 +67,9 @@ class Task:
     def scores(self) -> dict[str, str]:
         return self.module.SCORES
 
+    def check(self, cfg: Config) -> None:
+        self._call("check", None, cfg)
+
     def extras(self, cfg: Config) -> dict[str, Extra]:
         return self._call("extras", {}, cfg)
 
@@ -106,8 +109,9 @@ def extras_of(cfg: Config) -> dict[str, Extra]:
 
 def check(cfg: Config) -> None:
     """Raises UserError for settings with which the config's task can never work."""
-    task_of(cfg)._call("check", None, cfg)
-    for name, extra in task_of(cfg).extras(cfg).items():
+    task = task_of(cfg)
+    task.check(cfg)
+    for name, extra in task.extras(cfg).items():
         for stage in cfg.run_stages:
             if extra.room and stage in cfg.stages and cfg.stages[stage].batching == "packed":
                 raise UserError(

@@ -35,7 +35,7 @@ from flax import linen as nn
 from sparsecut_jax.models.interfaces import Fused, Fusing, Question, Seen, Wiring
 from sparsecut_jax.models.layers import LayerNorm, Linear, MultiHeadAttention, normal, weight
 from sparsecut_jax.models.levels import gelu, heads_of, merge_blocks, side, stack
-from sparsecut_jax.models.plans import nearest
+from sparsecut_jax.models.plans import rounded
 from sparsecut_jax.settings import Config, setting
 from sparsecut_jax.types import UserError
 
@@ -120,19 +120,19 @@ def layer_map(settings: Settings, cfg: Config) -> tuple[tuple[int, ...], tuple[i
     depth, layers, groups = cfg.vision.layers, cfg.llm.layers, GROUPS * settings.spatial
     levels = settings.levels
     if not levels:
-        original = dict.fromkeys(nearest(state * depth, 27) - 1 for state in (27, 21, 15, 9))
+        original = dict.fromkeys(rounded(state * depth, 27) - 1 for state in (27, 21, 15, 9))
         levels = tuple(level for level in original if level >= 0)[: max(1, layers - groups)]
     count = len(levels)
-    step = lambda i: nearest(3 * i * layers, 40) if layers >= 14 else i
+    step = lambda i: rounded(3 * i * layers, 40) if layers >= 14 else i
     of_levels = settings.layers or tuple(map(step, range(count)))
     of_groups = settings.spatial_layers or tuple(map(step, range(count, count + groups)))
     if not all(0 <= level < depth for level in levels):
         raise UserError(
-            f"config.fusion.granite4.levels={levels}: expected blocks of the vision tower, which has 0 to {depth - 1}"
+            f"config.fusion.granite4.levels={levels}: expected blocks of the vision tower, from 0 to {depth - 1}"
         )
     if not -1 <= settings.spatial_level < depth:
         raise UserError(
-            f"config.fusion.granite4.spatial_level={settings.spatial_level}: expected a block of the vision tower, which has 0 "
+            f"config.fusion.granite4.spatial_level={settings.spatial_level}: expected a block of the vision tower, from 0 "
             f"to {depth - 1}, or -1"
         )
     if len(of_levels) != count or len(of_groups) != groups:

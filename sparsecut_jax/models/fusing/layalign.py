@@ -52,7 +52,7 @@ def wiring(settings: Settings, cfg: Config) -> Wiring:
     layers = settings.layers or tuple(range(depth))
     if len(set(layers)) < len(layers) or not all(0 <= layer < depth for layer in layers):
         raise UserError(
-            f"config.fusion.layalign.layers={layers}: expected different layers of the LLM, which has 0 to {depth - 1}"
+            f"config.fusion.layalign.layers={layers}: expected different layers of the LLM, from 0 to {depth - 1}"
         )
     site = layers.index
     return Wiring(

@@ -73,7 +73,7 @@ def wiring(settings: Settings, cfg: Config) -> Wiring:
     levels = settings.levels or tuple(level * depth // 24 for level in PUBLISHED)
     if not all(0 <= level < depth for level in levels):
         raise UserError(
-            f"config.fusion.mmfuser.levels={levels}: expected blocks of the vision tower, which has 0 to {depth - 1}"
+            f"config.fusion.mmfuser.levels={levels}: expected blocks of the vision tower, from 0 to {depth - 1}"
         )
     return Wiring(levels=(main_level(cfg), *levels), positions=patches(cfg), entering=((),) * cfg.llm.layers)
 

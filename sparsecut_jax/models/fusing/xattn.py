@@ -42,9 +42,7 @@ def wiring(settings: Settings, cfg: Config) -> Wiring:
     for name, values, count in (("layers", layers, depth), ("levels", levels, blocks)):
         if len(set(values)) < len(values) or not all(0 <= value < count for value in values):
             whose = "layers of the LLM" if name == "layers" else "blocks of the vision tower"
-            raise UserError(
-                f"config.fusion.xattn.{name}={values}: expected different {whose}, which has 0 to {count - 1}"
-            )
+            raise UserError(f"config.fusion.xattn.{name}={values}: expected different {whose}, from 0 to {count - 1}")
     return Wiring(
         levels=levels,
         positions=1,
