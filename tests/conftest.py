@@ -59,6 +59,9 @@ HEAVY = (
     "test_state",
     "test_api",
     "test_ways",
+    "test_new_way",
+    "test_own_tasks",
+    "test_layalign",
 )
 # Files that compile whole models or start whole commands: not part of `-m quick`.
 SLOW = (
