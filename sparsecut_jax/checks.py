@@ -100,6 +100,7 @@ def check_values(cfg: Config) -> None:
         "llm.sliding_window": m.sliding_window,
         "llm.sliding_from": m.sliding_from,
         "data.shift": cfg.data.shift,
+        "data.view_size": cfg.data.view_size,
         "data.workers": cfg.data.workers,
         "data.scenes.size": cfg.data.scenes.size,
         "data.scenes.seed": cfg.data.scenes.seed,
@@ -193,6 +194,11 @@ def _check_lora(cfg: Config, need: Callable[[bool, str], None]) -> None:
 def _check_data(cfg: Config, need: Callable[[bool, str], None]) -> None:
     data = cfg.data
     need(
+        data.cache_features == "none" or not (data.flip or data.shift),
+        f"config.data.cache_features={data.cache_features!r} stores each picture once, but config.data.flip={data.flip} and "
+        f"config.data.shift={data.shift} change it at random; set these to False and 0",
+    )
+    need(
         0 <= data.max_bad_fraction <= 1,
         f"config.data.max_bad_fraction={data.max_bad_fraction}: expected a share of the rows, 0 to 1",
     )
@@ -220,7 +226,12 @@ def _check_data(cfg: Config, need: Callable[[bool, str], None]) -> None:
 
 
 def check_room(cfg: Config) -> None:
-    """Raises UserError if a stage's rows are too short for the images."""
+    """Raises UserError if a stage's rows are too short for the images, or views are cut larger than the tower's input."""
+    if cfg.data.view_size > cfg.vision.image_size:
+        raise UserError(
+            f"config.data.view_size={cfg.data.view_size}: expected at most config.vision.image_size={cfg.vision.image_size}, "
+            "the side of what the tower reads, or 0"
+        )
     tokens = ways.positions(cfg) * cfg.data.max_images
     for name in cfg.run_stages:
         stage = cfg.stages[name]

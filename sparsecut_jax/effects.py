@@ -168,6 +168,10 @@ def _own_pictures(_: Config, data: Any) -> str:
     return f"with config.data.source={name!r}, which has its own images" * own
 
 
+def _no_features(_: Config, data: Any) -> str:
+    return "without config.data.cache_features" * (data.cache_features == "none")
+
+
 def _no_test(_: Config, data: Any) -> str:
     return "" if data.test else "without config.data.test, the rows to test on"
 
@@ -245,6 +249,7 @@ RULES = (
     Rule(("init_parts",), _no_run, ("init_from",)),
     Rule(("data.source", "data.images"), _mixed, (), files=False),
     Rule(("data.images", "data.follow_links"), _own_pictures, ("data.source", "data.test")),
+    Rule(("data.features_dir",), _no_features, ("data.cache_features",), files=False),
     Rule(("data.test_images",), _no_test, ("data.test",)),
     Rule(tuple(f"data.mix.*.{name}" for name in ("images", "split", "data_dir", "image", "question", "answer")),
          _drawn, ("data.mix.*.path",)),

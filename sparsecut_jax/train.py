@@ -28,6 +28,8 @@ from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.planning import work
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runs.checkpoint import Checkpoints, check_resumable, meta_of
+from sparsecut_jax.runs.features import check_frozen, with_features
+from sparsecut_jax.runs.level_norm import with_level_norm
 from sparsecut_jax.runs.origin import Origin
 from sparsecut_jax.runs.parameters import initial_params
 from sparsecut_jax.runs.run import Run
@@ -92,6 +94,8 @@ def run_stages(cfg: Config) -> dict[str, float]:
     abstract = shaped.abstract_at(meta["stage"] if meta else cfg.run_stages[0])
     for name in cfg.run_stages:
         opt.checked_rates(shaped.shapes, cfg.stages[name], name)
+    if cfg.data.cache_features != "none":
+        check_frozen(cfg, list(shaped.shapes))
     matched = load.match(abstract, cfg, opened.weight_sources)
     if origin:
         origin.target(cfg, flatten(abstract))  # refuses other shapes
@@ -128,6 +132,12 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 print(came_from)
         else:
             print(f"resuming {cfg.workdir} at step {resumed} of {spans[-1].last}, in stage {meta['stage']}")
+        if cfg.data.cache_features != "none":
+            tower = params or checkpoints.restore_params(resumed, {"vision": abstract["vision"]})
+            data = with_features(data, model, tower["vision"])
+            readers = data.readers
+        if cfg.fusion.norm_levels and params is not None:
+            params = with_level_norm(params, model, data, mesh)
         if hosts.first():
             write_run_files(cfg.workdir, cfg, data.tokenizer, model.wiring)
         writer = report.MetricsWriter(cfg.workdir, step)
@@ -149,7 +159,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
                 step=jax.jit(step_fn, donate_argnums=0, out_shardings=(None, sharding.replicated(mesh))),
                 data=batches,
                 note_bad=functools.partial(bad_samples.add, span.name, rows=len(readers[span.name].split)),
-                holdout_loss=inputs.make_holdout_loss(model, data, span.name, cfg, mesh),
+                held_out=inputs.make_held_out(model, data, span.name, cfg, mesh),
                 meta=meta_of(span.name, asked, cfg, data.tokenizer, data.source.fingerprint),
                 flops=work.flops_of_batch(shaped.config, span.name, shaped.shapes, plan.slots),
                 peak=mesh.size * hardware.peak_flops(mesh.devices.flat[0].device_kind),

@@ -117,7 +117,7 @@ class Batch:
     segments: jax.Array  # 0 is padding
     branches: jax.Array | None  # None if all are 0
     positions: jax.Array  # rotary positions
-    views: jax.Array  # pixels of the images
+    views: jax.Array  # pixels of the images, or what the tower makes of them (data/features.py)
     image_start: jax.Array  # first of an image's positions, EMPTY_SLOT if there is no image
     extras: dict[str, Any] = flax.struct.field(default_factory=dict)  # what else is read, see `Extra`
     most_segments: int = flax.struct.field(pytree_node=False, default=0)  # maximum per sequence; 0: unknown
@@ -129,6 +129,7 @@ def batch_spec(
     slots: int,
     image_shape: tuple[int, ...],
     *,
+    image_dtype: str = "uint8",
     extras: Mapping[str, Extra] | None = None,
     branched: bool = False,
     most_segments: int = 0,
@@ -138,7 +139,7 @@ def batch_spec(
 
     Args:
       rows, length, slots: B, T and M.
-      image_shape: (V, S, S, 3).
+      image_shape, image_dtype: of an image: (V, S, S, 3), or (V, N, K * C) for features of K tower levels.
       extras: {name: what else is read}
       branched: whether any position is outside of branch 0.
       most_segments: see `Batch`.
@@ -151,7 +152,7 @@ def batch_spec(
         segments=of("int32", length),
         branches=of("int32", length) if branched else None,
         positions=of("int32", length),
-        views=of("uint8", slots, *image_shape),
+        views=of(image_dtype, slots, *image_shape),
         image_start=of("int32", slots),
         extras={name: of(extra.dtype, extra.room or slots, *extra.shape) for name, extra in (extras or {}).items()},
         most_segments=most_segments,

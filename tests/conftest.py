@@ -62,6 +62,7 @@ HEAVY = (
     "test_new_way",
     "test_own_tasks",
     "test_layalign",
+    "test_features",
 )
 # Files that compile whole models or start whole commands: not part of `-m quick`.
 SLOW = (

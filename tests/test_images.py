@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from sparsecut_jax.data.images import LONGEST_SIDE, augment, border_colour, square, views
+from sparsecut_jax.data.images import LONGEST_SIDE, augment, border_colour, enlarged, square, views
 from sparsecut_jax.settings import VisionConfig
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
@@ -238,6 +238,15 @@ def moved(picture: np.ndarray, dy: int, dx: int, mirror: bool) -> np.ndarray:
 
 
 squashed = functools.partial(views, Image.fromarray(NOISE), 8, fit="squash")
+
+
+def test_views_are_enlarged_one_by_one():
+    """A view of one colour stays so: nothing of its neighbours leaks in."""
+    small = np.stack([np.full((4, 4, 3), value, np.uint8) for value in (10, 200, 90)])
+    large = enlarged(small, 7)
+    assert (large.shape, large.dtype) == ((3, 7, 7, 3), np.uint8)
+    assert [set(view.ravel().tolist()) for view in large] == [{10}, {200}, {90}]
+    assert enlarged(small, 4) is small
 
 
 def test_augment_does_nothing_when_told_so():

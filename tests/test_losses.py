@@ -212,3 +212,14 @@ def test_chunks_in_which_nothing_is_predicted_are_left_out():
     np.testing.assert_allclose(by_hidden, gradients[0], atol=1e-6)
     np.testing.assert_allclose(by_words, gradients[1], atol=1e-5)
     np.testing.assert_allclose(jax.jit(summed)(spoilt, words), whole, rtol=1e-6)
+
+
+def test_right_answers_by_hand():
+    """Rows of three answers; the most likely word is named at the position before it. The second answer misses a token."""
+    tokens = [[0, 3, 0, 4, 5, 0, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0]]
+    mask = [[0, 1, 0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0]]
+    said = np.array([[3, 0, 4, 0, 0, 1, 2, 0], [0] * 8])  # 5 after 4 is missed
+    hidden, words = np.eye(6, dtype=np.float32)[said], np.eye(6, dtype=np.float32)
+    for chunk in (3, 8, 256):
+        right, count = losses.right_answers(hidden, words, batch_of(tokens, mask), chunk)
+        assert (float(right), float(count)) == (2, 3)

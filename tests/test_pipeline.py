@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from sparsecut_jax.checks import check_room
 from sparsecut_jax.config import Config
 from sparsecut_jax.data import pipeline, walk
 from sparsecut_jax.data.batch_plan import BatchPlan, make_plan
@@ -29,6 +30,7 @@ from sparsecut_jax.text import tokenizer as tokenizers
 from sparsecut_jax.text.conversation import Example, encode_row
 from sparsecut_jax.text.templates import get_template
 from sparsecut_jax.types import Batch, batch_spec
+from tiny import refusal
 
 ROWS = 10
 SIZE = 4
@@ -491,3 +493,24 @@ def test_what_goes_to_a_worker_is_small(split, words):
     )
     reader.pictures.read(split.parts[0], "3.png")
     assert len(cloudpickle.dumps(grain.MapDataset.range(10).map(read))) < 40_000  # the tokenizer, and ten rows
+
+
+def test_small_views_are_enlarged_for_the_tower():
+    """Cut at 4 pixels, shown at 8: what is finer than the cut is gone, and each crop shows its own quarter alone."""
+    cfg = dataclasses.replace(CONFIG, vision=VisionConfig(image_size=8, patch_size=2))
+    small = Images(dataclasses.replace(cfg, data=DataConfig(view_size=4)))
+    picture = Image.fromarray(np.kron(np.array([[10, 60], [110, 160]], np.uint8), np.ones((4, 4), np.uint8))).convert(
+        "RGB"
+    )
+    views = small.views(picture)
+    assert views.shape == small.shape == (5, 8, 8, 3)
+    assert [set(view.ravel().tolist()) for view in views[1:]] == [{10}, {60}, {110}, {160}]
+    stripes = Image.fromarray(np.tile(np.array([0, 255] * 4, np.uint8), (8, 1))).convert(
+        "RGB"
+    )  # two a pixel of the cut
+    assert np.ptp(small.views(stripes)[0].astype(int)) < 64 < np.ptp(Images(cfg).views(stripes)[0].astype(int))
+
+
+def test_views_larger_than_what_the_tower_reads_are_refused():
+    text = refusal(check_room, dataclasses.replace(CONFIG, data=DataConfig(view_size=8)))
+    assert text.startswith("config.data.view_size=8: expected at most config.vision.image_size=4")

@@ -8,13 +8,14 @@ image turns out to be broken leaves a gap in its sequence and shifts nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from sparsecut_jax.data.scratch import MappedArray
 from sparsecut_jax.settings import StageConfig
-from sparsecut_jax.types import Batch, Extra, UserError, batch_spec
+from sparsecut_jax.types import Batch, UserError, batch_spec
 
 WINDOW = 8192  # shuffled rows among which packing and buckets may choose
 TRIES = 64  # sizes tried for the smaller row of a pair
@@ -51,10 +52,10 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.lengths.values)
 
-    def spec(self, batch: int, rows: int, image_shape: tuple[int, ...], extras: Mapping[str, Extra]) -> Batch:
-        """The shapes of `rows` sequences of a batch. extras: see `batch_spec`."""
-        more = {"extras": extras, "branched": self.branched, "most_segments": self.most_segments}
-        return batch_spec(rows, int(self.lengths.values[batch]), self.slots, image_shape, **more)
+    def spec(self, batch: int, rows: int, **more: Any) -> Batch:
+        """The shapes of `rows` sequences of a batch. more: of its images and extras, see `batch_spec`."""
+        more |= {"branched": self.branched, "most_segments": self.most_segments}
+        return batch_spec(rows, int(self.lengths.values[batch]), self.slots, **more)
 
     def sequence(self, batch: int, i: int) -> list[int]:
         """Row numbers of sequence `i` of a batch."""

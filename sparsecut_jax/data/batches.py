@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsecut_jax.models import ways
+from sparsecut_jax.models import levels, ways
 from sparsecut_jax.settings import Config
 from sparsecut_jax.tasks import registry
 from sparsecut_jax.text.conversation import Example
@@ -17,8 +17,19 @@ Rows = list[tuple[Example, list[np.ndarray]]]  # the examples of one sequence, e
 
 
 def image_shape(cfg: Config) -> tuple[int, int, int, int]:
-    """(V, S, S, 3), the shape of an image."""
+    """(V, S, S, 3), the shape of an image as pixels."""
     return ways.views(cfg), cfg.vision.image_size, cfg.vision.image_size, 3
+
+
+def image_of(cfg: Config) -> dict[str, Any]:
+    """Shape and dtype of an image in the batches of training, as `batch_spec` takes them: pixels, or stored features."""
+    if cfg.data.cache_features == "none":
+        return {"image_shape": image_shape(cfg)}
+    channels = len(set(ways.wiring_of(cfg).levels)) * cfg.vision.width
+    return {
+        "image_shape": (ways.views(cfg), levels.patches(cfg), channels),
+        "image_dtype": cfg.data.cache_features,
+    }
 
 
 def slots_of(cfg: Config, name: str) -> int:
@@ -28,7 +39,7 @@ def slots_of(cfg: Config, name: str) -> int:
 
 def spec_of(cfg: Config, rows: int, length: int, slots: int, **more: Any) -> Batch:
     """`batch_spec` of a config's images; `more`: its other arguments."""
-    return batch_spec(rows, length, slots, image_shape(cfg), extras=registry.extras_of(cfg), **more)
+    return batch_spec(rows, length, slots, extras=registry.extras_of(cfg), **image_of(cfg), **more)
 
 
 def collate(sequences: list[Rows], spec: Batch) -> Batch:

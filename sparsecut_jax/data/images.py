@@ -218,6 +218,13 @@ def _pad(image: Image.Image, axis: int, side: int, size: int, border: tuple[int,
     return result
 
 
+def enlarged(views: np.ndarray, size: int) -> np.ndarray:
+    """The same views with sides of `size` pixels: uint8[V, S, S, 3] -> uint8[V, size, size, 3], each resized on its own."""
+    if views.shape[1] == size:
+        return views
+    return np.stack([np.asarray(Image.fromarray(view).resize((size, size), BICUBIC)) for view in views])
+
+
 def augment(views: np.ndarray, rng: np.random.Generator, flip: bool, shift: int, grid: tuple[int, int]) -> np.ndarray:
     """The same views of a picture that was mirrored (half of the time) and moved by up to `shift` low-res pixels.
 

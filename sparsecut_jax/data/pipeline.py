@@ -37,8 +37,9 @@ class Images:
 
     def __init__(self, cfg: Config):
         self.size, self.fit = cfg.vision.image_size, cfg.data.image_fit
+        self.cut = cfg.data.view_size or self.size
         self.border = images.border_colour(cfg.vision.mean)
-        self.shape = image_shape(cfg)
+        self.shape, self.dtype = image_shape(cfg), "uint8"
         self.grid = ways.wiring_of(cfg).grid
         self.forget = False  # True disables the cache, to measure reading
         self._remember()
@@ -61,7 +62,7 @@ class Images:
         return self.views(part.pictures.open(entry))
 
     def views(self, picture: Any) -> np.ndarray:
-        return images.views(picture, self.size, self.grid, self.fit, self.border)
+        return images.enlarged(images.views(picture, self.cut, self.grid, self.fit, self.border), self.size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,9 +104,9 @@ class Reader:
         return example, pictures
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], Mapping[str, Extra]]:
-        """(V, S, S, 3) of an image, and what else is read."""
-        return self.pictures.shape, self.extras
+    def spec(self) -> dict[str, Any]:
+        """Images and extras, as `batch_spec` takes them."""
+        return {"image_shape": self.pictures.shape, "image_dtype": self.pictures.dtype, "extras": self.extras}
 
     def branched(self) -> bool:
         """Whether any row has independent questions."""
@@ -153,7 +154,7 @@ class BatchReader:
             sequence, broken = self.reader.sequence(self.plan.sequence(batch, i), rng)
             sequences.append(sequence)
             bad += broken
-        return collate(sequences, self.plan.spec(batch, len(sequences), *self.reader.shapes)), bad
+        return collate(sequences, self.plan.spec(batch, len(sequences), **self.reader.spec)), bad
 
 
 def train_batches(
@@ -229,9 +230,7 @@ def fixed_batches(
     """
     count = len(reader.split)
     own = size if here is None else len(here)
-    shape, extras = reader.shapes
-    more = {"extras": extras, "branched": reader.branched(), "most_segments": 1}
-    spec = batch_spec(own, seq_len, slots, shape, **more)
+    spec = batch_spec(own, seq_len, slots, **reader.spec, branched=reader.branched(), most_segments=1)
     for first in range(0, count, size):
         numbers = (first + (np.arange(size) if here is None else here)).tolist()
         yield collate([reader.sequence([i] if i < count else [], None)[0] for i in numbers], spec)

@@ -149,7 +149,7 @@ def _open(source: SourceConfig, cfg: Config, name: str) -> tuple[Part, Part | No
         from sparsecut_jax.data import scenes
 
         rows_, columns = cfg.fusion.grid
-        low = cfg.vision.image_size
+        low = cfg.data.view_size or cfg.vision.image_size
         size = data.scenes.size or low * max(rows_, columns)
         parts = []
         for split in ("train", "test"):

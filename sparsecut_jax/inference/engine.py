@@ -56,8 +56,9 @@ class Engine:
         return with_questions(prompt, tokenizer, wiring.question) if wiring.question else prompt
 
     def no_pictures(self) -> np.ndarray:
-        """uint8[n, M, V, S, S, 3], zeros: room for the pictures of the rows `here`."""
-        return np.zeros((len(self.here), self.run.config.data.max_images, *self.run.pictures.shape), np.uint8)
+        """uint8[n, M, V, S, S, 3], zeros: room for the pictures of the rows `here`, or for their stored features."""
+        pictures = self.run.pictures
+        return np.zeros((len(self.here), self.run.config.data.max_images, *pictures.shape), pictures.dtype)
 
     def answers(
         self,

@@ -52,6 +52,27 @@ def chunked_cross_entropy(hidden: jax.Array, words: jax.Array, batch: Batch, chu
     return total, jnp.sum(mask.astype(jnp.float32))
 
 
+def right_answers(hidden: jax.Array, words: jax.Array, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """How many answers of a batch are right, and how many there are; both float32[].
+
+    An answer is a run of target tokens. It is right if each is the most likely word, given the tokens before it: then
+    greedy decoding writes it too. Arguments: see `chunked_cross_entropy`.
+    """
+    targets, mask = _shifted(batch)
+    b, t = targets.shape
+    g = data_parallel()
+    by_device = lambda x: x.reshape(g, b // g, *x.shape[1:])
+    words = _copies(words, g)
+    missed = lambda part: (_logits(part[0], words).argmax(-1) != part[1]) & (part[2] > 0)
+    wrong = jax.lax.map(missed, _chunks(min(chunk, t), *map(by_device, (hidden, targets, mask))))
+    wrong = jnp.moveaxis(wrong, 0, 2).reshape(b, -1)[:, :t]
+    starts = (mask > 0) & (jnp.pad(mask, ((0, 0), (1, 0)))[:, :t] == 0)
+    number = jnp.cumsum(starts, axis=1)  # of the answer that a token belongs to, from 1
+    missed = jnp.zeros((b, t + 1), bool).at[jnp.arange(b)[:, None], number].max(wrong)
+    count = starts.sum(dtype=jnp.float32)
+    return count - missed.sum(dtype=jnp.float32), count
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 @jax.named_scope("loss")
 def _summed(hidden: jax.Array, words: jax.Array, targets: jax.Array, mask: jax.Array, size: int) -> jax.Array:

@@ -42,6 +42,14 @@ class Encoded:
         return Encoded(self.tokens[index], bank, self.aux_loss)
 
 
+def normalised(views: jax.Array, cfg: VisionConfig, dtype: Any) -> jax.Array:
+    """uint8[..., 3] -> pixels as the tower reads them; floats are taken as already normalised."""
+    x = views.astype(jnp.float32)
+    if views.dtype == jnp.uint8:
+        x = (x / 255.0 - jnp.array(cfg.mean, jnp.float32)) / jnp.array(cfg.std, jnp.float32)
+    return x.astype(dtype)
+
+
 class SparseCut(nn.Module):
     """Batch in, logits out.
 
@@ -84,21 +92,23 @@ class SparseCut(nn.Module):
         return INJECTING[self.wiring.injecting].in_decode
 
     def levels(self, views: jax.Array) -> jax.Array:
-        """uint8[B, M, V, S, S, 3] -> [K, B*M, V, N, C], the levels of the wiring."""
-        cfg = self.vision_config
+        """uint8[B, M, V, S, S, 3] -> [K, B*M, V, N, C], the levels of the wiring.
+
+        Stored features, [B, M, V, N, K' * C] with each level once, are taken as they are, and the tower is left out.
+        """
         views = views[:, :, : view_count(self.wiring)]
-        b, m, v, *pixels = views.shape
-        mean, std = jnp.array(cfg.mean, jnp.float32), jnp.array(cfg.std, jnp.float32)
-        x = views.astype(jnp.float32)
-        if views.dtype == jnp.uint8:  # floats are taken as already normalised
-            x = (x / 255.0 - mean) / std
-        x = self.vision(x.astype(self.dtype).reshape(b * m * v, *pixels))
-        x = x.reshape(len(self.tower_levels), b * m, v, *x.shape[2:])
+        b, m, v, n, *_ = views.shape
+        if views.ndim == 5:
+            x = jnp.stack(jnp.split(views.astype(self.dtype).reshape(b * m, v, n, -1), len(self.tower_levels), axis=-1))
+        else:
+            x = normalised(views, self.vision_config, self.dtype)
+            x = self.vision(x.reshape(b * m * v, *views.shape[3:]))
+            x = x.reshape(len(self.tower_levels), b * m, v, *x.shape[2:])
         wanted = [self.tower_levels.index(level) for level in self.wiring.levels]
         return x if wanted == list(range(len(wanted))) else x[jnp.array(wanted)]
 
     def encode(self, views: jax.Array, question: jax.Array | None = None) -> Encoded:
-        """uint8[B, M, V, S, S, 3] (or float, already normalised) -> Encoded.
+        """uint8[B, M, V, S, S, 3] (or float, already normalised; or stored features, see `levels`) -> Encoded.
 
         question: int32[B, M, Tq], tokens of the question about each image, NO_TOKEN where there is none; only for wirings
         that read it. Raises ValueError if it is missing.
@@ -160,10 +170,11 @@ class SparseCut(nn.Module):
         Here: next-token cross-entropy over the target tokens. chunk: positions of a row whose logits exist at once.
 
         Returns:
-          float32[], float32[], and the intermediates with "aux_loss".
+          float32[], float32[], and the intermediates with "aux_loss"; a loss over words adds "words", the two factors of
+          the logits that `hidden` returns.
         """
         hidden, words, seen = self.hidden(batch)
-        return *chunked_cross_entropy(hidden, words, batch, chunk), seen
+        return *chunked_cross_entropy(hidden, words, batch, chunk), {**seen, "words": (hidden, words)}
 
     def prefill(
         self,

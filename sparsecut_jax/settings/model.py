@@ -55,6 +55,10 @@ class FusionConfig:
     name: str = setting("channel", "Way of fusing: the name of a file in models/fusing.")
     shared: bool = setting(True, "Use one set of weights for the main feature and all shortcut levels.")
     grid: tuple[int, ...] = setting((2, 2), "Rows and columns of hi-res crops of an image.")
+    norm_levels: bool = setting(
+        False,
+        "Standardise the channels of each tower level, by statistics of training pictures taken before the first step.",
+    )
     remat: Literal["auto", "none", "dots", "full"] = setting("auto", "As vision.remat, for the fusion module.")
 
 

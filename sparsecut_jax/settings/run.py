@@ -113,6 +113,16 @@ class DataConfig:
     mix: dict[str, SourceConfig] = setting({}, "Several sources by name, instead of `source`.")
     scenes: ScenesConfig = ScenesConfig()
     image_fit: Literal["pad", "squash", "crop"] = setting("pad", "How an image becomes square.")
+    view_size: int = setting(
+        0, "Side in pixels at which views are cut, before they are enlarged to vision.image_size; 0: that size."
+    )
+    cache_features: Literal["none", "float16", "float32"] = setting(
+        "none", "Compute the outputs of a frozen tower once, store them in this dtype and train on them."
+    )
+    features_dir: str = setting(
+        "",
+        "Folder of the stored features, which other runs with the same tower and pictures use too; empty: WORKDIR/features.",
+    )
     max_pixels: int = setting(50_000_000, "Largest image in pixels; larger ones are refused before decoding.")
     max_images: int = setting(1, "Maximum number of images per row.")
     max_bad_fraction: float = setting(0.001, "Share of broken rows, 0 to 1, above which the run stops.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
@@ -13,6 +15,7 @@ from jax.sharding import Mesh
 from sparsecut_jax.data import pipeline, sources
 from sparsecut_jax.data.batch_plan import BatchPlan
 from sparsecut_jax.data.walk import FEW, stage_plan, walk_once
+from sparsecut_jax.models.losses import right_answers
 from sparsecut_jax.models.sparsecut import SparseCut
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runtime import hosts, placing, sharding
@@ -20,6 +23,7 @@ from sparsecut_jax.runtime.progress import Progress
 from sparsecut_jax.settings import Config
 from sparsecut_jax.training import loop
 from sparsecut_jax.training.bad_samples import BadSamples
+from sparsecut_jax.training.step_log import HeldOut
 
 
 def make_stage_plan(name: str, reader: pipeline.Reader, data: setup.Data, bad_samples: BadSamples) -> BatchPlan:
@@ -48,8 +52,10 @@ def batches_of(
     return pipeline.train_batches(reader, plan, cfg, (cfg.seed, span.first), step - span.first, rows, place)
 
 
-def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config, mesh: Mesh):
-    """Function from parameters to the mean loss over the held-out rows; None if there are none."""
+def make_held_out(
+    model: SparseCut, data: setup.Data, name: str, cfg: Config, mesh: Mesh
+) -> Callable[[Any], HeldOut] | None:
+    """Function from parameters to what they reach on the held-out rows; None if there are none."""
     if not cfg.eval.every or not any(map(len, data.source.holdout.values())):
         return None
     stage = cfg.stages[name]
@@ -62,14 +68,16 @@ def make_holdout_loss(model: SparseCut, data: setup.Data, name: str, cfg: Config
 
     @jax.jit
     def sums(params, batch):
-        return model.apply({"params": params}, batch, cfg.loss_chunk, method="loss")[:2]
+        total, count, seen = model.apply({"params": params}, batch, cfg.loss_chunk, method="loss")
+        right = right_answers(*seen["words"], batch, cfg.loss_chunk) if "words" in seen else ()
+        return total, count, *right
 
-    def holdout_loss(params) -> float:
+    def held_out(params) -> HeldOut:
         on_devices = (placing.place(batch, placed, here, size) for batch in batches)
-        totals = np.array([jax.device_get(sums(params, batch)) for batch in on_devices])
-        return float(totals[:, 0].sum() / totals[:, 1].sum())
+        totals = np.array([jax.device_get(sums(params, batch)) for batch in on_devices]).sum(0)
+        return HeldOut(float(totals[0] / totals[1]), float(totals[2] / totals[3]) if len(totals) > 2 else None)
 
-    return holdout_loss
+    return held_out
 
 
 def print_data(

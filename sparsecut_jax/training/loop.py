@@ -20,7 +20,7 @@ from sparsecut_jax.runtime import hosts
 from sparsecut_jax.runtime.progress import Progress, Startup
 from sparsecut_jax.settings import Config, StageConfig
 from sparsecut_jax.training.report import MetricsWriter
-from sparsecut_jax.training.step_log import StepLog
+from sparsecut_jax.training.step_log import HeldOut, StepLog
 from sparsecut_jax.types import Batch, Exit, TrainState, UserError
 
 
@@ -92,7 +92,7 @@ class Stage:
       step: the jitted training step.
       data: iterator of (Batch on the devices, bad rows found while reading it).
       note_bad: records bad rows; raises UserError above the limit.
-      holdout_loss: function of the parameters, mean loss on held-out rows; None for no evaluation.
+      held_out: function of the parameters; None for no evaluation.
       flops: function from sequence length to the model FLOPs of a batch (planning/work.py).
       peak: peak FLOP/s of all devices, 0 if unknown.
       startup: notified when the first step of the process has ended.
@@ -106,7 +106,7 @@ class Stage:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     data: Iterator[tuple[Batch, list[Bad]]]
     note_bad: Callable[[list[Bad]], None]
-    holdout_loss: Callable[[Any], float] | None
+    held_out: Callable[[Any], HeldOut] | None
     flops: Callable[[int], float]
     peak: float
     startup: Startup
@@ -139,23 +139,23 @@ def run_stage(
         cfg, stage, wiring, writer, compilations, Progress(span.last - span.first, at - span.first, span.name)
     )
     pending: tuple[int, dict[str, Any], int, int] | None = None  # a step, its metrics, its bad rows, positions of a row
-    evaluated: dict[int, float] = {}
+    evaluated: dict[int, HeldOut] = {}
     tracing = False
     # CPU devices share a thread pool, in which two steps running at once could deadlock.
     one_at_a_time = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def evaluate(step: int) -> None:
-        if stage.holdout_loss is not None and step not in evaluated:
+        if stage.held_out is not None and step not in evaluated:
             first = (
                 log.progress.busy("first evaluation on held-out rows") if not evaluated else contextlib.nullcontext()
             )
             with first:
-                evaluated[step] = stage.holdout_loss(state.params)
+                evaluated[step] = stage.held_out(state.params)
             log.held_out(step, evaluated[step])
 
     def save() -> None:
         step = int(state.step)
-        loss = evaluated.get(step) if stage.is_last else None
+        loss = evaluated[step].loss if stage.is_last and step in evaluated else None
         try:
             checkpoints.save(state, {**stage.meta, "seconds": stage.clock(), "supervised_tokens": log.supervised}, loss)
         except NotFinite as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,18 @@ from sparsecut_jax.types import Batch, Exit, UserError
 
 BAD_UPDATES_IN_A_ROW = 3
 RECENT = 20  # steps over which the displayed speed is averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What parameters reach on held-out rows.
+
+    loss: mean over the target tokens. accuracy: share of answers that are right (models/losses.py); None for a task whose
+    loss is not one over words.
+    """
+
+    loss: float
+    accuracy: float | None = None
 
 
 class StepLog:
@@ -91,9 +104,14 @@ class StepLog:
             figures += [f"{work / seconds / self.stage.peak:.1%} MFU"] if self.stage.peak else []
         return " | ".join([*figures, f"{self.supervised:,} target tokens"])
 
-    def held_out(self, step: int, loss: float) -> None:
-        self.writer.write(step, {"stage": self.span.name, "holdout_loss": loss})
-        self.progress.write(f"step {step}: held-out loss {loss:.4f}")
+    def held_out(self, step: int, reached: HeldOut) -> None:
+        line = {"stage": self.span.name, "holdout_loss": reached.loss}
+        text = f"step {step}: held-out loss {reached.loss:.4f}"
+        if reached.accuracy is not None:
+            line["holdout_accuracy"] = reached.accuracy
+            text += f", answers {reached.accuracy:.1%} right"
+        self.writer.write(step, line)
+        self.progress.write(text)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
