@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsecut_jax.types import nearest
 
-COMMANDS = ("train", "evaluate", "compare", "generate", "convert", "data", "plan", "benchmark")
+COMMANDS = ("train", "evaluate", "compare", "lab", "generate", "convert", "data", "plan", "benchmark")
 
 
 def listing() -> str:

@@ -183,6 +183,11 @@ def run_stages(cfg: Config) -> dict[str, float]:
 
             plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
+        results["model"] = {
+            "parameters": report.parameters_by_part(params),
+            "positions": model.wiring.positions,
+            "flops_per_step": stage.flops(cfg.stages[spans[-1].name].seq_len),
+        }
         results["cut_answers"] = {name: cut for name, (cut, _) in bad_samples.cut.items() if cut}
         if cfg.eval.test and data.source.tests:
             run = Run(

@@ -63,6 +63,7 @@ HEAVY = (
     "test_own_tasks",
     "test_layalign",
     "test_features",
+    "test_lab",
 )
 # Files that compile whole models or start whole commands: not part of `-m quick`.
 SLOW = (
