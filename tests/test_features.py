@@ -14,9 +14,14 @@ import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import features
 from sparsecut_jax.data.parts import Folder, Part
+from sparsecut_jax.planning.memory import Parameters
+from sparsecut_jax.planning.residuals import Residuals
+from sparsecut_jax.planning.work import by_part, products
 from sparsecut_jax.runs.features import check_frozen, converted, tower_digests
 from sparsecut_jax.runs.run import load_run
 from sparsecut_jax.runs.setup import open_data, open_weights
+from sparsecut_jax.runtime import backends
+from sparsecut_jax.settings import StageConfig
 from sparsecut_jax.train import train
 from sparsecut_jax.training import loop
 from sparsecut_jax.training.report import read_metrics
@@ -228,3 +233,19 @@ def test_a_picture_without_features_is_a_bad_sample(both, pictures):
     )
     with pytest.raises(BadSample, match="cannot be read as an image"):
         reading.read(part, "page.png")
+
+
+def test_a_plan_leaves_the_tower_out():
+    frozen = {"align": {"trainable": ("fusion/.*", "llm/.*"), "seq_len": 32, "batch_size": 2}}
+    cfg = {}
+    for dtype in ("none", "float16"):
+        raw = tiny_config(data=dict(cache_features=dtype))
+        cfg[dtype] = backends.resolve(
+            dataclasses.replace(raw, stages={**raw.stages, "align": StageConfig(**frozen["align"])}), "cpu"
+        )
+    of = {dtype: by_part(products(c, "align", Parameters(c, "align").shapes, 2, 32)) for dtype, c in cfg.items()}
+    assert of["none"]["vision"].model > 0 == of["float16"]["vision"].model
+    assert of["none"]["llm"] == of["float16"]["llm"] and of["none"]["fusion"] == of["float16"]["fusion"]
+    kept = {dtype: Residuals(c, "align") for dtype, c in cfg.items()}
+    assert kept["float16"].block == kept["none"].block == 0  # a frozen tower keeps nothing
+    assert kept["float16"].encoder.each == pytest.approx(kept["none"].encoder.each)

@@ -80,12 +80,17 @@ class Residuals:
         """By the blocks of the tower and the fusion."""
         remat = self.cfg.vision.remat
         fusion = self._encoder(_encode, remat, 1) - self._encoder(_see, remat, 1)
-        return fusion + self._encoder(_see, remat, self.tensor, stacked=True)
+        return fusion + self._encoder(_see, remat, self.tensor, stacked=True) if self._sees else fusion
 
     @functools.cached_property
     def block(self) -> float:
         """Bytes per sequence that a block of the tower makes for the backward pass."""
-        return self._encoder(_see, "none", self.tensor, stacked=True).each / self._depth
+        return self._sees and self._encoder(_see, "none", self.tensor, stacked=True).each / self._depth
+
+    @property
+    def _sees(self) -> bool:
+        """Whether the tower is run, rather than its stored outputs read."""
+        return self.cfg.data.cache_features == "none"
 
     @functools.cached_property
     def _depth(self) -> int:
@@ -157,7 +162,7 @@ def _boxed(model: SparseCut, half: Callable, leaves: tuple, structure: Any, bank
     """{path: shape and logical axes} of the parameters that a half uses, see `_inputs`."""
     batch = jax.tree.unflatten(structure, leaves)
     init = functools.partial(model.init, method=half)
-    return flatten(jax.eval_shape(init, jax.random.key(0), _inputs(model, half, batch, bank), batch)["params"])
+    return flatten(jax.eval_shape(init, jax.random.key(0), _inputs(model, half, batch, bank), batch).get("params", {}))
 
 
 def _parameters(model: SparseCut, half: Callable, *inputs: Any) -> dict[str, Any]:
