@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +22,14 @@ import numpy as np
 from sparsecut_jax.data.features import Features, Stored, digest_of, pictures_of, stored_of
 from sparsecut_jax.data.parts import Part
 from sparsecut_jax.data.pipeline import Images
+from sparsecut_jax.data.walk import FEW
 from sparsecut_jax.models import ways
 from sparsecut_jax.models.parameters import flatten
 from sparsecut_jax.models.sparsecut import SparseCut, normalised
 from sparsecut_jax.models.vit import VisionTower
 from sparsecut_jax.runs.setup import Data
 from sparsecut_jax.runtime import hosts, placing, sharding
-from sparsecut_jax.runtime.progress import Progress
+from sparsecut_jax.runtime.progress import Progress, busy
 from sparsecut_jax.settings import Config
 from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import BadSample, UserError
@@ -36,7 +38,7 @@ BLOCKS = "blocks/"  # parameters with an axis of blocks
 
 
 def check_frozen(cfg: Config, paths: list[str]) -> None:
-    """Raises UserError if a stage of the run trains the tower, or changes pictures at random. paths: of all parameters."""
+    """Raises UserError if a stage of the run trains the tower. paths: of all parameters."""
     tower = [path for path in paths if path.startswith("vision/")]
     for name in cfg.run_stages:
         for pattern in cfg.stages[name].trainable:
@@ -61,10 +63,12 @@ def with_features(data: Data, model: SparseCut, tower: Any) -> Data:
     """
     cfg, source = data.config, data.source
     parts = [*source.train.values(), *source.holdout.values(), *(source.tests.values() if cfg.eval.test else ())]
-    pictures = pictures_of(parts)
-    weights = jax.tree.map(placing.fetch, tower)
-    digests = tower_digests(weights, ways.wiring_of(cfg).levels)
-    stored = stored_of(cfg, digests, len(pictures), digest_of(pictures, source.fingerprint))
+    many = sum(map(len, parts)) > FEW
+    with busy("listing the pictures of all rows", sys.stdout) if many else contextlib.nullcontext():
+        pictures = pictures_of(parts)
+        weights = jax.tree.map(placing.fetch, tower)
+        digests = tower_digests(weights, ways.wiring_of(cfg).levels)
+        stored = stored_of(cfg, digests, len(pictures), digest_of(pictures, source.fingerprint))
     missing = [s for s in stored if not all(os.path.exists(path) for path, _ in s.shards())]
     if placing.gather(np.array(len(missing))).any():  # all have looked before anybody writes
         _store(missing, cfg, model, weights, list(pictures.values()), data.pictures)
