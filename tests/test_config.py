@@ -133,7 +133,7 @@ def test_config_is_no_group():
             "shortcuts.density",
             "spares",
             "config.shortcuts.density='spares': expected one of none, dense, sparse, explicit, random, qwen3vl, "
-            "granite4, lin_3_18_23; did you mean 'sparse'?",
+            "deepstack, granite4, lin_3_18_23; did you mean 'sparse'?",
         ),
         ("data.image_fit", "zzz", "config.data.image_fit='zzz': expected one of pad, squash, crop"),
         ("data.image_fit", ["pad"], "config.data.image_fit=['pad']: expected one of pad, squash, crop"),

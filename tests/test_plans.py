@@ -16,6 +16,7 @@ def plan(name, vit_depth, llm_depth, **settings):
     [
         ("qwen3vl", (24, 36), dict(count=3), ((5, 0), (11, 1), (17, 2))),  # as published
         ("qwen3vl", (5, 8), dict(count=4), ((0, 0), (1, 1), (2, 2), (3, 3))),
+        ("deepstack", (24, 32), dict(count=4), ((22, 1), (22, 2), (22, 3), (22, 4))),  # as published, for 2 x 2 crops
         ("granite4", (27, 40), {}, ((26, 0), (20, 3), (14, 6), (8, 9))),  # as published
         ("granite4", (24, 32), {}, ((23, 0), (18, 2), (12, 5), (7, 7))),
         ("granite4", (5, 8), {}, ((4, 0), (3, 1), (2, 2), (1, 3))),
@@ -56,6 +57,7 @@ SHALLOW = "the vision tower has 3 blocks (0 to 2) and the LLM 2 layers (0 to 1)"
         ("random", 3, "cannot pick shortcuts.count=3 different levels and layers (expected 1 to 2)"),
         ("random", 0, "cannot pick shortcuts.count=0 different levels and layers (expected 1 to 2)"),
         ("qwen3vl", 3, "cannot add shortcuts.count=3 levels below the last one after as many layers (expected 1 to 2)"),
+        ("deepstack", 2, "cannot enter shortcuts.count=2 layers from layer 1 on (expected 1 to 1 layers)"),
         ("granite4", 8, "needs 4 blocks and 4 layers or more"),
         ("lin_3_18_23", 8, "needs 4 blocks or more"),
     ],

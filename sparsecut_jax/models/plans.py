@@ -6,6 +6,7 @@ random       count levels and count layers, all different: the levels in random 
 qwen3vl      count levels, the shallowest first, after layers 0, 1, ...: level i R // (count + 1) - 1, i from 1. For the
              published tower of 24 blocks and 3 levels these are Qwen3-VL's 5, 11 and 17; its tower of 27 blocks has 8, 16
              and 24, which follow no common rule: give these as explicit pairs
+deepstack    DeepStack: the second-to-last block before layers 1, 2, ..., count of them
 granite4     Granite 4 Vision: of 27 blocks 26, 20, 14 and 8 before layers 0, 3, 6 and 9 of 40, so the deepest comes first
              and all enter the lower part of the LLM. Other depths: hidden state nearest to h R / 27, layer nearest to l L / 40,
              and layers 0 to 3 of an LLM of less than 14, as the way of fusing of this name
@@ -48,6 +49,16 @@ def qwen3vl(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
     return [i * vit_depth // (cfg.count + 1) - 1 for i in range(1, cfg.count + 1)], list(range(cfg.count))
 
 
+def deepstack(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
+    if vit_depth < 2:
+        raise UserError("needs 2 blocks or more")
+    if not 1 <= cfg.count < llm_depth:
+        raise UserError(
+            f"cannot enter shortcuts.count={cfg.count} layers from layer 1 on (expected 1 to {llm_depth - 1} layers)"
+        )
+    return [vit_depth - 2] * cfg.count, list(range(1, cfg.count + 1))
+
+
 def granite4(cfg: ShortcutConfig, vit_depth: int, llm_depth: int) -> Lists:
     if min(vit_depth, llm_depth) < 4:
         raise UserError("needs 4 blocks and 4 layers or more")
@@ -67,6 +78,6 @@ def rounded(dividend: int, divisor: int) -> int:
     return (2 * dividend + divisor) // (2 * divisor)
 
 
-NAMED = {plan.__name__: plan for plan in (random, qwen3vl, granite4, lin_3_18_23)}
-COUNTED = ("sparse", "random", "qwen3vl")  # plans that read shortcuts.count
+NAMED = {plan.__name__: plan for plan in (random, qwen3vl, deepstack, granite4, lin_3_18_23)}
+COUNTED = ("sparse", "random", "qwen3vl", "deepstack")  # plans that read shortcuts.count
 AFTER = ("qwen3vl",)  # plans that add after the layer, whatever shortcuts.position

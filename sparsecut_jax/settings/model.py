@@ -71,12 +71,14 @@ class InjectingConfig:
 class ShortcutConfig:
     """Which tower levels enter which LLM layers. The defaults are the paper's plan."""
 
-    density: Literal["none", "dense", "sparse", "explicit", "random", "qwen3vl", "granite4", "lin_3_18_23"] = setting(
+    density: Literal[
+        "none", "dense", "sparse", "explicit", "random", "qwen3vl", "deepstack", "granite4", "lin_3_18_23"
+    ] = setting(
         "sparse",
         "Levels with a shortcut: none, all (dense), count of them (sparse), vit_levels (explicit); or a whole plan by name, "
         "see models/plans.py.",
     )
-    count: int = setting(8, "Number of levels of a sparse, random or qwen3vl plan.")
+    count: int = setting(8, "Number of shortcuts of a sparse, random, qwen3vl or deepstack plan.")
     seed: int = setting(0, "Seed of a random plan.")
     distribution: Literal["uniform", "bottom", "top"] = setting(
         "uniform", "LLM layers that shortcuts enter: evenly spaced, the first ones (bottom) or the last ones (top)."
