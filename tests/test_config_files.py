@@ -85,7 +85,7 @@ def test_imports_find_the_sibling_and_then_the_shipped(elsewhere, monkeypatch, s
 
 
 def test_a_file_that_is_nowhere(elsewhere):
-    near = re.escape("config file 'configs/bse.py' does not exist; configs has base.py, fusion.py, llava.py")
+    near = re.escape("config file 'configs/bse.py' does not exist; configs has base.py, fusion.py, lab.py, llava.py")
     with pytest.raises(UserError, match=near):
         config_files.find("configs/bse.py")
     for path in ("base.py", "other/base.py", f"{elsewhere}/configs/base.py"):  # only configs/NAME.py is a shipped name
