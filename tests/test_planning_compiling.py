@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from runs import command, finish
-from sparsecut_jax.planning.compiling import Collective, collectives_of
+from sparsecut_jax.planning.collectives import Collective, collectives_of
 from sparsecut_jax.runtime.hardware import GIB
 from sparsecut_jax.runtime.sharding import make_mesh
 

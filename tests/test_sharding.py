@@ -18,6 +18,8 @@ from configs import siglip_qwen, sparsecut
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models.parameters import split
+from sparsecut_jax.planning.collectives import collectives_of, gathered_activations, weight_shapes
+from sparsecut_jax.planning.memory import Parameters
 from sparsecut_jax.runs.parameters import abstract_params, stage_dtypes
 from sparsecut_jax.runtime import backends, sharding
 from sparsecut_jax.settings import StageConfig
@@ -41,8 +43,12 @@ ROWS = [[1, 5, IMAGE, 7, 8, 9], [1, 20, 21, 22, 23, 24], [1, IMAGE, 11, IMAGE, 1
 ANSWERS = [2, 5, 1, 4, 3, 1, 1, 2]
 
 
+def named(sizes):
+    return dict(zip(sharding.MESH_AXES, sizes, strict=True))
+
+
 def mesh_of(sizes):
-    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+    return sharding.make_mesh(named(sizes))
 
 
 # --- the compiled step ---
@@ -65,7 +71,7 @@ def problem():
     step = make_train_step(
         model, matrices_of(model), STAGE, recorder(), lambda _: 0.1, first_step=0, seed=0, loss_chunk=CHUNK
     )
-    return model, params_of(model, batch), batch, step
+    return model, params_of(model, batch), batch, step, Parameters(cfg, "instruct")
 
 
 def state_of(params):
@@ -80,7 +86,7 @@ def boxed(model, batch):
 @pytest.fixture(scope="module")
 def single(problem):
     """(loss, gradients) of one device."""
-    _, params, batch, step = problem
+    _, params, batch, step, _ = problem
     alone = jax.jit(step).lower(state_of(params), batch).compile()
     state, metrics = alone(state_of(params), batch)
     return metrics["loss"], jax.tree.map(np.asarray, state.opt_state)
@@ -89,7 +95,7 @@ def single(problem):
 @pytest.fixture(scope="module", params=MESHES, ids=str)
 def meshed(request, problem):
     """(sizes, compiled step, lowered text, loss, gradients) on a mesh of eight devices."""
-    model, params, batch, step = problem
+    model, params, batch, step, _ = problem
     mesh = mesh_of(request.param)
     with jax.set_mesh(mesh):
         shardings = sharding.param_shardings(boxed(model, batch), mesh)
@@ -134,40 +140,16 @@ def test_constraints_reach_the_compiler(meshed):
         assert f"{B},{length},{width}]" not in compiled
 
 
-def gathered_activations(text, allowed):
-    """All-gathers in HLO text whose result is not of a shape in `allowed`: [(shape, op_name)]. Word ids do not count."""
-    found = []
-    for line in text.splitlines():
-        match = re.search(r"= (.+?) all-gather(?:-start)?\(", line)
-        if not match:
-            continue
-        name = re.search(r'op_name="([^"]*)"', line)
-        shapes = [
-            tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\b(?!s32)\w+\[([\d,]*)\]", match[1])
-        ]
-        assert shapes or "s32[" in match[1], line
-        if "all-gather-start(" in line:
-            shapes = shapes[len(shapes) // 2 :]  # operands, then results
-        found += [(shape, name[1] if name else "") for shape in shapes if shape not in allowed]
-    return found
-
-
-def parameter_shapes(params, sizes):
-    """Shapes of parameters, of one layer of a stack, and of shards of both along the axes of the mesh."""
-    ways = {math.prod(taken) for taken in itertools.product(*((1, size) for size in sizes))}
-    shapes = set()
-    for path, leaf in split(params, (".*",))[0].items():
-        stacked = "blocks/" in path or "layers/" in path
-        for shape in {leaf.shape} | ({leaf.shape[1:], (1, *leaf.shape[1:])} if stacked else set()):
-            for cut in itertools.product(ways, repeat=len(shape)):
-                if all(n % c == 0 for n, c in zip(shape, cut, strict=True)):
-                    shapes.add(tuple(n // c for n, c in zip(shape, cut, strict=True)))
-    return shapes
+def gathered(text, allowed):
+    """[(shape, op_name)] of what all-gathers of anything but weights of these shapes return."""
+    return [
+        (shape, each.origin) for each in gathered_activations(collectives_of(text), allowed) for shape in each.shapes
+    ]
 
 
 def test_no_activation_is_gathered(meshed, problem):
     sizes, compiled, *_ = meshed
-    assert gathered_activations(compiled, parameter_shapes(problem[1], sizes)) == []
+    assert gathered(compiled, weight_shapes(problem[-1], named(sizes))) == []
 
 
 def test_parameters_are_gathered_where_they_are_split(meshed):
@@ -179,7 +161,7 @@ def test_parameters_are_gathered_where_they_are_split(meshed):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_planted_gather_is_found(problem, sizes):
     """Hidden states pinned to the batch axes and then to none, in a scanned layer, as in the step."""
-    allowed = parameter_shapes(problem[1], sizes)
+    allowed = weight_shapes(problem[-1], named(sizes))
 
     def layer(x, _):
         x = sharding.constrain(jnp.tanh(x), "batch", "length", "act_embed")
@@ -189,13 +171,14 @@ def test_a_planted_gather_is_found(problem, sizes):
     with jax.set_mesh(mesh_of(sizes)):
         planted = jax.jit(lambda x: jax.lax.scan(layer, x, length=3)[0])
         text = planted.lower(np.ones((B, T, 32), np.float32)).compile().as_text()
-    shapes = {shape for shape, _ in gathered_activations(text, allowed)}
+    shapes = {shape for shape, _ in gathered(text, allowed)}
     assert any(sorted(shape)[-3:] == sorted((B, T, 32)) for shape in shapes), shapes
 
 
 def test_reading_hlo():
     """Plain, asynchronous and combined all-gathers; what is allowed is not reported, nor are ids."""
     text = """
+ENTRY %main (x: f32[]) -> f32[] {
   %a = f32[8,22,32]{2,1,0} all-gather(%x), dimensions={0}, metadata={op_name="jit(f)/tanh" stack_frame_id=1}
   %b = f32[32,48]{1,0} all-gather(%y), dimensions={0}, metadata={op_name="jit(f)/dot"}
   %c = (f32[2,22]{1,0}, f32[8,22]{1,0}) all-gather-start(%z), dimensions={0}
@@ -204,13 +187,13 @@ def test_reading_hlo():
   %g = s32[8,22]{1,0} all-gather(%w), dimensions={0}
   %f = f32[4,22]{1,0} all-reduce(%all-gather), metadata={op_name="all-gather(x)"}
 """
-    assert gathered_activations(text, {(32, 48)}) == [((8, 22, 32), "jit(f)/tanh"), ((8, 22), ""), ((8,), "")]
+    assert gathered(text, {(32, 48)}) == [((8, 22, 32), "jit(f)/tanh"), ((8, 22), ""), ((32, 48), ""), ((8,), "")]
 
 
 def test_activations_do_not_look_like_parameters(problem):
     """What the planted test finds, and the merged forms [B * T, D] on any mesh, are no shapes of parameters."""
     for sizes in MESHES:
-        allowed = parameter_shapes(problem[1], sizes)
+        allowed = weight_shapes(problem[-1], named(sizes))
         assert (32, 48) in allowed and (3, 32, 4, 8) in allowed and (32, 4, 8) in allowed
         for rows in (1, 2, 4, 8):
             for width in (4, 8, 16, 24, 32, 48, 64):
@@ -301,7 +284,7 @@ def test_meshes_are_all_there_are():
 
 
 def test_param_shardings(problem):
-    model, _, batch, _ = problem
+    model, _, batch, *_ = problem
     mesh = mesh_of((1, 2, 2, 2))
     tree = sharding.param_shardings(boxed(model, batch), mesh)
     specs = {path: leaf.spec for path, leaf in split(tree, (".*",))[0].items()}

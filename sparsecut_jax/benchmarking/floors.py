@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsecut_jax.models.llm import Cache
-from sparsecut_jax.models.parameters import unflatten
 from sparsecut_jax.models.sparsecut import SparseCut
-from sparsecut_jax.planning import work
-from sparsecut_jax.planning.jaxprs import traced
+from sparsecut_jax.planning import generation, work
 from sparsecut_jax.settings import Config
 
 OF = {"tower": ("vision",), "encode": ("vision", "fusion")}  # parts of planning/work.py
@@ -55,30 +53,19 @@ def of_training(cfg: Config, name: str, shapes: work.Shapes, part: str, predicte
 
 
 def of_prefill(cfg: Config, name: str, shapes: work.Shapes, rows: int) -> Floor:
-    """The floor of reading `rows` whole sequences, with logits of one position each."""
-    length = cfg.stages[name].seq_len
-    products = work.products(cfg, name, shapes, rows, length, again=False)
+    """The floor of reading `rows` whole sequences, whose images are encoded, with logits of one position each."""
+    products = generation.of_prefill(cfg, name, shapes, rows, cfg.stages[name].seq_len)
     products = [p for p in products if p.part in ("llm", "loss")]
-    flops = sum(p.flops / (length if p.part == "loss" else 1) for p in products)
-    moved = sum(p.moved * (p.part != "loss") + rows * p.weights for p in products) * _itemsize(cfg)
-    return Floor(flops, moved, flops)
+    flops = sum(p.flops for p in products)
+    return Floor(flops, sum(p.moved + rows * p.weights for p in products) * _itemsize(cfg), flops)
 
 
 def of_decode(model: SparseCut, shapes: work.Shapes, cache: Cache) -> Floor:
     """The floor of one more token in every row of a cache, all of which is read: also what injections keep beside it."""
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-    params = {path: of(model.dtype, *shape) for path, shape in shapes.items()}
-    rows, seen = cache.positions.shape
-
-    def decode(
-        moving: dict, frozen: dict, cache: Cache, token: jax.Array, visible: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        return model.apply({"params": unflatten(frozen)}, token, token, visible, cache, method="decode")
-
-    products = traced(decode, {}, params, cache, of(jnp.int32, rows), of(bool, rows, seen))
+    products = generation.of_decode(model, shapes, cache)
     flops = sum(p.flops for p in products)
     read = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v, cache.sources)))
-    return Floor(flops, rows * sum(p.weights for p in products) * model.dtype.itemsize + read, flops)
+    return Floor(flops, len(cache.positions) * sum(p.weights for p in products) * model.dtype.itemsize + read, flops)
 
 
 def _itemsize(cfg: Config) -> int:

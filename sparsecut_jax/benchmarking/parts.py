@@ -19,10 +19,10 @@ from sparsecut_jax.benchmarking.peaks import Peak, seconds
 from sparsecut_jax.data import pipeline
 from sparsecut_jax.data.batches import slots_of, spec_of
 from sparsecut_jax.data.walk import stage_plan, walk
-from sparsecut_jax.inference.decoding import encode_images, generate, read_prompts
+from sparsecut_jax.inference.decoding import encode_images, generate
 from sparsecut_jax.models import ways
-from sparsecut_jax.models.llm import Cache
 from sparsecut_jax.models.parameters import split
+from sparsecut_jax.planning import generation
 from sparsecut_jax.planning.compiling import step_of
 from sparsecut_jax.runs import setup
 from sparsecut_jax.runs.parameters import init_params
@@ -238,21 +238,11 @@ class Bench:
         each = [max(0.0, s - prefill) / (self.new - 1) for s in others]
         if not statistics.median(each):  # an answer took no longer than its first token
             return Timed("decode", "decode, per token", each, first, rate="too short to measure; set a larger --new")
-        floor = floors.of_decode(self.model, self.shapes, self._cache())
+        prompts = jax.tree.map(lambda x: x[:rows], self.batch)
+        cache = generation.cache_of(self.model, self.shaped.abstract(), prompts, self.new)
+        floor = floors.of_decode(self.model, self.shapes, cache)
         rate = f"{rows / statistics.median(each):,.1f} tokens/s"
         return Timed("decode", "decode, per token", each, first, floor.flops, floor.bytes, rate=rate)
-
-    def _cache(self) -> Cache:
-        """The shapes of the cache with which an answer of `new` tokens is generated."""
-        row = jax.tree.map(lambda x: x[: sharding.data_parallel()], self.batch)
-
-        def prefill(params: Any, row: Batch) -> Cache:
-            params = jax.tree.map(lambda x: x.astype(self.dtype), params)
-            encoded = encode_images(self.model, params, row.views, row.extras.get("question"))
-            length = np.full(len(row.tokens), self.stage.seq_len, np.int32)
-            return read_prompts(self.model, params, row.tokens, length, row.image_start, encoded, self.new)[1]
-
-        return jax.eval_shape(prefill, self.shaped.abstract(), row)
 
     # ------------------------------------------------------------------------------------------------------------------
     # input

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsecut_jax.runtime.tables import markdown
 from sparsecut_jax.training.report import read_metrics
 from sparsecut_jax.types import UserError
 
@@ -150,11 +151,6 @@ def tables(records: Sequence[Record]) -> str:
     ]
     names = [kind.split("_")[-1] for kind in kinds]
     return f"{markdown(heads, first)}\n\n{markdown(['arm', *names], second)}\n"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    line = lambda cells: f"| {' | '.join(cells)} |"
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 
 def save_curves(path: str, records: Sequence[Record]) -> None:

@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from sparsecut_jax import settings
 from sparsecut_jax.models import fusing, injecting
 from sparsecut_jax.models.interfaces import Wiring
 from sparsecut_jax.settings import Config, setting
+from sparsecut_jax.types import UserError, nearest
 
 
 def _ways_in(package: ModuleType) -> dict[str, ModuleType]:
@@ -27,6 +28,16 @@ def _ways_in(package: ModuleType) -> dict[str, ModuleType]:
 
 FUSING = _ways_in(fusing)
 INJECTING = _ways_in(injecting)
+
+
+def chosen(names: Collection[str]) -> list[str]:
+    """The ways of fusing that --ways lists, each once; "all" stands for every one. Raises UserError for an unknown one."""
+    listed = [way for name in names for way in (FUSING if name == "all" else [name])]
+    for name in listed:
+        if name not in FUSING:
+            known = ("all", *FUSING)
+            raise UserError(f"--ways: unknown way {name!r}{nearest(name, known)}; expected some of {', '.join(known)}")
+    return list(dict.fromkeys(listed))
 
 
 def own_settings(group: Any, name: str, ways: Mapping[str, ModuleType]) -> Any:

@@ -22,6 +22,7 @@ from sparsecut_jax.data.batch_plan import Lengths, make_plan
 from sparsecut_jax.data.sources import load_source
 from sparsecut_jax.models import ways
 from sparsecut_jax.planning import compiling, memory, work
+from sparsecut_jax.planning.collectives import Collective, crossing
 from sparsecut_jax.planning.memory import Bytes, Parameters
 from sparsecut_jax.planning.search import During, settings_that_fit, step_products
 from sparsecut_jax.runs import setup
@@ -104,7 +105,7 @@ def answer(cfg: Config, request: PlanRequest, during: During = contextlib.nullco
         "settings": _settings(cfg, name),
         "bytes_per_chip": _bytes(needed, expected, topology, source, fits),
         "flops_per_step": {part: dataclasses.asdict(w) for part, w in flops.items()},
-        "collectives": compiling.crossing(collectives, topology) if collectives is not None else {},
+        "collectives": crossing(collectives, topology) if collectives is not None else {},
         "time": _time(cfg, request, flops["total"].model, line, parameters, steps) if line else {},
         "notes": opened.notes + _share_note(topology, needed) + _time_note(topology),
     }
@@ -115,7 +116,7 @@ def answer(cfg: Config, request: PlanRequest, during: During = contextlib.nullco
 
 def _needed(
     cfg: Config, request: PlanRequest, expected: Bytes, during: During
-) -> tuple[Bytes | compiling.TooLarge, str, list[compiling.Collective] | None]:
+) -> tuple[Bytes | compiling.TooLarge, str, list[Collective] | None]:
     """Memory of the step, the source of that figure, and the step's collectives, if it was compiled."""
     if request.topology.chip.platform != "tpu":
         return expected, "analytic model", None

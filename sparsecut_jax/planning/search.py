@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparsecut_jax.planning import compiling, memory, work
+from sparsecut_jax.planning.collectives import crossing
 from sparsecut_jax.planning.jaxprs import Product
 from sparsecut_jax.planning.memory import Bytes, Parameters, Sizes
 from sparsecut_jax.planning.residuals import Residuals
@@ -83,7 +84,7 @@ def settings_that_fit(
                 compiled, collectives = compiling.ask(tried, name, topology, option.bytes)
             shown["compiled"] = compiled.total if isinstance(compiled, Bytes) else compiled.reason
             if isinstance(compiled, Bytes):
-                shown["compiled_seconds"] = max(option.seconds, compiling.crossing(collectives, topology)["seconds"])
+                shown["compiled_seconds"] = max(option.seconds, crossing(collectives, topology)["seconds"])
                 break
     if not options:
         larger = smallest(cfg, name, topology, parameters)

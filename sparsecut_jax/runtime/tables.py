@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 
 def size_text(size: int) -> str:
@@ -20,3 +21,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     )
     return "\n".join("  " + line(row).rstrip() for row in [head, *rows])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
