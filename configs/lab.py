@@ -22,7 +22,7 @@ from sparsecut_jax.config import check, variant_arguments
 from sparsecut_jax.models import levels, ways
 
 NONE = {"shortcuts.density": "none"}
-BLOCK_4 = {"vision.select_layer": 5}  # fine details are easiest to read there: docs/fusions.md
+BLOCK_4 = {"vision.select_layer": 5}  # the output of block 4, a third of the way up the tower
 CONTROLS = {
     "llava": {"fusion.name": "mlp", **NONE},
     "llava_block4": {"fusion.name": "mlp", **NONE, **BLOCK_4},

@@ -12,6 +12,7 @@ command goes on after a kill, and adds seeds or arms later. The checkpoints of a
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from absl import flags
@@ -31,6 +33,8 @@ from sparsecut_jax.runtime.folders import make_folder, print_files
 from sparsecut_jax.types import UserError, nearest
 
 FLAGS = flags.FLAGS
+RECORDS = "lab.jsonl"
+Records = dict[tuple[str, int], Record]  # by arm and seed
 
 
 def main() -> None:
@@ -42,8 +46,8 @@ def main() -> None:
     file, _, variant = FLAGS.config.partition(":")
     config = _loaded(file)
     chosen = _chosen(file, config)
-    path = os.path.join(out, "lab.jsonl")
-    records = {(record.arm, record.seed): record for record in arms.read_records(path)}
+    path = os.path.join(out, RECORDS)
+    records: Records = {(record.arm, record.seed): record for record in arms.read_records(path)}
     # Seed by seed: a comparison that is cut short has as many of one arm as of another.
     wanted = [(arm, seed) for seed in range(FLAGS.seeds) for arm in chosen]
     asked = {arm: _digest(config, arm, variant) for arm in chosen}
@@ -60,7 +64,7 @@ def main() -> None:
             f"{len(wanted) - len(missing)} of {len(wanted)} runs are recorded in {path}; {len(missing)} to go",
             flush=True,
         )
-        failed = _run_all(missing, out, file, variant, asked, records, path)
+        failed = _record_all(missing, out, file, variant, asked, records)
     done = [records[each] for each in wanted if each in records]
     if not done:
         raise UserError(f"{path} has no finished run of {', '.join(chosen)}")
@@ -70,53 +74,57 @@ def main() -> None:
         written.write(text)
     arms.save_curves(os.path.join(out, "lab.png"), done)
     print(f"written to {out}:")
-    print_files(out, {"lab.md": "these tables", "lab.png": "the learning curves", "lab.jsonl": "a record of every run"})
+    print_files(out, {"lab.md": "these tables", "lab.png": "the learning curves", RECORDS: "a record of every run"})
     if failed:
         (arm, seed), reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed; the first, {arm} with seed {seed}: {reason}")
 
 
-def _run_all(
-    missing: list[tuple[str, int]],
-    out: str,
-    file: str,
-    variant: str,
-    asked: dict[str, str],
-    records: dict[tuple[str, int], Record],
-    path: str,
+def _record_all(
+    missing: list[tuple[str, int]], out: str, file: str, variant: str, asked: dict[str, str], records: Records
 ) -> dict[tuple[str, int], str]:
-    """Trains what is missing and records it; returns {(arm, seed): why it failed}."""
-    waiting, running, failed = collections.deque(missing), {}, {}
+    """Trains what is missing and adds it to `records` and to lab.jsonl; returns {(arm, seed): why it failed}."""
+    failed = {}
+    folder_of = lambda arm, seed: os.path.join(out, f"{arm}-{seed}")
+    start = lambda arm, seed: _start(f"{file}:{_joined(arm, variant)}", folder_of(arm, seed), seed)
+    with contextlib.closing(_ended(missing, start)) as ended:
+        for number, ((arm, seed), code, seconds) in enumerate(ended, 1):
+            folder, name = folder_of(arm, seed), f"[{number}/{len(missing)}] {arm}, seed {seed}"
+            if code:
+                failed[arm, seed] = _last_line(f"{folder}.txt")
+                print(f"{name}: failed, see {folder}.txt: {failed[arm, seed]}", flush=True)
+                continue
+            record = records[arm, seed] = arms.record_of(folder, arm, seed, asked[arm])
+            arms.write_records(os.path.join(out, RECORDS), records.values())
+            shutil.rmtree(os.path.join(folder, "checkpoints"), ignore_errors=True)
+            reached = f"learning curve {record.learning:.1%}, test {record.final():.1%}"
+            print(f"{name}: {reached}, in {seconds:.0f} s", flush=True)
+    return failed
+
+
+def _ended(
+    waiting: Sequence[tuple[str, int]], start: Callable[[str, int], subprocess.Popen]
+) -> Iterator[tuple[tuple[str, int], int, float]]:
+    """Starts the runs, --jobs at a time, and yields each as it ends, with its exit code and the seconds that it took.
+
+    Runs that have not ended when this is closed are told to: they save, and the next start resumes them.
+    """
+    waiting, running = collections.deque(waiting), {}
     try:
         while waiting or running:
             while waiting and len(running) < FLAGS.jobs:
-                arm, seed = waiting.popleft()
-                folder = os.path.join(out, f"{arm}-{seed}")
-                running[arm, seed] = _start(f"{file}:{_joined(arm, variant)}", folder, seed), folder, time.monotonic()
+                each = waiting.popleft()
+                running[each] = start(*each), time.monotonic()
             time.sleep(0.2)
-            for (arm, seed), (process, folder, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[arm, seed]
-                number = f"[{len(missing) - len(waiting) - len(running)}/{len(missing)}]"
-                name = f"{number} {arm}, seed {seed}"
-                if process.returncode:
-                    failed[arm, seed] = _last_line(f"{folder}.txt")
-                    print(f"{name}: failed, see {folder}.txt: {failed[arm, seed]}", flush=True)
-                    continue
-                record = records[arm, seed] = arms.record_of(folder, arm, seed, asked[arm])
-                arms.write_records(path, records.values())
-                shutil.rmtree(os.path.join(folder, "checkpoints"), ignore_errors=True)
-                print(
-                    f"{name}: learning curve {record.learning:.1%}, test {record.final():.1%}, in {time.monotonic() - began:.0f} s",
-                    flush=True,
-                )
+            for each, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[each]
+                    yield each, process.returncode, time.monotonic() - began
     finally:
-        for process, _, _ in running.values():
-            process.terminate()  # a run saves and ends; the next start resumes it
-        for process, _, _ in running.values():
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
             process.wait()
-    return failed
 
 
 def _start(config: str, folder: str, seed: int) -> subprocess.Popen:

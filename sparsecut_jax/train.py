@@ -184,7 +184,7 @@ def run_stages(cfg: Config) -> dict[str, float]:
             plots.save_loss(os.path.join(cfg.workdir, "loss.png"), report.read_metrics(cfg.workdir))
         results = {"step": step, "skipped_updates": skipped, "bad_samples": bad_samples.counts()}
         results["model"] = {
-            "parameters": report.parameters_by_part(params),
+            "parameters": {part: report.count(tree) for part, tree in params.items()},
             "positions": model.wiring.positions,
             "flops_per_step": stage.flops(cfg.stages[spans[-1].name].seq_len),
         }

@@ -30,7 +30,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
-from sparsecut_jax.runtime import sharding
+import runs
 from tiny import Tiny
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -44,9 +44,7 @@ def tiny() -> Tiny:
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Training in this process takes one of its eight devices: that compiles in a third of the time."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:1]))
+    runs.take_one_device(monkeypatch)
 
 
 HEAVY = (

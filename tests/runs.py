@@ -11,10 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from sparsecut_jax import config as config_lib
+from sparsecut_jax.runs.run import load_run
+from sparsecut_jax.runtime import sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = ("red", "blue", "green", "yellow")
@@ -36,6 +41,16 @@ def draw_rows(folder: Path, count: int = 24) -> Path:
         rows.append({"id": str(i), "image": f"{i}.png", "independent": True, "conversations": conversation})
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
+    return path
+
+
+def draw_rows_behind_broken_ones(folder: Path, *names: str) -> Path:
+    """`draw_rows`, with a row for each of `names` in front; "page.png" exists, but is no picture."""
+    path = draw_rows(folder)
+    (folder / "page.png").write_text("<html></html>")
+    turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
+    faults = [{"id": name, "image": name, "conversations": turns} for name in names]
+    path.write_text(json.dumps(faults + json.loads(path.read_text())))
     return path
 
 
@@ -77,6 +92,24 @@ def write_config(path: Path, config: ConfigDict) -> Path:
         "    return ConfigDict(walk(tree))\n"
     )
     return path
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    """The parameters of a run, by their path."""
+    params = load_run(str(workdir), text=False).params
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def take_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Training in this process takes one of its eight devices: that compiles in a third of the time."""
+    make_mesh = sharding.make_mesh
+    patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1]))
 
 
 def with_devices(count: int) -> dict[str, str]:

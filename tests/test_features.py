@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ import runs
 from sparsecut_jax import config as config_lib
 from sparsecut_jax.data import features
 from sparsecut_jax.data.parts import Folder, Part
+from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.planning.memory import Parameters
 from sparsecut_jax.planning.residuals import Residuals
 from sparsecut_jax.planning.work import by_part, products
@@ -35,11 +35,7 @@ FILES = 2 * 3  # low-res view and crops of the main feature's block and two shor
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    path = runs.draw_rows(folder)
-    (folder / "page.png").write_text("<html></html>")
-    turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
-    rows = [{"id": "page", "image": "page.png", "conversations": turns}, *json.loads(path.read_text())]
-    path.write_text(json.dumps(rows))
+    runs.draw_rows_behind_broken_ones(folder, "page.png")
     return folder
 
 
@@ -60,27 +56,15 @@ def logged(workdir: Path) -> list[tuple]:
     return [tuple(line.get(name) for name in names) for line in lines]
 
 
-def parameters(workdir: Path) -> dict[str, np.ndarray]:
-    run = load_run(str(workdir), text=False)
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(run.params)[0]}
-
-
 @pytest.fixture(scope="module")
 def both(pictures, tmp_path_factory):
     """Workdirs of two runs that differ in nothing but what they read, pixels or stored features."""
     folder = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
-        one_device(patch)
+        runs.take_one_device(patch)
         train(config_of(pictures, folder / "pixels"))
         train(stored(pictures, folder / "stored"))
     return folder
-
-
-def one_device(patch) -> None:
-    from sparsecut_jax.runtime import sharding
-
-    make_mesh = sharding.make_mesh
-    patch.setattr(sharding, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:1]))
 
 
 def test_training_on_features_equals_training_on_pixels(both):
@@ -102,9 +86,7 @@ def test_with_the_flags_of_users_it_is_bit_equal(pictures, tmp_path):
         code, _, err = runs.finish(runs.command("train", f"--config={path}", XLA_FLAGS=""))
         assert code == 0, err
     assert logged(tmp_path / "stored") == logged(tmp_path / "pixels")
-    one, other = parameters(tmp_path / "stored"), parameters(tmp_path / "pixels")
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    runs.assert_same(runs.parameters(tmp_path / "stored"), runs.parameters(tmp_path / "pixels"))
 
 
 def test_levels_are_standardised(both):
@@ -147,9 +129,7 @@ def test_a_stopped_run_goes_on_with_them(both, pictures, one_device, monkeypatch
     assert len(logged(both / "stopped")) < len(logged(both / "stored"))
     train(cfg)
     assert logged(both / "stopped") == logged(both / "stored")
-    one, other = parameters(both / "stopped"), parameters(both / "stored")
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    runs.assert_same(runs.parameters(both / "stopped"), runs.parameters(both / "stored"))
 
 
 def test_a_trained_tower_is_refused(pictures, tmp_path):
@@ -228,9 +208,8 @@ def test_a_picture_without_features_is_a_bad_sample(both, pictures):
     numbers = {key: i for i, key in enumerate(features.pictures_of(data.source.train.values()))}
     folder = both / "features"
     found = [features.Stored(str(p), 0, slice(0, 1), 25, (1, 4, 16), "float32") for p in folder.glob("*-low-*")][:1]
-    reading = features.Features(
-        dataclasses.replace(cfg, fusion=dataclasses.replace(cfg.fusion, name="mlp")), numbers, found
-    )
+    mlp = dataclasses.replace(cfg, fusion=dataclasses.replace(cfg.fusion, name="mlp"))
+    reading = features.Features(mlp, Images(mlp), numbers, found)
     with pytest.raises(BadSample, match="cannot be read as an image"):
         reading.read(part, "page.png")
 

@@ -429,8 +429,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device():
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1]))
+        runs.take_one_device(patch)
         yield
 
 

@@ -60,12 +60,6 @@ def test_a_dtype_that_is_asked_for_is_that_of_all(dtype):
     assert set(dtypes("align", param_dtype=dtype).values()) == {dtype}
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, *_: make_mesh(sizes, jax.devices()[:1]))
-
-
 def test_a_run_in_bfloat16(tmp_path, one_device):
     """LLM frozen in both stages: stored in bfloat16, resumed with the same bits, and asked as it was trained."""
     runs.draw_rows(tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import runs
+from runs import assert_same, parameters
 from sparsecut_jax import config as config_lib
 from sparsecut_jax import train as train_lib
 from sparsecut_jax.convert import to_hf
@@ -29,11 +30,7 @@ from sparsecut_jax.types import Exit, UserError
 def pictures(tmp_path_factory) -> Path:
     """24 good rows, and in front of them two whose pictures are broken."""
     folder = tmp_path_factory.mktemp("pictures")
-    path = runs.draw_rows(folder)
-    (folder / "page.png").write_text("<html></html>")
-    turns = [{"from": "human", "value": "<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
-    faults = [{"id": name, "image": name, "conversations": turns} for name in ("page.png", "nowhere.png")]
-    path.write_text(json.dumps(faults + json.loads(path.read_text())))
+    runs.draw_rows_behind_broken_ones(folder, "page.png", "nowhere.png")
     return folder
 
 
@@ -46,17 +43,6 @@ def unbroken(pictures, tmp_path_factory) -> Path:
     assert (code, err) == (0, ""), err
     (folder / "stdout.txt").write_text(out)
     return folder / "run"
-
-
-def parameters(workdir: Path) -> dict[str, np.ndarray]:
-    run = load_run(str(workdir))
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_flatten_with_path(run.params)[0]}
-
-
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 def losses(workdir: Path) -> dict[int, float]:

@@ -42,25 +42,40 @@ def key_of(part: Part, entry: str | bytes) -> Key:
     return os.path.join(part.pictures.path if isinstance(part.pictures, Folder) else part.name, entry)
 
 
-def pictures_of(parts: Iterable[Part]) -> dict[Key, tuple[Part, int, int]]:
-    """{key: part, row and place in the row of the first row that names it} of all pictures, in the order of the rows."""
-    found: dict[Key, tuple[Part, int, int]] = {}
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture, by the first row that has it: number `place` of row `row` of `part`. name: "" if it is bytes, which the row holds."""
+
+    part: Part
+    row: int
+    place: int
+    name: str
+
+    @property
+    def entry(self) -> str | bytes:
+        return self.name or images_of(self.part.row(self.row))[self.place]
+
+
+def pictures_of(parts: Iterable[Part]) -> dict[Key, Picture]:
+    """All pictures, in the order of the rows."""
+    found: dict[Key, Picture] = {}
     for part in parts:
         for i in range(len(part)):
             with contextlib.suppress(BadSample):
                 for place, entry in enumerate(images_of(part.row(i))):
-                    found.setdefault(key_of(part, entry), (part, i, place))
+                    name = entry if isinstance(entry, str) else ""
+                    found.setdefault(key_of(part, entry), Picture(part, i, place, name))
     return found
 
 
-def digest_of(pictures: dict[Key, tuple[Part, int, int]], fingerprint: str) -> str:
+def digest_of(pictures: dict[Key, Picture], fingerprint: str) -> str:
     """Of the pictures: their order, the size and time of each file, and the fingerprint of a source without files."""
     digest = hashlib.sha256(fingerprint.encode())
-    for key, (part, i, place) in pictures.items():
+    for key, picture in pictures.items():
         digest.update(key if isinstance(key, bytes) else key.encode())
-        if isinstance(part.pictures, Folder) and isinstance(key, str):
+        if isinstance(picture.part.pictures, Folder) and picture.name:
             with contextlib.suppress(OSError, BadSample):
-                stat = os.stat(part.pictures.there(images_of(part.row(i))[place]))
+                stat = os.stat(picture.part.pictures.there(picture.name))
                 digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -133,13 +148,14 @@ class Features:
     """Reads stored features in place of pixels; see `pipeline.Images`, whose `read`, `shape`, `dtype` and `grid` it has.
 
     Attributes:
+      pixels: reads the pictures themselves.
       numbers: {key of a picture: its number}.
       stored: what is read of each picture.
     """
 
-    def __init__(self, cfg: Config, numbers: dict[Key, int], stored: list[Stored]):
-        self.numbers, self.stored, self.pixels = numbers, stored, Images(cfg)
-        self.grid = self.pixels.grid
+    def __init__(self, cfg: Config, pixels: Images, numbers: dict[Key, int], stored: list[Stored]):
+        self.pixels, self.numbers, self.stored = pixels, numbers, stored
+        self.grid = pixels.grid
         self.shape, self.dtype = image_of(cfg)["image_shape"], cfg.data.cache_features
 
     def read(self, part: Part, entry: str | bytes) -> np.ndarray:

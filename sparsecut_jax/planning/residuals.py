@@ -85,7 +85,7 @@ class Residuals:
     @functools.cached_property
     def block(self) -> float:
         """Bytes per sequence that a block of the tower makes for the backward pass."""
-        return self._sees and self._encoder(_see, "none", self.tensor, stacked=True).each / self._depth
+        return self._encoder(_see, "none", self.tensor, stacked=True).each / self._depth if self._sees else 0.0
 
     @property
     def _sees(self) -> bool:

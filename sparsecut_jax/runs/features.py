@@ -12,15 +12,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsecut_jax.data.features import Features, Stored, digest_of, pictures_of, stored_of
-from sparsecut_jax.data.parts import Part
+from sparsecut_jax.data.features import Features, Picture, Stored, digest_of, pictures_of, stored_of
 from sparsecut_jax.data.pipeline import Images
 from sparsecut_jax.data.walk import FEW
 from sparsecut_jax.models import ways
@@ -31,7 +30,6 @@ from sparsecut_jax.runs.setup import Data
 from sparsecut_jax.runtime import hosts, placing, sharding
 from sparsecut_jax.runtime.progress import Progress, busy
 from sparsecut_jax.settings import Config
-from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import BadSample, UserError
 
 BLOCKS = "blocks/"  # parameters with an axis of blocks
@@ -71,42 +69,42 @@ def with_features(data: Data, model: SparseCut, tower: Any) -> Data:
         stored = stored_of(cfg, digests, len(pictures), digest_of(pictures, source.fingerprint))
     missing = [s for s in stored if not all(os.path.exists(path) for path, _ in s.shards())]
     if placing.gather(np.array(len(missing))).any():  # all have looked before anybody writes
-        _store(missing, cfg, model, weights, list(pictures.values()), data.pictures)
+        if missing:
+            _store(missing, cfg, model, weights, list(pictures.values()), data.pictures)
         placing.gather(np.array(0))  # all have written
     size = sum(s.bytes for s in stored) / 2**30
     folder = os.path.dirname(stored[0].folder)
     what = f"{len(pictures):,} pictures, blocks {', '.join(map(str, digests))} in {cfg.data.cache_features}"
     print(f"features   {what}: {size:.2f} GiB in {folder}", flush=True)
     numbers = {key: number for number, key in enumerate(pictures)}
-    return dataclasses.replace(data, pictures=Features(cfg, numbers, stored))
+    return dataclasses.replace(data, pictures=Features(cfg, data.pictures, numbers, stored))
 
 
 def tower_digests(weights: Any, levels: tuple[int, ...]) -> dict[int, str]:
     """{level: digest of all weights that its output depends on}"""
     flat = sorted(flatten(weights).items())
-    own = hashlib.sha256()
-    for path, array in flat:
-        if not path.startswith(BLOCKS):
-            own.update(f"{path} {array.dtype}".encode())
-            own.update(np.ascontiguousarray(array).tobytes())
-    of_block = []
-    for block in range(max(levels) + 1):
-        digest = hashlib.sha256()
-        for path, array in flat:
-            if path.startswith(BLOCKS):
-                digest.update(f"{path} {array.dtype}".encode())
-                digest.update(np.ascontiguousarray(array[block]).tobytes())
-        of_block.append(digest.hexdigest())
-    return {level: " ".join([own.hexdigest(), *of_block[: level + 1]]) for level in dict.fromkeys(levels)}
+    own = _digest((path, array) for path, array in flat if not path.startswith(BLOCKS))
+    stacks = [(path, array) for path, array in flat if path.startswith(BLOCKS)]
+    of_block = [_digest((path, array[block]) for path, array in stacks) for block in range(max(levels) + 1)]
+    return {level: " ".join([own, *of_block[: level + 1]]) for level in dict.fromkeys(levels)}
+
+
+def _digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Of arrays and their paths."""
+    digest = hashlib.sha256()
+    for path, array in arrays:
+        digest.update(f"{path} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _store(
-    missing: list[Stored], cfg: Config, model: SparseCut, weights: Any, pictures: list[tuple], images: Images
+    missing: list[Stored], cfg: Config, model: SparseCut, weights: Any, pictures: list[Picture], images: Images
 ) -> None:
-    """Writes this process's share of the shards of `missing`."""
+    """Writes this process's share of the shards of `missing`, at least one level."""
     _check_room(missing)
     encode = Encoder(cfg, model, weights, sorted({s.level for s in missing}))
-    shards = [(index, where) for index, (_, where) in enumerate(missing[0].shards())] if missing else []
+    shards = [(index, where) for index, (_, where) in enumerate(missing[0].shards())]
     mine = shards[hosts.index() :: jax.process_count()]
     progress = Progress(sum(len(where) for _, where in mine), 0, "storing features of pictures")
     with concurrent.futures.ThreadPoolExecutor(cfg.data.threads) as pool:
@@ -114,7 +112,7 @@ def _store(
             with contextlib.ExitStack() as finishing:
                 files = [finishing.enter_context(_written(s, index, len(where))) for s in missing]
                 read = functools.partial(_views, images)
-                batches = _batched(pool.map(read, [pictures[i] for i in where]), encode.at_once)
+                batches = batched(pool.map(read, [pictures[i] for i in where]), encode.at_once)
                 at = 0
                 for views in batches:
                     there = np.array([view is not None for view in views])
@@ -130,8 +128,6 @@ def _store(
 
 def _check_room(missing: list[Stored]) -> None:
     """Raises UserError if the disk has no room for what is missing."""
-    if not missing:
-        return
     folder = os.path.dirname(missing[0].folder)
     os.makedirs(folder, exist_ok=True)
     needed, free = sum(s.bytes for s in missing), shutil.disk_usage(folder).free
@@ -159,15 +155,15 @@ def _written(stored: Stored, index: int, count: int) -> Iterator[np.ndarray]:
             os.remove(temporary)
 
 
-def _views(images: Images, picture: tuple[Part, int, int]) -> np.ndarray | None:
-    part, row, place = picture
+def _views(images: Images, picture: Picture) -> np.ndarray | None:
     try:
-        return images.read(part, images_of(part.row(row))[place])
+        return images.read(picture.part, picture.entry)
     except BadSample:
         return None
 
 
-def _batched(items: Iterator, size: int) -> Iterator[list]:
+def batched(items: Iterator, size: int) -> Iterator[list]:
+    """The items in lists of `size`, of which the last may be shorter."""
     while some := list(itertools.islice(items, size)):
         yield some
 
@@ -208,9 +204,7 @@ class Encoder:
         self.outputs = jax.jit(outputs)
 
     def __call__(self, pixels: np.ndarray) -> dict[int, np.ndarray]:
-        count = len(pixels)
-        filled = np.pad(pixels, [(0, self.at_once - count)] + [(0, 0)] * (pixels.ndim - 1))
         with jax.set_mesh(self.mesh):
-            placed = jax.device_put(filled, sharding.batch_sharding(self.mesh))
-            values = np.asarray(self.outputs(self.weights, placed))[:, :count]
+            placed = jax.device_put(placing.filled(pixels, self.at_once), sharding.batch_sharding(self.mesh))
+            values = np.asarray(self.outputs(self.weights, placed))[:, : len(pixels)]
         return dict(zip(self.levels, values, strict=True))

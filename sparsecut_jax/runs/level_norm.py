@@ -10,14 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sparsecut_jax.data.parts import Split
 from sparsecut_jax.models.sparsecut import SparseCut
+from sparsecut_jax.runs.features import batched
 from sparsecut_jax.runs.setup import Data
 from sparsecut_jax.runtime import placing, sharding
 from sparsecut_jax.text.conversation import images_of
 from sparsecut_jax.types import BadSample, UserError
 
 PICTURES = 512  # that are measured, evenly spread over the training rows
-AT_ONCE = 16
+AT_ONCE = 16  # pictures that a device encodes together
 LEAST = 1e-6  # a channel's standard deviation; 0 would say that it was never measured
 
 
@@ -30,11 +32,10 @@ def with_level_norm(params: Any, model: SparseCut, data: Data, mesh: Mesh) -> An
     if placing.fetch(current["std"]).any():
         return params
     encode = jax.jit(lambda params, views: model.apply({"params": params}, views[:, None], method="levels"))
-    shards = sharding.data_parallel(mesh)
+    at_once = AT_ONCE * sharding.data_parallel(mesh)
     count, total, squares = 0, 0.0, 0.0
-    for views in _pictures(data, AT_ONCE * shards):
-        filled = np.pad(views, [(0, AT_ONCE * shards - len(views))] + [(0, 0)] * (views.ndim - 1))
-        placed = jax.device_put(filled, sharding.replicated(mesh))
+    for views in batched(_pictures(data), at_once):
+        placed = jax.device_put(placing.filled(np.stack(views), at_once), sharding.replicated(mesh))
         levels = placing.fetch(encode(params, placed))[:, : len(views)].astype(np.float64)  # [K, n, V, N, C]
         count += levels[0, ..., 0].size
         total, squares = total + levels.sum((1, 2, 3)), squares + np.square(levels).sum((1, 2, 3))
@@ -46,18 +47,11 @@ def with_level_norm(params: Any, model: SparseCut, data: Data, mesh: Mesh) -> An
     return {**params, "fusion": {**params["fusion"], "norm_levels": placed}}
 
 
-def _pictures(data: Data, at_once: int) -> Iterator[np.ndarray]:
-    """Arrays [n, V, ...] of up to `at_once` pictures."""
-    parts = list(data.source.train.values())
-    numbers = np.cumsum([0, *map(len, parts)])
-    some: list[np.ndarray] = []
-    for row in np.unique(np.linspace(0, numbers[-1] - 1, PICTURES).astype(int)):
-        which = int(np.searchsorted(numbers, row, side="right")) - 1
-        part = parts[which]
+def _pictures(data: Data) -> Iterator[np.ndarray]:
+    """The first picture of some training rows, as training reads it."""
+    rows = Split(tuple(data.source.train.values()))
+    for number in np.unique(np.linspace(0, len(rows) - 1, PICTURES).astype(int)):
+        part, local = rows.find(int(number))
         with contextlib.suppress(BadSample):
-            some += [data.pictures.read(part, entry) for entry in images_of(part.row(int(row - numbers[which])))[:1]]
-        if len(some) == at_once:
-            yield np.stack(some)
-            some = []
-    if some:
-        yield np.stack(some)
+            for entry in images_of(part.row(local))[:1]:
+                yield data.pictures.read(part, entry)

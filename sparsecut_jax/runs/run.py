@@ -57,9 +57,8 @@ def load_run(workdir: str, which: str = "latest", text: bool = True) -> Run:
       UserError: there is no such checkpoint, or no tokenizer although `text` is set.
     """
     checkpoints, step, cfg, tokenizer = open_run(workdir, which)
-    cfg = dataclasses.replace(
-        cfg, data=dataclasses.replace(cfg.data, cache_features="none")
-    )  # any picture may be asked about
+    # Any picture may be asked about, also one whose features are not stored.
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_features="none"))
     if text and tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer; convert the weights again with --tokenizer=DIR")
     try:

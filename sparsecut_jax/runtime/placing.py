@@ -30,6 +30,11 @@ def place(tree: Any, placed: Sharding, rows: np.ndarray, count: int) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def filled(rows: np.ndarray, count: int) -> np.ndarray:
+    """[n, ...] with rows of zeros behind, up to [count, ...]: arrays of one shape need one compilation."""
+    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+
 def fetch(x: jax.Array) -> np.ndarray:
     """A whole global array as numpy, on every process. All processes must call it."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

@@ -96,11 +96,6 @@ def count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def parameters_by_part(params: Any) -> dict[str, int]:
-    """{"vision": number of its parameters, ...}"""
-    return {part: count(tree) for part, tree in params.items()}
-
-
 def source_names(wiring: Wiring) -> list[tuple[int, int, str]]:
     """(layer, place in the route, "vit3_llm5") of every source that enters a layer."""
     return [
