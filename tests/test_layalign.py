@@ -18,9 +18,10 @@ from sparsecut_jax.models.llm import empty_cache
 from sparsecut_jax.models.lora import merge
 from sparsecut_jax.models.parameters import flatten, unflatten
 from sparsecut_jax.models.ways import wiring_of
+from sparsecut_jax.planning.collectives import collectives_of, gathered_activations, weight_shapes
+from sparsecut_jax.planning.memory import Parameters
 from sparsecut_jax.runtime import sharding
 from sparsecut_jax.tasks.registry import build_model
-from test_sharding import gathered_activations, parameter_shapes
 from tiny import IMAGE, N, Tiny, make_batch, random_params, refusal, tiny_config
 
 ROWS = [[1, 5, IMAGE, 7, IMAGE, 8, 9], [1, 2, 3, 4], [6, 1, IMAGE, 3, 2]]
@@ -239,7 +240,8 @@ def test_on_a_mesh(structure, llm):
         compiled = jax.jit(jax.value_and_grad(step)).lower(params, rows).compile()
         loss, sharded = compiled(params, rows)
     text = compiled.as_text()
-    assert gathered_activations(text, parameter_shapes(model.params, (1, 2, 2, 2))) == []
+    weights = weight_shapes(Parameters(model.cfg, "instruct"), mesh.shape)
+    assert gathered_activations(collectives_of(text), weights) == []
     rows, heads, words, tokens = 1, 2, 32, 2 * N  # of a device
     sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+),{tokens}\]", text)}
     assert rows * heads * words in sizes and 2 * rows * heads * words not in sizes
